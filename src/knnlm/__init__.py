@@ -1,0 +1,1 @@
+"""Nearest-neighbor language models: a memory for any Hugging Face causal language model."""

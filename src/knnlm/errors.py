@@ -1,0 +1,68 @@
+"""Every error that knnlm raises on purpose.
+
+Each one is a `KNNLMError` and also the built-in that a caller who has never heard of knnlm would
+catch. Messages are one line: the argument, the rule, the value it had, and the remedy.
+"""
+
+
+class KNNLMError(Exception):
+    """Base of all errors raised on purpose; the command line prints it in one line and exits 1."""
+
+
+class InvalidArgumentError(KNNLMError, ValueError):
+    """An argument breaks its rule: λ outside [0, 1], k < 1, context ≥ window, …."""
+
+
+class TextNotFoundError(KNNLMError, FileNotFoundError):
+    """A text source names no file, no folder, no match and no dataset."""
+
+
+class InvalidTextError(KNNLMError, ValueError):
+    """A text source was found but cannot be read: not UTF-8, malformed, empty, a missing column."""
+
+
+class ModelNotFoundError(KNNLMError, OSError):
+    """A language model or its tokenizer cannot be loaded."""
+
+
+class UnsupportedModelError(KNNLMError, ValueError):
+    """The model is not a decoder-only language model, or does not have what was asked of it."""
+
+
+class NonFiniteKeysError(KNNLMError, ValueError):
+    """A key is NaN or infinite, or too large for the datastore's key dtype."""
+
+
+class DatastoreNotFoundError(KNNLMError, FileNotFoundError):
+    """The path is not a knnlm datastore."""
+
+
+class DatastoreMismatchError(KNNLMError, ValueError):
+    """The datastore was built with another model, tokenizer or setting than the one in use."""
+
+
+class DatastoreLockedError(KNNLMError, BlockingIOError):
+    """Another process is writing to the datastore."""
+
+
+class DatastoreCorruptError(KNNLMError, OSError):
+    """Files of the datastore are missing, damaged, or of an unknown format."""
+
+
+class DatastoreWriteError(KNNLMError, OSError):
+    """The datastore cannot be written: disk full, no permission."""
+
+
+class DatastoreChangedError(KNNLMError, RuntimeError):
+    """The datastore was compacted since it was opened; open it again."""
+
+
+class MissingDependencyError(KNNLMError, ImportError):
+    """An optional package is not installed; the message has the `pip install` line."""
+
+
+def missing_dependency(package: str, purpose: str, extra: str) -> MissingDependencyError:
+    """Return the one error, with the one remedy, for every optional package."""
+    return MissingDependencyError(
+        f"{purpose} needs the package {package}: pip install 'knnlm[{extra}]'"
+    )
