@@ -1,6 +1,8 @@
 """Tiny random models and a tiny tokenizer, built here: no test downloads anything."""
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from knnlm.corpus import Document
+from knnlm.language_model import LanguageModel
+
+# more threads only get in each other's way on models this small
+torch.set_num_threads(1)
 
 PROSE = (
     "The nearest neighbors of a hidden state are the places where the model has felt like this "
@@ -35,7 +43,10 @@ def byte_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator([PROSE], trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -74,6 +85,26 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     return byte_tokenizer()
+
+
+def refusal(error: type[Exception], *parts: str) -> Any:
+    """Expect one line that holds the parts in this order."""
+    return pytest.raises(error, match="^" + ".*".join(["", *map(re.escape, parts), ""]) + r"\Z")
+
+
+def documents_of(count: int) -> list[Document]:
+    """Return documents d0, d1, … of one to three paragraphs."""
+    return [Document(f"d{number}", PROSE * (1 + number % 3)) for number in range(count)]
+
+
+@pytest.fixture(scope="session")
+def llama_lm() -> LanguageModel:
+    return LanguageModel(tiny_llama(), byte_tokenizer(), name="tiny")
+
+
+@pytest.fixture(scope="session", params=[tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+def tiny_lm(request: pytest.FixtureRequest) -> LanguageModel:
+    return LanguageModel(request.param(), byte_tokenizer(), name="tiny")
 
 
 @pytest.fixture(scope="session", params=[tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])

@@ -1,0 +1,1 @@
+"""Who is near: one protocol, one file for each way to search."""

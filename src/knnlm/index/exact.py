@@ -1,0 +1,104 @@
+"""Exact search: every live key, one GEMM a block of keys; the reference of all other kinds."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from knnlm.datastore.datastore import Datastore
+from knnlm.index.protocol import Neighbors, check_search
+
+RESIDENT_BYTES = 2 << 30
+_SCORES = 1 << 25  # distances held at once
+_RESIDENT_QUERIES = 256
+_STREAMED_QUERIES = 4096  # many, so that the disk is read seldom
+
+
+class _Block(NamedTuple):
+    start: int
+    keys: Float[Tensor, "rows dim"]  # float32, centered
+    squared_norms: Float[Tensor, " rows"]  # +inf where forgotten
+
+
+class ExactIndex:
+    """All live keys of a datastore, compared with every query in float32.
+
+    Keys stay in memory as float32 if that takes at most `resident_bytes`; a larger datastore is
+    read from its mapped shards once for every 4,096 queries. Keys and queries are centered on a
+    common point first, which leaves distances as they are and keeps the digits that
+    |q|² + |k|² − 2 q·k would cancel. Follows every change of the datastore that `store` has seen.
+
+    device: where the arithmetic is done, "cpu" or a GPU.
+    """
+
+    def __init__(
+        self, store: Datastore, device: str = "cpu", resident_bytes: int = RESIDENT_BYTES
+    ) -> None:
+        self.store = store
+        self.device = torch.device(device)
+        self.resident_bytes = resident_bytes
+        self._generation = -1
+        self._resident: _Block | None = None
+
+    def _follow(self) -> None:
+        if self._generation == self.store.generation:
+            return
+        store = self.store
+        self._alive = store.alive.to(self.device)
+        self._center = next(
+            (keys.float().mean(dim=0) for _, keys in store.key_blocks(_SCORES // 1024)),
+            torch.zeros(store.settings.dimension),
+        ).to(self.device)
+        self._resident = None
+        if 4 * store.rows * store.settings.dimension <= self.resident_bytes:
+            keys = torch.empty(store.rows, store.settings.dimension, device=self.device)
+            for start, block in store.key_blocks(1 << 16):
+                keys[start : start + len(block)] = block.to(self.device)
+            self._resident = self._block(0, keys.sub_(self._center))
+        self._generation = store.generation
+
+    def _block(self, start: int, keys: Float[Tensor, "rows dim"]) -> _Block:
+        squared_norms = keys.square().sum(dim=1)
+        squared_norms[~self._alive[start : start + len(keys)]] = torch.inf
+        return _Block(start, keys, squared_norms)
+
+    def _blocks(self, rows: int) -> Iterator[_Block]:
+        if self._resident is not None:
+            _, keys, squared_norms = self._resident
+            for start in range(0, len(keys), rows):
+                stop = start + rows
+                yield _Block(start, keys[start:stop], squared_norms[start:stop])
+        else:
+            for start, keys in self.store.key_blocks(rows):
+                yield self._block(start, keys.to(self.device, torch.float32) - self._center)
+
+    def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
+        """Return the k nearest live entries; see `Index.search`."""
+        check_search(queries, k, self.store.settings.dimension)
+        self._follow()
+        size = _STREAMED_QUERIES if self._resident is None else _RESIDENT_QUERIES
+        parts = [
+            self._search(chunk.to(self.device, torch.float32) - self._center, k)
+            for chunk in torch.split(queries, size)
+        ]
+        return Neighbors(
+            torch.cat([part.squared_distances for part in parts]).to(queries.device),
+            torch.cat([part.rows for part in parts]).to(queries.device),
+        )
+
+    def _search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
+        finite = queries.isfinite().all(dim=1, keepdim=True)
+        queries = queries.where(finite, torch.zeros_like(queries))
+        # less |q|², which changes no order
+        nearest = queries.new_full((len(queries), k), torch.inf)
+        rows = torch.full((len(queries), k), -1, device=self.device)
+        for block in self._blocks(max(1, _SCORES // max(1, len(queries)))):
+            scores = torch.addmm(block.squared_norms, queries, block.keys.T, alpha=-2)
+            best, columns = scores.topk(min(k, scores.shape[1]), dim=1, largest=False, sorted=False)
+            nearest, kept = torch.cat([nearest, best], dim=1).topk(k, dim=1, largest=False)
+            rows = torch.cat([rows, columns + block.start], dim=1).gather(1, kept)
+        present = nearest.isfinite() & finite
+        squared = (nearest + queries.square().sum(dim=1, keepdim=True)).clamp_min(0.0)
+        return Neighbors(squared.masked_fill(~present, torch.inf), rows.masked_fill(~present, -1))

@@ -1,0 +1,49 @@
+"""What a search backend gives, whatever it is built of; knows no datastore."""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from knnlm.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbors:
+    """The k nearest entries of each query.
+
+    squared_distances: float32, squared L2, ascending; +inf where absent.
+    rows: int64 rows of the datastore; −1 where absent.
+    """
+
+    squared_distances: Float[Tensor, "query k"]
+    rows: Int[Tensor, "query k"]
+
+    @property
+    def present(self) -> Bool[Tensor, "query k"]:
+        """Where there is a neighbor at all."""
+        return self.rows >= 0
+
+
+@runtime_checkable
+class Index(Protocol):
+    """Finds the nearest live entries of a datastore."""
+
+    def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
+        """Return the k nearest live entries, on the queries' device.
+
+        Forgotten entries are never returned. Where fewer than k are found, or where a query is not
+        finite, the rest is absent. Raises InvalidArgumentError for k < 1 or another dimension.
+        """
+        ...
+
+
+def check_search(queries: Float[Tensor, "query dim"], k: int, dimension: int) -> None:
+    """Refuse a search that no index can answer; raises InvalidArgumentError."""
+    if k < 1:
+        raise InvalidArgumentError(f"k must be at least 1, got {k}: ask for a neighbor")
+    if queries.shape[1] != dimension:
+        raise InvalidArgumentError(
+            f"queries must have the keys' dimension {dimension}, got {queries.shape[1]}"
+        )

@@ -1,0 +1,68 @@
+"""Neighbors → log p_kNN → mixture, sparse (one target a query) and dense (whole vocabulary).
+
+Everything is in natural-log space and float32. Only squared distances enter p_kNN; an absent
+neighbor (distance +inf) weighs nothing, and a query without any neighbor keeps p_LM.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def neighbor_log_weights(
+    squared_distances: Float[Tensor, "query k"], temperature: float
+) -> Float[Tensor, "query k"]:
+    """Return each neighbor's log share of the vote, log softmax(−d²/T).
+
+    Khandelwal et al. 2020, eq. 2. Rows sum to one in probability; rows without a neighbor are all
+    −inf.
+    """
+    energies = -squared_distances.float() / temperature
+    nearest = energies.amax(dim=1, keepdim=True)
+    energies = energies - torch.where(nearest.isfinite(), nearest, torch.zeros_like(nearest))
+    return energies - energies.logsumexp(dim=1, keepdim=True).nan_to_num(neginf=0.0)
+
+
+def target_knn_log_probs(
+    log_weights: Float[Tensor, "query k"], votes_for_target: Bool[Tensor, "query k"]
+) -> Float[Tensor, " query"]:
+    """Return log p_kNN(target): the log weight of the neighbors whose value is the target.
+
+    −inf where no neighbor has it. Never builds a [query × vocabulary] tensor.
+    """
+    return log_weights.masked_fill(~votes_for_target, -torch.inf).logsumexp(dim=1)
+
+
+def dense_knn_log_probs(
+    log_weights: Float[Tensor, "query k"],
+    neighbor_values: Int[Tensor, "query k"],
+    vocab_size: int,
+) -> Float[Tensor, "query vocab"]:
+    """Return log p_kNN over the vocabulary; −inf for every token that no neighbor voted for.
+
+    A log-sum-exp for each token, so that a vote too small for float32 still has its logarithm.
+    """
+    tokens = neighbor_values.long()
+    shape = (log_weights.shape[0], vocab_size)
+    heaviest = log_weights.new_full(shape, -torch.inf)
+    heaviest.scatter_reduce_(1, tokens, log_weights, reduce="amax")
+    own_heaviest = heaviest.gather(1, tokens)  # (query, k)
+    relative = torch.where(log_weights.isneginf(), log_weights, log_weights - own_heaviest).exp()
+    return torch.zeros_like(heaviest).scatter_add_(1, tokens, relative).log() + heaviest
+
+
+def interpolate(
+    lm_log_probs: Float[Tensor, "query *vocab"],
+    knn_log_probs: Float[Tensor, "query *vocab"],
+    lmbda: float | Float[Tensor, " query"],
+    has_neighbors: Bool[Tensor, " query"],
+) -> Float[Tensor, "query *vocab"]:
+    """Return log(λ p_kNN + (1 − λ) p_LM) (Khandelwal et al. 2020, eq. 3).
+
+    λ = 0, and a query without neighbors, give `lm_log_probs` to the bit; λ = 1 gives
+    `knn_log_probs` to the bit.
+    """
+    weight = torch.as_tensor(lmbda, dtype=lm_log_probs.dtype, device=lm_log_probs.device)
+    weight = torch.where(has_neighbors, weight, torch.zeros_like(weight))
+    weight = weight.reshape(-1, *(1,) * (lm_log_probs.dim() - 1))
+    return torch.logaddexp(lm_log_probs + torch.log1p(-weight), knn_log_probs + weight.log())

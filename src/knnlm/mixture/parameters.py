@@ -1,0 +1,35 @@
+"""The three numbers of a kNN-LM, and their rules."""
+
+import math
+from dataclasses import dataclass
+
+from knnlm.errors import InvalidArgumentError
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """How many neighbors vote, how sharply, and how much their vote counts.
+
+    k: neighbors retrieved for each token (≥ 1).
+    lmbda: the weight λ of p_kNN in p = λ p_kNN + (1 − λ) p_LM (Khandelwal et al. 2020, eq. 3).
+    temperature: T in p_kNN ∝ exp(−d²/T), in units of squared distance (> 0; the paper's is 1).
+
+    Raises InvalidArgumentError.
+    """
+
+    k: int = 1024
+    lmbda: float = 0.25
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InvalidArgumentError(f"k must be at least 1, got {self.k}: ask for a neighbor")
+        if not 0.0 <= self.lmbda <= 1.0:
+            raise InvalidArgumentError(
+                f"lmbda (λ) must lie in [0, 1], got {self.lmbda}: 0 is the language model alone, "
+                "1 the neighbors alone"
+            )
+        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
+            raise InvalidArgumentError(
+                f"temperature must be positive and finite, got {self.temperature}: 1 is the paper's"
+            )

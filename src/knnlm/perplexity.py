@@ -1,0 +1,190 @@
+"""Evaluation windows → per-token scores → PerplexityReport: the LM and the kNN-LM side by side."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from knnlm.corpus import Document
+from knnlm.datastore.datastore import Datastore
+from knnlm.errors import InvalidArgumentError
+from knnlm.index.protocol import Index
+from knnlm.language_model import LanguageModel
+from knnlm.mixture.parameters import Parameters
+from knnlm.progress import SILENT, Progress
+from knnlm.reading import EncodedDocument, Windowing, cut_windows, encode_documents, total_bytes
+from knnlm.scoring import Scores, mixed_log_probs, score_windows
+from knnlm.windows import limit_windows
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One model's fit to a text.
+
+    perplexity and nats_per_token count the model's tokens; word_perplexity spreads the same nats
+    over words separated by white space, bits_per_byte over the bytes of the text in UTF-8, so that
+    both compare models with different tokenizers.
+    """
+
+    perplexity: float
+    nats_per_token: float
+    word_perplexity: float
+    bits_per_byte: float
+
+    @classmethod
+    def of(cls, total_nats: float, tokens: int, words: int, size_bytes: int) -> "Measure":
+        """Spread the nats over tokens, words and bytes."""
+        return cls(
+            _exp(total_nats / tokens),
+            total_nats / tokens,
+            _exp(total_nats / max(words, 1)),
+            total_nats / math.log(2) / max(size_bytes, 1),
+        )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Seconds:
+    """Where the time of an evaluation went."""
+
+    lm: float
+    search: float
+    total: float
+
+
+@dataclass(frozen=True, slots=True)
+class PerplexityReport:
+    """The LM and the kNN-LM on one text.
+
+    tokens_helped, tokens_hurt: tokens to which the mixture gives more, or less, than the LM alone.
+    """
+
+    documents: int
+    tokens: int
+    words: int
+    size_bytes: int
+    lm: Measure
+    knn: Measure
+    parameters: Parameters
+    tokens_helped: int
+    tokens_hurt: int
+    seconds: Seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def evaluation_scores(
+    lm: LanguageModel,
+    index: Index | None,
+    k: int,
+    documents: Iterable[Document],
+    windowing: Windowing,
+    max_tokens: int | None = None,
+    progress: Progress = SILENT,
+    description: str = "eval",
+    met: dict[int, EncodedDocument] | None = None,
+) -> Iterator[Scores]:
+    """Yield the scores of a held-out text, every token once.
+
+    max_tokens: stop after so many. met: filled with the documents read, by their number.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
+    windowing.check_model(lm)
+    met = {} if met is None else met
+
+    def meeting() -> Iterator[EncodedDocument]:
+        for encoded in encode_documents(lm, documents, windowing.boundary):
+            met[encoded.number] = encoded
+            yield encoded
+
+    windows = limit_windows(cut_windows(meeting(), lm.start_token, windowing), max_tokens)
+    corpus_bytes = total_bytes(documents)
+    with progress.task(description, max_tokens, "tokens") as advance:
+        for scores in score_windows(lm, windows, index, k):
+            total: float | None = max_tokens
+            if corpus_bytes is not None:
+                tokens = sum(document.tokens for document in met.values())
+                size_bytes = sum(document.size_bytes for document in met.values())
+                total = min(max_tokens or math.inf, corpus_bytes * tokens / max(size_bytes, 1))
+            advance(len(scores.targets), total)
+            yield scores
+
+
+def evaluate(
+    lm: LanguageModel,
+    store: Datastore,
+    index: Index,
+    parameters: Parameters,
+    documents: Iterable[Document],
+    windowing: Windowing,
+    max_tokens: int | None = None,
+    progress: Progress = SILENT,
+) -> PerplexityReport:
+    """Score a text with the LM and with the kNN-LM.
+
+    Of a document that `max_tokens` cuts, words and bytes are counted in the decoded scored tokens.
+    Raises InvalidArgumentError, also for a text without tokens.
+    """
+    started = time.perf_counter()
+    lm_nats = knn_nats = lm_seconds = search_seconds = 0.0
+    tokens = helped = hurt = 0
+    scored: dict[int, int] = {}
+    last_targets: list[np.ndarray] = []
+    met: dict[int, EncodedDocument] = {}
+    searched = index if parameters.lmbda > 0 and len(store) > 0 else None
+    for scores in evaluation_scores(
+        lm,
+        searched,
+        parameters.k,
+        documents,
+        windowing,
+        max_tokens,
+        progress,
+        met=met,
+    ):
+        mixed = mixed_log_probs(scores, store, parameters)
+        lm_nats -= float(scores.lm_log_probs.double().sum())
+        knn_nats -= float(mixed.double().sum())
+        tokens += len(mixed)
+        helped += int((mixed > scores.lm_log_probs).sum())
+        hurt += int((mixed < scores.lm_log_probs).sum())
+        lm_seconds += scores.lm_seconds
+        search_seconds += scores.search_seconds
+        for window in scores.windows:
+            offset = 0
+            for span in window.spans:
+                if span.document not in scored:
+                    last_targets = []
+                scored[span.document] = scored.get(span.document, 0) + span.count
+                last_targets.append(window.targets[offset : offset + span.count])
+                offset += span.count
+    if tokens == 0:
+        raise InvalidArgumentError("the text to evaluate must have a token, got none")
+    words = sum(met[number].words for number in scored)
+    size_bytes = sum(met[number].size_bytes for number in scored)
+    last = met[max(scored)]
+    if not last.exhausted or scored[last.number] < last.tokens - (windowing.boundary == "stream"):
+        text = lm.decode(np.concatenate(last_targets))
+        words += len(text.split()) - last.words
+        size_bytes += len(text.encode()) - last.size_bytes
+    return PerplexityReport(
+        documents=len(scored),
+        tokens=tokens,
+        words=words,
+        size_bytes=size_bytes,
+        lm=Measure.of(lm_nats, tokens, words, size_bytes),
+        knn=Measure.of(knn_nats, tokens, words, size_bytes),
+        parameters=parameters,
+        tokens_helped=helped,
+        tokens_hurt=hurt,
+        seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),
+    )

@@ -1,0 +1,185 @@
+"""Search once, then sweep k, temperature and λ over the cached neighbors in seconds."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from knnlm.corpus import Document
+from knnlm.errors import InvalidArgumentError
+from knnlm.knn_lm import KNNLM
+from knnlm.mixture.parameters import Parameters
+from knnlm.perplexity import evaluation_scores
+from knnlm.progress import SILENT, Progress
+from knnlm.reading import Windowing
+from knnlm.scoring import votes_for_targets
+
+MAX_K = 1024
+_COARSE_TEMPERATURES = tuple(m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5))
+_FINER = (0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 1.75)
+_COARSE_LMBDAS = tuple(step / 20 for step in range(1, 20))
+_FINE_LMBDAS = tuple(step / 100 for step in range(1, 100))
+
+
+@dataclass(frozen=True, slots=True)
+class CachedNeighbors:
+    """All that a sweep needs of a held-out text.
+
+    lm_log_probs: of the true tokens. votes: which neighbors have the true token as their value.
+    """
+
+    lm_log_probs: Float[Tensor, " token"]
+    squared_distances: Float[Tensor, "token k"]
+    votes: Bool[Tensor, "token k"]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One setting, and the perplexity that it gives the tuning text."""
+
+    k: int
+    lmbda: float
+    temperature: float
+    perplexity: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The best parameters and how perplexity depends on each.
+
+    by_k, by_lmbda, by_temperature: the best trial for each value of that parameter, the other two
+    free. Where no setting beats the LM alone, parameters.lmbda is 0.
+    """
+
+    parameters: Parameters
+    tokens: int
+    lm_perplexity: float
+    knn_perplexity: float
+    by_k: tuple[Trial, ...]
+    by_lmbda: tuple[Trial, ...]
+    by_temperature: tuple[Trial, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def cache_neighbors(
+    model: KNNLM,
+    documents: Iterable[Document],
+    k: int,
+    windowing: Windowing | None = None,
+    max_tokens: int | None = None,
+    progress: Progress = SILENT,
+) -> CachedNeighbors:
+    """Read a held-out text and search once, for the k nearest of every token.
+
+    Takes 5·k bytes a token. Raises InvalidArgumentError for a text without tokens.
+    """
+    parts = []
+    for scores in evaluation_scores(
+        model.lm,
+        model.index,
+        k,
+        documents,
+        windowing or model.store.windowing,
+        max_tokens,
+        progress,
+        "tune",
+    ):
+        assert scores.neighbors is not None
+        votes = votes_for_targets(model.store, scores.neighbors, scores.targets)
+        parts.append((scores.lm_log_probs, scores.neighbors.squared_distances, votes))
+    if not parts:
+        raise InvalidArgumentError("the text to tune on must have a token, got none")
+    return CachedNeighbors(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def tune(
+    model: KNNLM,
+    documents: Iterable[Document],
+    *,
+    max_k: int | None = None,
+    windowing: Windowing | None = None,
+    max_tokens: int | None = None,
+    progress: Progress = SILENT,
+) -> Tuning:
+    """Find the k ≤ max_k (1,024), λ and temperature that predict a held-out text best."""
+    if len(model.store) == 0:
+        raise InvalidArgumentError(f"{model.store.path} must have entries to tune on, got none")
+    k = min(max_k or MAX_K, len(model.store))
+    return sweep(cache_neighbors(model, documents, k, windowing, max_tokens, progress), progress)
+
+
+def sweep(cached: CachedNeighbors, progress: Progress = SILENT) -> Tuning:
+    """Try powers of two for k, temperatures from coarse to fine, and λ in steps of 0.01."""
+    most = cached.squared_distances.shape[1]
+    ks = sorted({most, *(2**power for power in range(int(math.log2(most)) + 1))})
+    gains: dict[tuple[int, float, float], float] = {}  # (k, T, λ) → nats a token less than the LM
+    with progress.task("sweep", len(_COARSE_TEMPERATURES) + len(_FINER), "temperatures") as advance:
+        for temperature in _COARSE_TEMPERATURES:
+            gains |= _gains(cached, ks, temperature, _COARSE_LMBDAS)
+            advance(1)
+        _, best_temperature, _ = max(gains, key=gains.__getitem__)
+        for factor in _FINER:
+            temperature = float(f"{best_temperature * factor:.3g}")
+            gains |= _gains(cached, ks, temperature, _FINE_LMBDAS)
+            advance(1)
+    lm_nats = -float(cached.lm_log_probs.double().mean())
+    best = max(gains, key=gains.__getitem__)
+    helps = gains[best] > 0
+    k, temperature, lmbda = best
+
+    def best_by(axis: int) -> tuple[Trial, ...]:
+        winners: dict[float, tuple[int, float, float]] = {}
+        for setting, gain in gains.items():
+            value = setting[axis]
+            if value not in winners or gain > gains[winners[value]]:
+                winners[value] = setting
+        return tuple(
+            Trial(k, lmbda, temperature, math.exp(lm_nats - gains[k, temperature, lmbda]))
+            for _, (k, temperature, lmbda) in sorted(winners.items())
+        )
+
+    return Tuning(
+        parameters=Parameters(k, lmbda if helps else 0.0, temperature),
+        tokens=len(cached.lm_log_probs),
+        lm_perplexity=math.exp(lm_nats),
+        knn_perplexity=math.exp(lm_nats - max(gains[best], 0.0)),
+        by_k=best_by(0),
+        by_lmbda=best_by(2),
+        by_temperature=best_by(1),
+    )
+
+
+def _gains(
+    cached: CachedNeighbors, ks: Sequence[int], temperature: float, lmbdas: Sequence[float]
+) -> dict[tuple[int, float, float], float]:
+    """Return the mean of log p − log p_LM for every k and λ at one temperature.
+
+    With r = p_kNN / p_LM of the true token it is log(1 − λ + λ r). Neighbors are sorted, so the
+    votes of the k nearest are sums over ranges between one k and the next.
+    """
+    nearest = cached.squared_distances[:, :1]
+    relative = (cached.squared_distances - nearest.nan_to_num(posinf=0.0)) / temperature
+    weights = torch.exp(-relative)
+    present = nearest[:, 0].isfinite()
+    lm_probs = cached.lm_log_probs.double().exp()
+    all_votes = torch.zeros(len(weights), dtype=torch.float64)
+    true_votes = torch.zeros_like(all_votes)
+    gains = {}
+    start = 0
+    for k in ks:
+        new = weights[:, start:k]
+        all_votes += new.sum(dim=1)
+        true_votes += (new * cached.votes[:, start:k]).sum(dim=1)
+        start = k
+        ratio = true_votes / all_votes.clamp_min(1e-300) / lm_probs.clamp_min(1e-300)
+        ratio = torch.where(present, ratio, torch.ones_like(ratio))
+        for lmbda in lmbdas:
+            gains[k, temperature, lmbda] = float(torch.log1p(lmbda * (ratio - 1)).mean())
+    return gains

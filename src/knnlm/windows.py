@@ -1,0 +1,188 @@
+"""Tokens → windows: what the model reads at once, with every token new in exactly one of them.
+
+Knows token ids; neither text nor models. Holds no more than a window and a piece in memory.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int32
+
+from knnlm.errors import InvalidArgumentError
+
+Tokens = Int32[np.ndarray, " _"]  # any number of token ids
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The new positions of a window that predict tokens of one document."""
+
+    document: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """Tokens that the model reads at once; only positions[context:] are new."""
+
+    tokens: Tokens
+    context: int
+    spans: tuple[Span, ...]
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model reads."""
+        return len(self.tokens) - 1
+
+    @property
+    def new(self) -> int:
+        """How many of them were not scored before."""
+        return self.positions - self.context
+
+    @property
+    def inputs(self) -> Tokens:
+        """The tokens read."""
+        return self.tokens[:-1]
+
+    @property
+    def targets(self) -> Tokens:
+        """The tokens that the new positions predict."""
+        return self.tokens[1 + self.context :]
+
+
+class _Sequence:
+    """A token sequence that arrives in pieces, read from left to right."""
+
+    def __init__(self, pieces: Iterable[Tokens]) -> None:
+        self._pieces = iter(pieces)
+        self._held = np.empty(0, np.int32)  # the tokens read ahead; they end at read_tokens
+        self.read_tokens = 0
+
+    def slice(self, start: int, stop: int) -> Tokens:
+        """Return what there is of [start, stop), and forget all that lies left of it."""
+        parts = [self._held[max(0, len(self._held) - (self.read_tokens - start)) :]]
+        while self.read_tokens < stop and (piece := next(self._pieces, None)) is not None:
+            self.read_tokens += len(piece)
+            if self.read_tokens > start:
+                parts.append(piece[start - self.read_tokens :])
+        self._held = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return self._held[: stop - start].copy()
+
+
+def check_window(window: int, context: int) -> None:
+    """Raise InvalidArgumentError unless 0 ≤ context < window."""
+    if window < 1:
+        raise InvalidArgumentError(f"window must be at least 1, got {window}: choose a larger one")
+    if not 0 <= context < window:
+        raise InvalidArgumentError(
+            f"context must be at least 0 and less than window ({window}), got {context}: "
+            "choose a smaller context or a larger window"
+        )
+
+
+def document_windows(
+    document: int,
+    pieces: Iterable[Tokens],
+    start_token: int,
+    window: int,
+    context: int,
+    skip: int = 0,
+) -> Iterator[Window]:
+    """Yield windows in which each of the document's tokens is predicted as new exactly once.
+
+    The first window scores all its positions, each later one reads `context` again. `skip` tokens
+    are already scored: the windows are those that followed in the run that scored them.
+    """
+    check_window(window, context)
+    sequence = _Sequence(itertools.chain([np.array([start_token], np.int32)], pieces))
+    sequence.slice(max(0, skip - context), skip + 2)
+    beyond = sequence.read_tokens - (skip + 1)
+    ends_window = skip == 0 or (skip >= window and (skip - window) % (window - context) == 0)
+    if beyond < 0 or (beyond > 0 and not ends_window):
+        raise InvalidArgumentError(
+            f"skip must be the end of a window (window {window}, context {context}) of document "
+            f"{document}, got {skip}: pass the number of tokens already scored, and the same sizes"
+        )
+    scored = skip
+    while True:
+        again = min(context, scored)
+        tokens = sequence.slice(scored - again, scored - again + window + 1)
+        new = len(tokens) - 1 - again
+        if new < 1:
+            return
+        yield Window(tokens, again, (Span(document, new),))
+        scored += new
+
+
+def stream_windows(
+    documents: Iterable[tuple[int, Iterable[Tokens]]],
+    window: int,
+    context: int,
+    history: Tokens,
+) -> Iterator[Window]:
+    """Yield the blocks of all documents as one stream, each with `window - context` new positions.
+
+    `history` precedes the stream; without it the stream's first token is read, never predicted.
+    """
+    check_window(window, context)
+    arrived: deque[Span] = deque()  # the stream's tokens, by document, not yet in a window
+
+    def pieces() -> Iterator[Tokens]:
+        yield history
+        for document, document_pieces in documents:
+            for piece in document_pieces:
+                if len(piece):
+                    arrived.append(Span(document, len(piece)))
+                yield piece
+
+    sequence = _Sequence(pieces())
+    fresh = len(history) == 0
+    scored = max(0, len(history) - 1)
+    while True:
+        again = min(context, scored)
+        tokens = sequence.slice(scored - again, scored + window - context + 1)
+        new = len(tokens) - 1 - again
+        if new < 1:
+            return
+        if fresh and scored == 0:
+            _take(arrived, 1)
+        spans = _take(arrived, new)
+        yield Window(tokens, again, spans)
+        scored += new
+
+
+def _take(arrived: deque[Span], count: int) -> tuple[Span, ...]:
+    """Remove the first `count` tokens; return them with one span a document."""
+    taken: list[Span] = []
+    while count:
+        span = arrived.popleft()
+        if span.count > count:
+            arrived.appendleft(Span(span.document, span.count - count))
+            span = Span(span.document, count)
+        count -= span.count
+        if taken and taken[-1].document == span.document:
+            span = Span(span.document, taken.pop().count + span.count)
+        taken.append(span)
+    return tuple(taken)
+
+
+def limit_windows(windows: Iterable[Window], max_new: int | None) -> Iterator[Window]:
+    """Yield windows until they hold `max_new` new positions, the last one cut short."""
+    if max_new is None:
+        yield from windows
+        return
+    if max_new < 0:
+        raise InvalidArgumentError(
+            f"max_new must be at least 0, got {max_new}: use None for no limit"
+        )
+    left = max_new
+    for window in windows if left else ():
+        if window.new >= left:
+            spans = _take(deque(window.spans), left)
+            yield Window(window.tokens[: window.context + 1 + left], window.context, spans)
+            return
+        yield window
+        left -= window.new
