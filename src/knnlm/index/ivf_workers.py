@@ -1,0 +1,53 @@
+"""Threads that each run their own tensor operations, without waiting for one another.
+
+A search is thousands of small independent pieces. Splitting every piece over all cores costs a
+barrier each, and on a busy machine a barrier waits for the slowest core; so each thread computes
+whole pieces alone.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Workers:
+    """Threads in which torch is single-threaded."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, "knnlm-search")
+        started = threading.Barrier(threads)
+
+        def start() -> None:
+            torch.set_num_threads(1)
+            started.wait()
+
+        for future in [self._pool.submit(start) for _ in range(threads)]:
+            future.result()
+        torch.set_num_threads(threads)  # the setting is a thread's own, its default everyone's
+
+    def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """Apply a function to each item; results in the order of the items."""
+        return list(self._pool.map(function, items))
+
+    def chunks(self, total: int, size: int) -> list[range]:
+        """Split 0 … total into ranges of at most `size`, at least one for each thread."""
+        size = max(1, min(size, -(-total // self.threads)))
+        return [range(start, min(total, start + size)) for start in range(0, total, size)]
+
+
+@lru_cache(maxsize=1)
+def _workers(threads: int) -> Workers:
+    return Workers(threads)
+
+
+def workers() -> Workers:
+    """Return the threads of this process: as many as torch is set to use."""
+    return _workers(torch.get_num_threads())

@@ -1,0 +1,432 @@
+"""Opening and reading: what was built is what is read, and whatever is damaged is refused."""
+
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, refusal, tiny_llama
+from stores import contents, distinct_documents, small_disk, stored_keys
+
+from knnlm.corpus import Document
+from knnlm.datastore.build import build
+from knnlm.datastore.catalog import FILE_NAME, StoredDocument
+from knnlm.datastore.datastore import SHARDS, Datastore
+from knnlm.datastore.maintenance import compact, verify
+from knnlm.errors import (
+    DatastoreChangedError,
+    DatastoreCorruptError,
+    DatastoreMismatchError,
+    DatastoreNotFoundError,
+    DatastoreWriteError,
+    InvalidArgumentError,
+    KNNLMError,
+)
+from knnlm.index.exact import ExactIndex
+from knnlm.language_model import LanguageModel
+from knnlm.mixture.parameters import Parameters
+
+DOCUMENTS = distinct_documents(7)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, llama_lm: LanguageModel) -> Path:
+    path = tmp_path_factory.mktemp("built") / "store"
+    build(path, llama_lm, DOCUMENTS, window=64, context=16, shard_rows=150).close()
+    return path
+
+
+@pytest.fixture
+def path(tmp_path: Path, built: Path) -> Path:
+    """Return a copy of the datastore that the test may damage."""
+    return Path(shutil.copytree(built, tmp_path / "store"))
+
+
+@pytest.fixture
+def store(path: Path) -> Datastore:
+    return Datastore(path)
+
+
+@pytest.fixture(scope="module")
+def tokens(llama_lm: LanguageModel) -> list[list[int]]:
+    encoded = llama_lm.encode([str(document.text) for document in DOCUMENTS])
+    return [of_document.tolist() for of_document in encoded]
+
+
+# opening
+
+
+def test_what_is_no_datastore_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("text")
+    for name in ("missing", "folder", "file"):
+        with refusal(DatastoreNotFoundError, str(tmp_path / name), "is not a datastore"):
+            Datastore(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    assert list((tmp_path / "folder").iterdir()) == []
+
+
+def test_a_missing_shard_is_named(store: Datastore) -> None:
+    (store.path / SHARDS / "00000002.safetensors").unlink()
+    with refusal(DatastoreCorruptError, "00000002.safetensors is missing, written with"):
+        Datastore(store.path)
+
+
+@pytest.mark.parametrize("missing_bytes", [1, 1000])
+def test_a_truncated_shard_is_named(store: Datastore, missing_bytes: int) -> None:
+    shard = store.path / SHARDS / "00000003.safetensors"
+    size_bytes = shard.stat().st_size
+    os.truncate(shard, size_bytes - missing_bytes)
+    with refusal(
+        DatastoreCorruptError,
+        f"00000003.safetensors is {size_bytes - missing_bytes} bytes long",
+        f"written with {size_bytes} bytes",
+    ):
+        Datastore(store.path)
+
+
+@pytest.mark.parametrize("offset", [0, 8, 20])
+def test_a_damaged_shard_header_is_named_when_it_is_read(store: Datastore, offset: int) -> None:
+    shard = store.path / SHARDS / "00000001.safetensors"
+    damaged = bytearray(shard.read_bytes())
+    damaged[offset : offset + 8] = b"\xff" * 8
+    shard.write_bytes(damaged)
+    opened = Datastore(store.path)
+    with refusal(DatastoreCorruptError, "00000001.safetensors cannot be read", "knnlm verify"):
+        _ = opened.values
+
+
+def test_an_unknown_format_is_refused(path: Path) -> None:
+    connection = sqlite3.connect(path / FILE_NAME)
+    connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with refusal(DatastoreCorruptError, FILE_NAME, "format 99", "reads format 1"):
+        Datastore(path)
+
+
+def overwrite(offset: int, size: int) -> Callable[[Path], None]:
+    def damage(catalog: Path) -> None:
+        contents = bytearray(catalog.read_bytes())
+        stop = min(offset + size, len(contents))
+        contents[offset:stop] = b"\xa5" * (stop - offset)
+        catalog.write_bytes(contents)
+
+    return damage
+
+
+def another_program(catalog: Path) -> None:
+    catalog.unlink()
+    connection = sqlite3.connect(catalog)
+    connection.execute("CREATE TABLE theirs (a)")
+    connection.execute("PRAGMA user_version = 1")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda catalog: catalog.write_bytes(b"garbage " * 1000),
+        lambda catalog: catalog.write_bytes(b""),
+        lambda catalog: os.truncate(catalog, 5000),
+        overwrite(0, 16),
+        overwrite(16, 84),
+        overwrite(100, 4000),
+        overwrite(4096, 1 << 20),
+        another_program,
+    ],
+    ids=["garbage", "empty", "cut", "magic", "header", "schema", "tables", "another program's"],
+)
+def test_a_damaged_catalog_is_refused(path: Path, damage: Callable[[Path], None]) -> None:
+    damage(path / FILE_NAME)
+    with refusal(DatastoreCorruptError, FILE_NAME):
+        Datastore(path)
+
+
+def set_setting(catalog: Path, name: str, value: str) -> None:
+    connection = sqlite3.connect(catalog)
+    with connection:
+        connection.execute("UPDATE settings SET value = ? WHERE name = ?", (value, name))
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("datastore", "{"), ("datastore", "{}"), ("datastore", "null"), ("generation", '"x"')],
+)
+def test_damaged_settings_are_refused(path: Path, name: str, value: str) -> None:
+    set_setting(path / FILE_NAME, name, value)
+    with refusal(DatastoreCorruptError, FILE_NAME):
+        Datastore(path)
+
+
+def test_bytes_flipped_anywhere_in_the_catalog_give_our_errors_alone(path: Path) -> None:
+    catalog = path / FILE_NAME
+    sound = catalog.read_bytes()
+    noticed = 0
+    for offset in range(0, len(sound), 499):
+        catalog.write_bytes(sound[:offset] + bytes([sound[offset] ^ 0xFF]) + sound[offset + 1 :])
+        try:
+            store = Datastore(path)
+            noticed += bool(verify(store).problems)
+            store.close()
+        except KNNLMError as error:
+            assert "\n" not in str(error)
+            noticed += 1
+    assert noticed > 0
+
+
+# reading
+
+
+def test_everything_reads_as_it_was_built(
+    store: Datastore, tokens: list[list[int]], llama_lm: LanguageModel
+) -> None:
+    assert len(store.shards) >= 5
+    assert len(store) == store.rows == sum(map(len, tokens))
+    assert store.values.dtype == torch.int32
+    assert store.values.tolist() == sum(tokens, [])
+    assert [d.name for d in store.documents()] == [d.name for d in DOCUMENTS]
+    # the first window of every document, read alone
+    for document, expected in zip(store.documents(), tokens, strict=True):
+        rows = torch.arange(document.start, document.start + 64)
+        read = torch.tensor([[llama_lm.start_token, *expected[:63]]])
+        keys = store.keys_at(rows)
+        assert keys.dtype == store.key_dtype == torch.float16
+        torch.testing.assert_close(keys.float(), llama_lm.keys(read)[0], atol=5e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("max_rows", [1, 7, 150, 1 << 20])
+def test_key_blocks_are_all_keys_in_order(store: Datastore, max_rows: int) -> None:
+    expected = 0
+    for start, keys in store.key_blocks(max_rows):
+        assert start == expected
+        assert 1 <= len(keys) <= max_rows
+        assert torch.equal(keys, store.keys_at(torch.arange(start, start + len(keys))))
+        expected += len(keys)
+    assert expected == store.rows
+
+
+def test_keys_at_takes_any_rows_in_any_order(store: Datastore) -> None:
+    rows = torch.randperm(store.rows, generator=torch.Generator().manual_seed(0))
+    rows = torch.cat([rows, rows[:5]])
+    assert torch.equal(store.keys_at(rows), stored_keys(store)[rows])
+    assert store.keys_at(rows[:0]).shape == (0, 32)
+
+
+def test_every_row_knows_its_document(store: Datastore, tokens: list[list[int]]) -> None:
+    owners = [name for name, of_document in enumerate(tokens) for _ in of_document]
+    assert [store.document_at(row).name for row in range(store.rows)] == [f"d{n}" for n in owners]
+    for row in (-1, store.rows):
+        with pytest.raises(DatastoreCorruptError, match=f"no document holds row {row}"):
+            store.document_at(row)
+
+
+def test_passages_cross_shards_but_never_documents(
+    store: Datastore, tokens: list[list[int]]
+) -> None:
+    edges = {shard.start for shard in store.shards[1:]}
+    crossed = 0
+    for document, expected in zip(store.documents(), tokens, strict=True):
+        for row in range(document.start, document.stop):
+            passage = store.passage(row, before=24, after=8)
+            at = row - document.start
+            assert passage.document == document
+            assert passage.before.tolist() == expected[max(at - 24, 0) : at]
+            assert passage.value == expected[at]
+            assert passage.after.tolist() == expected[at + 1 : at + 9]
+            crossed += any(row - len(passage.before) < edge <= row for edge in edges)
+    assert crossed > 0
+    whole = store.passage(store.rows - 1, before=1 << 20, after=0)
+    assert whole.before.tolist() == tokens[-1][:-1]
+    assert whole.after.tolist() == []
+
+
+def test_an_empty_datastore_can_be_read(path: Path) -> None:
+    store = Datastore(path)
+    store.forget(["*"])
+    compact(store)
+    assert (len(store), store.rows, store.shards, store.documents()) == (0, 0, [], [])
+    assert store.values.tolist() == []
+    assert list(store.key_blocks(10)) == []
+    neighbors = ExactIndex(store).search(torch.zeros(2, 32), 3)
+    assert not neighbors.present.any()
+
+
+# other writers
+
+
+def test_refresh_sees_what_others_did(
+    path: Path, store: Datastore, llama_lm: LanguageModel
+) -> None:
+    assert not store.refresh()
+    before = contents(store)
+    rows = store.rows
+    other = build(path, llama_lm, [Document("new", "A new document.")])
+    assert (store.rows, len(store.values)) == (rows, rows), "a snapshot until it is refreshed"
+    assert store.refresh()
+    assert not store.refresh()
+    assert store.rows == other.rows > rows
+    assert torch.equal(store.values[:rows], before[1])
+    assert store.documents()[-1].name == "new"
+    assert store.passage(store.rows - 1).document.name == "new"
+
+    (document,) = other.forget(["d2"])
+    assert store.refresh()
+    assert len(store) == store.rows - (document.stop - document.start)
+    assert store.alive.tolist() == [
+        not document.start <= row < document.stop for row in range(store.rows)
+    ]
+    assert "d2" not in [d.name for d in store.documents()]
+
+
+def right_or_changed(read: Callable[[], object], expected: object) -> bool:
+    """Whether a read still gives what it gave; fails unless it is that or the one error."""
+    try:
+        found = read()
+    except DatastoreChangedError as error:
+        assert "\n" not in str(error)
+        return False
+    if isinstance(expected, torch.Tensor):
+        assert isinstance(found, torch.Tensor)
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+    return True
+
+
+@pytest.mark.parametrize("read_before", [True, False], ids=["keys mapped", "keys not mapped"])
+@pytest.mark.parametrize("forgotten", [["d0"], ["d3"], ["d6"], ["d1", "d5"]])
+def test_a_reader_during_compact_is_right_or_told(
+    path: Path, store: Datastore, forgotten: list[str], read_before: bool
+) -> None:
+    def describe(document: StoredDocument) -> tuple[str, int, int]:
+        return document.name, document.start, document.stop
+
+    fresh = Datastore(path)
+    fresh.forget(forgotten)
+    store.refresh()
+    keys, values = stored_keys(fresh), fresh.values
+    documents = [describe(document) for document in fresh.documents()]
+    owners = [describe(fresh.document_at(row)) for row in range(fresh.rows)]
+    if read_before:
+        _ = store.values, stored_keys(store)
+    compact(Datastore(path))
+
+    assert right_or_changed(lambda: store.values, values) or not read_before
+    assert right_or_changed(lambda: stored_keys(store), keys) or not read_before
+    right_or_changed(lambda: [describe(d) for d in store.documents()], documents)
+    for row in range(store.rows):
+        right_or_changed(lambda row=row: describe(store.document_at(row)), owners[row])  # type: ignore[misc]
+
+        def text(row: int = row) -> tuple[list[int], int, list[int]]:
+            passage = store.passage(row, 4, 2)
+            return passage.before.tolist(), passage.value, passage.after.tolist()
+
+        _, start, stop = owners[row]
+        left = values[max(start, row - 4) : row].tolist()
+        right = values[row + 1 : min(stop, row + 3)].tolist()
+        right_or_changed(text, (left, int(values[row]), right))
+
+    assert store.refresh()
+    assert verify(store).problems == ()
+    assert store.rows == len(store) == len(values) - sum(
+        stop - start for name, start, stop in set(owners) if name in forgotten
+    )
+    for row in range(store.rows):
+        document = store.document_at(row)
+        assert document.start <= row < document.stop
+
+
+def test_a_reader_that_opens_while_files_go_sees_the_newer_state(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Datastore(path)
+    writer.forget(["d0", "d4"])
+    check_size = Datastore._check_size
+    compacted = []
+
+    def compacts_first(self: Datastore, *arguments: object) -> None:
+        if not compacted:
+            compacted.append(True)
+            compact(writer)
+        check_size(self, *arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Datastore, "_check_size", compacts_first)
+    reader = Datastore(path)
+    assert compacted
+    assert reader.generation == writer.generation
+    assert verify(reader).problems == ()
+    assert len(reader) == reader.rows == len(writer)
+
+
+# the model and the parameters
+
+
+def test_check_model(store: Datastore, llama_lm: LanguageModel) -> None:
+    store.check_model(llama_lm)
+    store.check_model(LanguageModel(tiny_llama(), byte_tokenizer(), name="renamed"))
+    other = LanguageModel(tiny_llama(seed=1), byte_tokenizer(), name="other")
+    with refusal(DatastoreMismatchError, str(store.path), "with tiny (weights", "not with other"):
+        store.check_model(other)
+    retokenized = LanguageModel(tiny_llama(), byte_tokenizer(vocab_size=300), name="other")
+    with refusal(DatastoreMismatchError, "with tiny (tokenizer", "not with other (tokenizer"):
+        store.check_model(retokenized)
+
+
+def test_parameters_are_kept(store: Datastore) -> None:
+    assert store.parameters is None
+    assert store.tuning is None
+    parameters = Parameters(k=17, lmbda=0.3, temperature=2.5)
+    reader = Datastore(store.path)
+    store.save_parameters(parameters, {"tokens": 12, "name": "ü"})
+    for opened in (store, reader, Datastore(store.path)):
+        assert opened.parameters == parameters
+        assert opened.tuning == {"tokens": 12, "name": "ü"}
+    store.save_parameters(Parameters(lmbda=0.0), {})
+    assert Datastore(store.path).parameters == Parameters(lmbda=0.0)
+    assert verify(store).problems == ()
+
+
+# permissions
+
+
+def test_files_are_readable_by_whom_the_umask_lets(
+    tmp_path: Path, llama_lm: LanguageModel
+) -> None:
+    old = os.umask(0o022)
+    try:
+        store = build(tmp_path / "s", llama_lm, DOCUMENTS[:1], window=64, context=0)
+    finally:
+        os.umask(old)
+    shards = list((store.path / SHARDS).iterdir())
+    assert shards
+    for file in [store.path / FILE_NAME, *shards]:
+        assert file.stat().st_mode & 0o777 == 0o644, file
+
+
+def test_a_read_only_disk_can_be_read_and_is_not_written(
+    tmp_path: Path, built: Path, llama_lm: LanguageModel
+) -> None:
+    with small_disk(tmp_path / "disk", 4096) as disk:
+        path = Path(shutil.copytree(built, disk.path / "store"))
+        disk.make_read_only()
+        store = Datastore(path)
+        assert verify(store).problems == ()
+        rows = torch.arange(3)
+        found = ExactIndex(store).search(store.keys_at(rows).float(), 1)
+        assert float(found.squared_distances.max()) < 1e-3
+        assert store.passage(0).document.name == "d0"
+        for write in (
+            lambda: build(path, llama_lm, distinct_documents(9)),
+            lambda: store.forget(["d0"]),
+            lambda: compact(store),
+            lambda: store.save_parameters(Parameters(), {}),
+        ):
+            with refusal(DatastoreWriteError, str(path), "not writable"):
+                write()
+        with pytest.raises(InvalidArgumentError, match="k must be at least 1"):
+            ExactIndex(store).search(torch.zeros(1, 32), 0)
+        store.close()

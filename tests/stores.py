@@ -1,0 +1,90 @@
+"""Small datastores: their texts, what must be equal however they came to be, the disk they fill."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROSE
+from torch import Tensor
+
+from knnlm.corpus import Document
+from knnlm.datastore.datastore import Datastore
+
+
+def distinct_documents(count: int) -> list[Document]:
+    """Return documents d0, d1, … of one to three paragraphs, no two of which are alike."""
+    return [
+        Document(f"d{n}", f"{n} and {n * n}: {PROSE[3 * n % 97 :]}" + PROSE * (n % 3))
+        for n in range(count)
+    ]
+
+
+def stored_keys(store: Datastore) -> Tensor:
+    return torch.cat([block for _, block in store.key_blocks(1 << 20)])
+
+
+def contents(store: Datastore) -> tuple[Tensor, Tensor, list[tuple[str, int, int, int]]]:
+    """All that must not depend on how a datastore came to be."""
+    documents = [(d.name, d.start, d.stop, d.tokens) for d in store.documents()]
+    return stored_keys(store), store.values, documents
+
+
+def is_same(one: Datastore, other: Datastore) -> bool:
+    (keys, values, documents), (keys2, values2, documents2) = contents(one), contents(other)
+    same = torch.equal(values, values2) and torch.equal(keys, keys2)
+    return documents == documents2 and same
+
+
+def assert_same(one: Datastore, other: Datastore) -> None:
+    (keys, values, documents), (keys2, values2, documents2) = contents(one), contents(other)
+    assert documents == documents2
+    assert torch.equal(values, values2)
+    assert torch.equal(keys, keys2)
+
+
+class SmallDisk:
+    """A file system of its own, of a size that a test chooses."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def resize(self, kibibytes: int) -> None:
+        _mount("-o", f"remount,size={kibibytes}k", str(self.path))
+
+    def make_read_only(self) -> None:
+        _mount("-o", "remount,ro", str(self.path))
+
+    def fill(self) -> Path:
+        """Leave no free byte; returns the file to delete afterwards."""
+        filler = self.path / "filler"
+        with filler.open("wb", buffering=0) as file:
+            try:
+                while True:
+                    file.write(bytes(1024))
+            except OSError:
+                return filler
+
+
+def _mount(*arguments: str) -> None:
+    subprocess.run(["mount", *arguments], check=True, capture_output=True)
+
+
+@contextmanager
+def small_disk(path: Path, kibibytes: int) -> Iterator[SmallDisk]:
+    """Mount a disk; skips the test where that is not allowed."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    path.mkdir()
+    try:
+        _mount("-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", str(path))
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        yield SmallDisk(path)
+    finally:
+        # lazily: tensors may still be mapped from its files
+        subprocess.run(["umount", "--lazy", str(path)], check=True)
