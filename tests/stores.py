@@ -33,12 +33,6 @@ def contents(store: Datastore) -> tuple[Tensor, Tensor, list[tuple[str, int, int
     return stored_keys(store), store.values, documents
 
 
-def is_same(one: Datastore, other: Datastore) -> bool:
-    (keys, values, documents), (keys2, values2, documents2) = contents(one), contents(other)
-    same = torch.equal(values, values2) and torch.equal(keys, keys2)
-    return documents == documents2 and same
-
-
 def assert_same(one: Datastore, other: Datastore) -> None:
     (keys, values, documents), (keys2, values2, documents2) = contents(one), contents(other)
     assert documents == documents2

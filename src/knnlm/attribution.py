@@ -69,6 +69,9 @@ def explain(
         raise InvalidArgumentError(
             f"{model.store.path} must have entries to explain with, got none"
         )
+    for name, number in [("sources", sources), ("before", before), ("after", after)]:
+        if number < 0:
+            raise InvalidArgumentError(f"{name} must be at least 0, got {number}")
     explanations: list[Explanation] = []
     for scores in evaluation_scores(
         model.lm,

@@ -1,20 +1,19 @@
 """KNNLM: a language model and a datastore that together predict the next token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from torch import Tensor, nn
 
 from knnlm.corpus import Document
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index
-from knnlm.key_choices import KeyCapture
 from knnlm.language_model import LanguageModel
 from knnlm.mixture.interpolation import dense_knn_log_probs, interpolate, neighbor_log_weights
 from knnlm.mixture.parameters import Parameters
@@ -72,10 +71,14 @@ class KNNLM:
         mixed = self._mix(reading.keys.flatten(0, 1), log_probs.flatten(0, 1))
         return mixed.reshape(log_probs.shape)
 
+    @property
+    def _is_lm_alone(self) -> bool:
+        return self.parameters.lmbda == 0.0 or len(self.store) == 0
+
     def _mix(
         self, keys: Float[Tensor, "query dim"], lm_log_probs: Float[Tensor, "query vocab"]
     ) -> Float[Tensor, "query vocab"]:
-        if self.parameters.lmbda == 0.0 or len(self.store) == 0:
+        if self._is_lm_alone:
             return lm_log_probs
         neighbors = self.index.search(keys.float(), self.parameters.k)
         values = self.store.values[neighbors.rows.clamp_min(0).cpu()].to(keys.device)
@@ -123,7 +126,8 @@ class KNNLM:
         """Continue a prompt, greedily unless `do_sample=True`.
 
         options: of transformers' `generate` (do_sample, temperature, top_p, num_beams, …), where
-        temperature is the sampling temperature. seed: makes sampling repeatable. Raises
+        temperature is the sampling temperature; all of them act on the mixture. seed: makes
+        sampling repeatable and leaves torch's own random numbers alone. Raises
         InvalidArgumentError if prompt and continuation do not fit the model.
         """
         if max_new_tokens < 1:
@@ -138,17 +142,16 @@ class KNNLM:
             )
         tokens = tokens.to(lm.device)
         options.setdefault("do_sample", False)
-        if lm.tokenizer.pad_token_id is None:
-            options.setdefault("pad_token_id", lm.start_token)
+        padding = lm.tokenizer.pad_token_id
+        options.setdefault("pad_token_id", lm.start_token if padding is None else padding)
         devices = [lm.device] if lm.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), lm.capture() as captured:
+        with torch.random.fork_rng(devices, enabled=seed is not None), self._mixing_in_model():
             if seed is not None:
                 torch.manual_seed(seed)
             output = lm.model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 max_new_tokens=max_new_tokens,
-                logits_processor=LogitsProcessorList([_Mixing(self, captured)]),
                 **options,
             )
         new = output[0, length:].tolist()
@@ -156,19 +159,29 @@ class KNNLM:
         text = lm.decode(new[:-1] if new and new[-1] == end else new)
         return Generation(prompt, text, new)
 
+    @contextmanager
+    def _mixing_in_model(self) -> Iterator[None]:
+        """Let the model answer with the mixture, so that whatever reads its logits reads that."""
+        model = self.lm.model
+        training = model.training
+        with self.lm.capture() as captured:
 
-class _Mixing(LogitsProcessor):  # type: ignore[misc]
-    """Replaces the last position's logits by the mixture's log-probabilities."""
+            def mix(module: nn.Module, inputs: Any, output: Any) -> Any:
+                if not self._is_lm_alone:
+                    kept = output.logits.shape[1]  # while generating, only the last positions'
+                    log_probs = torch.log_softmax(output.logits.float(), dim=-1)
+                    keys = captured.keys[:, -kept:].to(log_probs.device)
+                    mixed = self._mix(keys.flatten(0, 1), log_probs.flatten(0, 1))
+                    output.logits = mixed.reshape(log_probs.shape)
+                return output
 
-    def __init__(self, model: KNNLM, captured: KeyCapture) -> None:
-        self.model = model
-        self.captured = captured
-
-    def __call__(
-        self, input_ids: Int[Tensor, "batch time"], scores: Float[Tensor, "batch vocab"]
-    ) -> Float[Tensor, "batch vocab"]:
-        log_probs = torch.log_softmax(scores.float(), dim=-1)
-        return self.model._mix(self.captured.keys[:, -1], log_probs)
+            hook = model.register_forward_hook(mix)
+            model.eval()
+            try:
+                yield
+            finally:
+                hook.remove()
+                model.train(training)
 
 
 def choose_parameters(

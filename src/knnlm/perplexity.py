@@ -172,8 +172,12 @@ def evaluate(
     words = sum(met[number].words for number in scored)
     size_bytes = sum(met[number].size_bytes for number in scored)
     last = met[max(scored)]
-    if not last.exhausted or scored[last.number] < last.tokens - (windowing.boundary == "stream"):
-        text = lm.decode(np.concatenate(last_targets))
+    # a stream predicts every document's start token but the first one's
+    streaming = windowing.boundary == "stream"
+    unpredicted = int(streaming and last.number == min(met))
+    if not last.exhausted or scored[last.number] < last.tokens - unpredicted:
+        targets = np.concatenate(last_targets)
+        text = lm.decode(targets[int(streaming) - unpredicted :])
         words += len(text.split()) - last.words
         size_bytes += len(text.encode()) - last.size_bytes
     return PerplexityReport(

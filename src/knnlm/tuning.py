@@ -111,6 +111,8 @@ def tune(
     """Find the k ≤ max_k (1,024), λ and temperature that predict a held-out text best."""
     if len(model.store) == 0:
         raise InvalidArgumentError(f"{model.store.path} must have entries to tune on, got none")
+    if max_k is not None and max_k < 1:
+        raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
     k = min(max_k or MAX_K, len(model.store))
     return sweep(cache_neighbors(model, documents, k, windowing, max_tokens, progress), progress)
 

@@ -3,11 +3,12 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import PROSE, byte_tokenizer, documents_of, tiny_gpt2, tiny_llama
-from torch import Tensor
+from stores import assert_same
 
 from knnlm.corpus import Document, read_documents
 from knnlm.datastore.build import build
@@ -20,20 +21,6 @@ from knnlm.errors import (
     NonFiniteKeysError,
 )
 from knnlm.language_model import LanguageModel
-
-
-def contents(store: Datastore) -> tuple[Tensor, Tensor, list[tuple[str, int, int, int]]]:
-    """All that must not depend on how a datastore came to be."""
-    keys = torch.cat([block for _, block in store.key_blocks(1 << 20)])
-    documents = [(d.name, d.start, d.stop, d.tokens) for d in store.documents()]
-    return keys, store.values, documents
-
-
-def assert_same(one: Datastore, other: Datastore) -> None:
-    (keys, values, documents), (keys2, values2, documents2) = contents(one), contents(other)
-    assert documents == documents2
-    assert torch.equal(values, values2)
-    assert torch.equal(keys, keys2)
 
 
 def test_every_token_is_a_value_and_its_key_is_the_models(
@@ -75,7 +62,7 @@ def test_stream_stores_every_token_but_the_first(tmp_path: Path, llama_lm: Langu
 
 
 def test_stream_with_context_drops_the_first_block(tmp_path: Path, llama_lm: LanguageModel) -> None:
-    arguments = {"boundary": "stream", "window": 48, "context": 16}
+    arguments: dict[str, Any] = {"boundary": "stream", "window": 48, "context": 16}
     store = build(tmp_path / "s", llama_lm, documents_of(4), **arguments)
     whole = build(
         tmp_path / "whole", llama_lm, documents_of(4), boundary="stream", window=48, context=0
@@ -96,7 +83,7 @@ def test_stream_with_context_drops_the_first_block(tmp_path: Path, llama_lm: Lan
 )
 @pytest.mark.parametrize("failures", [1, 4])
 def test_an_interrupted_build_equals_an_uninterrupted_one(
-    tmp_path: Path, tiny_lm: LanguageModel, arguments: dict[str, object], failures: int
+    tmp_path: Path, tiny_lm: LanguageModel, arguments: dict[str, Any], failures: int
 ) -> None:
     documents = documents_of(9)
     whole = build(tmp_path / "whole", tiny_lm, documents, shard_rows=150, **arguments)
@@ -114,6 +101,29 @@ def test_an_interrupted_build_equals_an_uninterrupted_one(
     resumed = build(tmp_path / "resumed", tiny_lm, documents, shard_rows=150, **arguments)
     assert verify(resumed).problems == ()
     assert_same(resumed, whole)
+
+
+@pytest.mark.parametrize("boundary", ["document", "stream"])
+@pytest.mark.parametrize("context", [0, 16])
+def test_empty_documents_do_not_keep_a_build_from_going_on(
+    tmp_path: Path, llama_lm: LanguageModel, boundary: str, context: int
+) -> None:
+    arguments: dict[str, Any] = {
+        "window": 64,
+        "context": context,
+        "boundary": boundary,
+        "shard_rows": 64,
+    }
+    documents = [Document("empty", ""), *documents_of(3), Document("also empty", "")]
+    whole = build(tmp_path / "whole", llama_lm, documents, **arguments)
+    assert all(document.complete for document in whole.documents())
+    assert_same(build(tmp_path / "without", llama_lm, documents_of(3), **arguments), whole)
+    for max_entries in range(50, whole.rows, 100):
+        build(tmp_path / "part", llama_lm, documents, max_entries=max_entries, **arguments)
+    part = build(tmp_path / "part", llama_lm, documents, **arguments)
+    assert part.forgotten_rows == 0
+    assert torch.equal(part.values, whole.values)
+    assert [d.complete for d in part.documents()] == [True] * 3
 
 
 def test_max_entries_stops_and_goes_on(tmp_path: Path, tiny_lm: LanguageModel) -> None:
@@ -148,9 +158,11 @@ def test_appending_skips_what_is_there_and_replaces_what_changed(
     changed = [Document("d1", "Something else entirely."), Document("new", "A new document.")]
     store = build(tmp_path / "store", tiny_lm, [*documents[:1], *changed, documents[2]])
     assert [d.name for d in store.documents()] == ["d0", "d2", "d1", "new"]
-    old = len(tiny_lm.encode([documents[1].text])[0])  # type: ignore[list-item]
+    old = len(tiny_lm.encode([str(documents[1].text)])[0])
     assert store.forgotten_rows == old
-    assert store.rows == rows + sum(map(len, tiny_lm.encode([d.text for d in changed])))  # type: ignore[misc]
+    assert store.rows == rows + sum(
+        len(new) for new in tiny_lm.encode([str(d.text) for d in changed])
+    )
     assert verify(store).problems == ()
 
 
@@ -226,10 +238,10 @@ def test_keys_that_are_not_finite_are_refused_and_nothing_stays(tmp_path: Path) 
     ],
 )
 def test_bad_arguments_leave_nothing_behind(
-    tmp_path: Path, llama_lm: LanguageModel, arguments: dict[str, object], message: str
+    tmp_path: Path, llama_lm: LanguageModel, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
-        build(tmp_path / "deep" / "s", llama_lm, documents_of(1), **arguments)  # type: ignore[arg-type]
+        build(tmp_path / "deep" / "s", llama_lm, documents_of(1), **arguments)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,8 @@
 """The command `knnlm`. Parses arguments and prints; everything else is the library's."""
 
+import errno
 import logging
+import os
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from knnlm.apps import console
-from knnlm.errors import InvalidArgumentError, KNNLMError
+from knnlm.errors import DatastoreWriteError, InvalidArgumentError, KNNLMError
 
 if TYPE_CHECKING:
     from knnlm.datastore.datastore import Datastore
@@ -28,9 +30,12 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KNNLMError as error:
-            console.ERR.print(
-                f"error: {' '.join(str(error).split())}", markup=False, soft_wrap=True
-            )
+            console.ERR.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+            raise typer.Exit(1) from error
+        except OSError as error:  # what the system refuses: no permission, a name too long
+            if error.errno in (None, errno.EPIPE):
+                raise
+            console.ERR.print(f"error: {error.filename}: {error.strerror}", soft_wrap=True)
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             console.ERR.print(
@@ -170,6 +175,16 @@ def _open(
     return KNNLM(lm, store, k=k, lmbda=lmbda, temperature=temperature)
 
 
+def _check_writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DatastoreWriteError(f"cannot write to {folder}: no such folder; make it first")
+    if not os.access(folder, os.W_OK):
+        raise DatastoreWriteError(
+            f"cannot write to {folder}: the folder is not writable; change its permissions or "
+            "choose another"
+        )
+
+
 def _windowing(
     model: "KNNLM", window: int | None, context: int | None, boundary: Boundary | None
 ) -> "Windowing":
@@ -298,6 +313,9 @@ def tune(
     if max_k < 1:
         raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
     opened = _open(store, model, dtype, device)
+    picture = plot or store / "tuning.png"
+    for folder in (store, picture.parent):
+        _check_writable(folder)  # before the work
     tuning = knnlm.tune(
         opened,
         documents,
@@ -312,7 +330,6 @@ def tune(
         "lm_perplexity": tuning.lm_perplexity,
         "knn_perplexity": tuning.knn_perplexity,
     }
-    picture = plot or store / "tuning.png"
     plot_tuning(tuning, picture)
     opened.store.save_parameters(tuning.parameters, facts)
     if as_json:
@@ -341,7 +358,9 @@ def evaluate(
 ) -> None:
     """Measure the perplexity of the language model and of the kNN-LM on held-out text.
 
-    knnlm eval docs.store held-out/test
+    Every token is scored once, by both. Use text that is neither in the datastore nor was tuned on.
+
+        knnlm eval docs.store held-out/test
     """
     import knnlm
 
@@ -380,7 +399,9 @@ def generate(
 ) -> None:
     """Continue a prompt with the kNN-LM.
 
-    knnlm generate docs.store "The nearest neighbors"
+    Takes the likeliest token each time, unless --sample is given.
+
+        knnlm generate docs.store "The nearest neighbors"
     """
     opened = _open(store, model, dtype, device, k, lmbda, temperature)
     options: dict[str, Any] = (
@@ -392,8 +413,8 @@ def generate(
     if as_json:
         console.print_json({"prompt": prompt, "text": generation.text, "tokens": generation.tokens})
     else:
-        console.OUT.print(prompt, style="dim", end="", markup=False)
-        console.OUT.print(generation.text, markup=False)
+        typer.secho(prompt, dim=True, nl=False)  # which wraps no line and expands no tab
+        typer.echo(generation.text)
 
 
 @app.command()
@@ -416,11 +437,13 @@ def explain(
 ) -> None:
     """Show for each token of a text what the datastore changed, and which passages spoke for it.
 
-    knnlm explain docs.store "def create_task(self, coro):"
+    The text comes coloured: green where the datastore helped, red where it hurt.
+
+        knnlm explain docs.store "def create_task(self, coro):"
     """
     import knnlm
 
-    if len(text) < 4096 and "\n" not in text and Path(text).is_file():
+    if _is_file(text):
         text = "".join(block for d in knnlm.read_documents(text) for block in d.blocks())
     opened = _open(store, model, dtype, device, k, lmbda, temperature)
     explanations = knnlm.explain(opened, text, sources=sources)
@@ -429,6 +452,13 @@ def explain(
         return
     most = sorted(range(len(explanations)), key=lambda n: -abs(explanations[n].gain))[:tokens]
     console.print_explanations(explanations, sorted(most))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 @app.command()
@@ -453,9 +483,7 @@ def info(
         return
     console.print_store(opened)
     for document in opened.documents() if documents else []:
-        console.OUT.print(
-            f"{document.stop - document.start:>10,}  {document.name}", markup=False, soft_wrap=True
-        )
+        console.OUT.print(f"{document.stop - document.start:>10,}  {document.name}", soft_wrap=True)
 
 
 @app.command()
@@ -524,7 +552,7 @@ def verify(store: Store, as_json: Json = False) -> None:
         console.OUT.print(f"{found.shards:,} shards with {found.rows:,} entries are sound")
     if found.problems:
         for problem in [] if as_json else found.problems:
-            console.ERR.print(f"error: {problem}", markup=False, soft_wrap=True)
+            console.ERR.print(f"error: {problem}", soft_wrap=True)
         raise typer.Exit(1)
 
 

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from knnlm.perplexity import PerplexityReport
     from knnlm.tuning import Tuning
 
-OUT = Console(highlight=False)
-ERR = Console(stderr=True, highlight=False)
+# names and texts are shown as they are: no [markup], no :emoji:
+OUT = Console(highlight=False, markup=False, emoji=False)
+ERR = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 class _DoneColumn(ProgressColumn):
@@ -72,13 +73,19 @@ class RichProgress:
                     bars.update(task, total=total)
                 bars.advance(task, amount)
 
-            yield advance
+            try:
+                yield advance
+            except Exception:
+                bars.live.transient = True  # a refusal is one line, without a half-drawn bar
+                bars.live.stop()
+                bars.disable = True
+                raise
             bars.update(task, total=bars.tasks[0].completed)
 
 
 def print_json(value: object) -> None:
     """Print one JSON value on one line; infinite and undefined numbers become null."""
-    OUT.print(json.dumps(_finite(value), ensure_ascii=False), soft_wrap=True, markup=False)
+    OUT.print(json.dumps(_finite(value), ensure_ascii=False), soft_wrap=True)
 
 
 def _finite(value: Any) -> Any:
@@ -94,11 +101,11 @@ def _finite(value: Any) -> Any:
 def print_perplexity(report: "PerplexityReport") -> None:
     """Print the LM and the kNN-LM side by side."""
     parameters = report.parameters
-    table = Table(
-        title=f"{report.tokens:,} tokens of {report.documents:,} documents, "
-        f"k {parameters.k}, λ {parameters.lmbda:g}, T {parameters.temperature:g}",
-        title_justify="left",
+    OUT.print(
+        f"{report.tokens:,} tokens of {report.documents:,} documents, "
+        f"k {parameters.k}, λ {parameters.lmbda:g}, T {parameters.temperature:g}"
     )
+    table = Table()
     for heading in ("", "LM", "kNN-LM", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
     for label, name in [
@@ -121,7 +128,8 @@ def print_perplexity(report: "PerplexityReport") -> None:
 def print_tuning(tuning: "Tuning") -> None:
     """Print what was chosen, and how perplexity depends on k."""
     chosen = tuning.parameters
-    table = Table(title=f"{tuning.tokens:,} tokens to tune on", title_justify="left")
+    OUT.print(f"{tuning.tokens:,} tokens to tune on")
+    table = Table()
     for heading in ("k", "best λ", "best T", "perplexity"):
         table.add_column(heading, justify="right")
     for trial in tuning.by_k:
@@ -151,8 +159,10 @@ def print_explanations(explanations: Sequence["Explanation"], chosen: Sequence[i
     text = Text()
     for explanation in explanations:
         text.append(explanation.text, style=_gain_style(explanation.gain))
-    OUT.print(text)
-    OUT.print("[green]green[/]: the datastore helped, [red]red[/]: it hurt\n")
+    OUT.print(text, soft_wrap=True)
+    OUT.print(
+        Text.assemble(("green", "green"), ": the datastore helped, ", ("red", "red"), ": it hurt\n")
+    )
     for number in chosen:
         explanation = explanations[number]
         OUT.print(
@@ -162,7 +172,8 @@ def print_explanations(explanations: Sequence["Explanation"], chosen: Sequence[i
                 f": p_LM {_probability(explanation.lm_log_prob)}, "
                 f"p_kNN {explanation.knn_prob:.3f}, p {_probability(explanation.log_prob)} "
                 f"({explanation.gain:+.2f} nats)",
-            )
+            ),
+            soft_wrap=True,
         )
         for source in explanation.sources:
             OUT.print(
@@ -174,7 +185,8 @@ def print_explanations(explanations: Sequence["Explanation"], chosen: Sequence[i
                     (_one_line(source.value), "reverse"),
                     _one_line(source.after),
                     "…",
-                )
+                ),
+                soft_wrap=True,
             )
         OUT.print()
 
@@ -242,7 +254,8 @@ def print_store(store: "Datastore") -> None:
             f"{tuning['lm_perplexity']:.3f} → {tuning['knn_perplexity']:.3f} on "
             f"{tuning['tokens']:,} tuning tokens"
         )
-    table = Table(title=str(store.path), title_justify="left", show_header=False)
+    OUT.print(str(store.path), style="bold", markup=False)
+    table = Table(show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     OUT.print(table)

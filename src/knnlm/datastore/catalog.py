@@ -120,6 +120,8 @@ class Catalog:
         with writing(folder):
             aside.unlink(missing_ok=True)
             with _sqlite_errors(aside), closing(_connect(aside)) as connection:
+                # no second file aside: what a kill leaves half done is made anew
+                connection.execute("PRAGMA journal_mode = MEMORY")
                 connection.executescript(_SCHEMA)
                 connection.executemany(
                     "INSERT INTO settings VALUES (?, ?)",
@@ -139,6 +141,20 @@ class Catalog:
             yield
 
     @contextmanager
+    def _damage(self) -> Iterator[None]:
+        try:
+            yield
+        except (TypeError, ValueError) as error:
+            raise _damaged(self._path, error) from error
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Read everything inside from one state of the catalog, whatever others commit."""
+        with self._errors(), self._connection:
+            self._connection.execute("BEGIN")
+            yield
+
+    @contextmanager
     def transaction(self) -> Iterator[None]:
         """Make all changes inside visible at once and durably, or none, as a new generation."""
         with self._errors(), self._connection:
@@ -152,7 +168,8 @@ class Catalog:
             row = self._connection.execute(
                 "SELECT value FROM settings WHERE name = ?", (name,)
             ).fetchone()
-        return None if row is None else json.loads(row[0])
+        with self._damage():
+            return None if row is None else json.loads(row[0])
 
     def set(self, name: str, value: Any) -> None:
         """Set a setting; durable with the surrounding transaction, at once without one."""
@@ -164,12 +181,23 @@ class Catalog:
     @property
     def settings(self) -> Settings:
         """The datastore's fixed settings."""
-        return Settings(**self.get("datastore"))
+        with self._damage():
+            return Settings(**self.get("datastore"))
 
     @property
     def generation(self) -> int:
         """A number that grows with every change of the entries."""
-        return int(self.get("generation"))
+        with self._damage():
+            return int(self.get("generation"))
+
+    @property
+    def numbering(self) -> int:
+        """A number that grows whenever rows are renumbered."""
+        return int(self.get("numbering") or 0)
+
+    def renumber(self) -> None:
+        """Tell readers that rows have new numbers; inside a transaction."""
+        self.set("numbering", self.numbering + 1)
 
     def shards(self) -> list[StoredShard]:
         """Return all shards in row order."""
@@ -203,19 +231,13 @@ class Catalog:
             self._connection.execute("UPDATE shards SET start = ? WHERE name = ?", (start, name))
 
     def documents(self, where: str = "", *arguments: object) -> list[StoredDocument]:
-        """Return the documents, in the order in which they were stored."""
-        return list(self.iterate_documents(where, *arguments))
-
-    def iterate_documents(self, where: str = "", *arguments: object) -> Iterator[StoredDocument]:
-        """Yield the documents that fulfil a condition in SQL."""
+        """Return those that fulfil a condition in SQL, in the order in which they were stored."""
         condition = f"WHERE {where}" if where else ""
         with self._errors():
-            yield from map(
-                _document,
-                self._connection.execute(
-                    f"SELECT {_DOCUMENT_COLUMNS} FROM documents {condition} ORDER BY id", arguments
-                ),
-            )
+            rows = self._connection.execute(
+                f"SELECT {_DOCUMENT_COLUMNS} FROM documents {condition} ORDER BY id", arguments
+            ).fetchall()
+        return [_document(row) for row in rows]
 
     def latest_document(self, name: str) -> StoredDocument | None:
         """Return the newest document of that name that is not forgotten."""
@@ -280,8 +302,11 @@ class Catalog:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = EXTRA")  # a commit survives power loss
+    with _sqlite_errors(path):
+        connection = sqlite3.connect(
+            path, timeout=30.0, isolation_level=None, check_same_thread=False
+        )
+        connection.execute("PRAGMA synchronous = EXTRA")  # a commit survives power loss
     return connection
 
 
@@ -290,6 +315,8 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.OperationalError as error:
+        if "no such" in str(error):  # a table or a column
+            raise _damaged(path, error) from error
         if "full" in str(error):
             rule = "the disk is full; free some space and run the same command again"
         elif "readonly" in str(error) or "unable to open" in str(error):
@@ -298,6 +325,8 @@ def _sqlite_errors(path: Path) -> Iterator[None]:
             rule = str(error)
         raise DatastoreWriteError(f"cannot write {path}: {rule}") from error
     except sqlite3.DatabaseError as error:
-        raise DatastoreCorruptError(
-            f"{path} is damaged ({error}); restore it from a copy"
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> DatastoreCorruptError:
+    return DatastoreCorruptError(f"{path} is damaged ({error}); restore it from a copy")

@@ -16,6 +16,7 @@ from torch import Tensor
 from knnlm.datastore.catalog import Catalog, Settings, StoredDocument, StoredShard
 from knnlm.datastore.shards import Shard, open_shard, remove_files_except, writing
 from knnlm.errors import (
+    DatastoreChangedError,
     DatastoreCorruptError,
     DatastoreLockedError,
     DatastoreMismatchError,
@@ -66,18 +67,28 @@ class Datastore:
 
     def refresh(self) -> bool:
         """See what other writers committed since; return whether anything changed."""
-        generation = self.catalog.generation
-        if generation == self.generation:
+        if self.catalog.generation == self.generation:
             return False
-        self.shards: list[StoredShard] = self.catalog.shards()
-        self._starts = [shard.start for shard in self.shards]
+        while True:
+            with self.catalog.snapshot():
+                generation, numbering = self.catalog.generation, self.catalog.numbering
+                shards = self.catalog.shards()
+                forgotten = [(d.start, d.stop) for d in self.catalog.documents("forgotten")]
+            try:
+                for shard in shards:
+                    self._check_size(shard)
+                break
+            except DatastoreCorruptError:
+                if self.catalog.generation == generation:
+                    raise  # and not compacted meanwhile
+        self.shards: list[StoredShard] = shards
+        self._starts = [shard.start for shard in shards]
         self._open: dict[str, Shard] = {}
-        for shard in self.shards:
-            self._check_size(shard)
-        self.rows = self.shards[-1].stop if self.shards else 0
-        self._forgotten = [(d.start, d.stop) for d in self.catalog.iterate_documents("forgotten")]
-        self.forgotten_rows = sum(stop - start for start, stop in self._forgotten)
+        self.rows = shards[-1].stop if shards else 0
+        self._forgotten = forgotten
+        self.forgotten_rows = sum(stop - start for start, stop in forgotten)
         self._values: Tensor | None = None
+        self._numbering = numbering
         self.generation = generation
         return True
 
@@ -124,11 +135,15 @@ class Datastore:
             alive[start:stop] = False
         return alive
 
-    def key_blocks(self, max_rows: int) -> Iterator[tuple[int, Float[Tensor, "rows dim"]]]:
-        """Yield (first row, memory-mapped keys) over the whole datastore in row order."""
+    def key_blocks(
+        self, max_rows: int, first_row: int = 0
+    ) -> Iterator[tuple[int, Float[Tensor, "rows dim"]]]:
+        """Yield (row of the first, memory-mapped keys) in row order, from `first_row` on."""
         for shard in self.shards:
+            if shard.stop <= first_row:
+                continue
             keys = self._shard(shard).keys
-            for start in range(0, len(keys), max_rows):
+            for start in range(max(first_row - shard.start, 0), len(keys), max_rows):
                 yield shard.start + start, keys[start : start + max_rows]
 
     def keys_at(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n dim"]:
@@ -140,13 +155,28 @@ class Datastore:
                 keys[inside] = self._shard(shard).keys[rows[inside] - shard.start]
         return keys
 
+    @contextmanager
+    def _same_numbering(self) -> Iterator[None]:
+        with self.catalog.snapshot():
+            if self.catalog.numbering != self._numbering:
+                raise DatastoreChangedError(
+                    f"{self.path} was compacted since it was opened, which renumbered its rows; "
+                    "open it again"
+                )
+            yield
+
     def documents(self) -> list[StoredDocument]:
-        """Return the documents that are not forgotten, in the order in which they were stored."""
-        return self.catalog.documents("NOT forgotten")
+        """Return the documents that are not forgotten, in the order in which they were stored.
+
+        Raises DatastoreChangedError if rows were renumbered since they were last read.
+        """
+        with self._same_numbering():
+            return self.catalog.documents("NOT forgotten")
 
     def document_at(self, row: int) -> StoredDocument:
-        """Return the document that a row belongs to."""
-        return self.catalog.document_at(row)
+        """Return the document that a row belongs to; raises DatastoreChangedError likewise."""
+        with self._same_numbering():
+            return self.catalog.document_at(row)
 
     def passage(self, row: int, before: int = 24, after: int = 8) -> Passage:
         """Return up to `before` tokens that precede a row's value in its document, and the rest."""

@@ -56,6 +56,8 @@ def compact(store: Datastore, progress: Progress = SILENT) -> Compaction:
         live_before = torch.cat([torch.zeros(1, dtype=torch.int64), alive.long().cumsum(0)])
         forgotten = catalog.documents("forgotten")
         with catalog.transaction():
+            if rows < len(alive):
+                catalog.renumber()
             kept_starts = {shard.file.name: shard.start for shard in kept}
             for shard in old:
                 catalog.move_shard(shard.file.name, kept_starts.get(shard.file.name))
@@ -92,7 +94,9 @@ class Verification:
 
 def verify(store: Datastore, progress: Progress = SILENT) -> Verification:
     """Reread every byte against its checksum, and check that rows and documents fit together."""
+    store.refresh()
     catalog, shards = store.catalog, store.shards
+    documents = catalog.documents()
     folder = store.path / SHARDS
     problems = [problem] if (problem := catalog.problem()) else []
     with progress.task("verify", sum(s.file.size_bytes for s in shards), "bytes") as advance:
@@ -111,7 +115,7 @@ def verify(store: Datastore, progress: Progress = SILENT) -> Verification:
             expected_start = shard.stop
             advance(shard.file.size_bytes)
     expected_start = 0
-    for document in sorted(catalog.documents(), key=lambda d: (d.start, d.stop)):
+    for document in sorted(documents, key=lambda d: (d.start, d.stop)):
         if document.start != expected_start:
             problems.append(
                 f"{store.path}: document {document.name} starts at row {document.start}, "
@@ -120,6 +124,8 @@ def verify(store: Datastore, progress: Progress = SILENT) -> Verification:
         expected_start = document.stop
     if expected_start != store.rows:
         problems.append(f"{store.path}: documents end at row {expected_start} of {store.rows}")
+    if problems and store.refresh():  # another process changed it meanwhile
+        return verify(store, progress)
     return Verification(len(shards), store.rows, tuple(problems))
 
 

@@ -17,7 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from knnlm.errors import DatastoreChangedError, DatastoreCorruptError, DatastoreWriteError
+from knnlm.errors import (
+    DatastoreChangedError,
+    DatastoreCorruptError,
+    DatastoreWriteError,
+    KNNLMError,
+)
 
 ASIDE = ".part"
 
@@ -45,6 +50,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn the operating system's refusals to write into one DatastoreWriteError line."""
     try:
         yield
+    except KNNLMError:
+        raise  # some are OSErrors too, and say already what is wrong
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             rule = "the disk is full; free some space and run the same command again"

@@ -30,15 +30,20 @@ class ExactIndex:
     common point first, which leaves distances as they are and keeps the digits that
     |q|² + |k|² − 2 q·k would cancel. Follows every change of the datastore that `store` has seen.
 
-    device: where the arithmetic is done, "cpu" or a GPU.
+    device: where the arithmetic is done, "cpu" or a GPU. first_row: leave out the rows before it.
     """
 
     def __init__(
-        self, store: Datastore, device: str = "cpu", resident_bytes: int = RESIDENT_BYTES
+        self,
+        store: Datastore,
+        device: str = "cpu",
+        resident_bytes: int = RESIDENT_BYTES,
+        first_row: int = 0,
     ) -> None:
         self.store = store
         self.device = torch.device(device)
         self.resident_bytes = resident_bytes
+        self.first_row = first_row
         self._generation = -1
         self._resident: _Block | None = None
 
@@ -48,15 +53,17 @@ class ExactIndex:
         store = self.store
         self._alive = store.alive.to(self.device)
         self._center = next(
-            (keys.float().mean(dim=0) for _, keys in store.key_blocks(_SCORES // 1024)),
+            (keys.float().mean(dim=0) for _, keys in store.key_blocks(1 << 15, self.first_row)),
             torch.zeros(store.settings.dimension),
         ).to(self.device)
         self._resident = None
-        if 4 * store.rows * store.settings.dimension <= self.resident_bytes:
-            keys = torch.empty(store.rows, store.settings.dimension, device=self.device)
-            for start, block in store.key_blocks(1 << 16):
-                keys[start : start + len(block)] = block.to(self.device)
-            self._resident = self._block(0, keys.sub_(self._center))
+        rows, dimension = store.rows - self.first_row, store.settings.dimension
+        if 4 * rows * dimension <= self.resident_bytes:
+            keys = torch.empty(rows, dimension, device=self.device)
+            for start, block in store.key_blocks(1 << 16, self.first_row):
+                first = start - self.first_row
+                keys[first : first + len(block)] = block.to(self.device)
+            self._resident = self._block(self.first_row, keys.sub_(self._center))
         self._generation = store.generation
 
     def _block(self, start: int, keys: Float[Tensor, "rows dim"]) -> _Block:
@@ -66,12 +73,12 @@ class ExactIndex:
 
     def _blocks(self, rows: int) -> Iterator[_Block]:
         if self._resident is not None:
-            _, keys, squared_norms = self._resident
+            first, keys, squared_norms = self._resident
             for start in range(0, len(keys), rows):
                 stop = start + rows
-                yield _Block(start, keys[start:stop], squared_norms[start:stop])
+                yield _Block(first + start, keys[start:stop], squared_norms[start:stop])
         else:
-            for start, keys in self.store.key_blocks(rows):
+            for start, keys in self.store.key_blocks(rows, self.first_row):
                 yield self._block(start, keys.to(self.device, torch.float32) - self._center)
 
     def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -37,6 +38,13 @@ class Index(Protocol):
         finite, the rest is absent. Raises InvalidArgumentError for k < 1 or another dimension.
         """
         ...
+
+
+def merge_neighbors(one: Neighbors, other: Neighbors, k: int) -> Neighbors:
+    """Return the k nearest among those of two searches over different rows."""
+    distances = torch.cat([one.squared_distances, other.squared_distances], dim=1)
+    nearest, columns = distances.topk(k, dim=1, largest=False)
+    return Neighbors(nearest, torch.cat([one.rows, other.rows], dim=1).gather(1, columns))
 
 
 def check_search(queries: Float[Tensor, "query dim"], k: int, dimension: int) -> None:

@@ -1,0 +1,540 @@
+"""SIGKILL anywhere, a full disk, a second writer: nothing that was committed is ever lost.
+
+Work that is to be killed runs in a fork of the test process, which has everything imported.
+"""
+
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import refusal
+from stores import assert_same, contents, distinct_documents, small_disk, stored_keys
+
+from knnlm.corpus import Document
+from knnlm.datastore import catalog as catalog_module
+from knnlm.datastore.build import build
+from knnlm.datastore.catalog import FILE_NAME, Catalog
+from knnlm.datastore.datastore import SHARDS, Datastore, writer_lock
+from knnlm.datastore.maintenance import compact, verify
+from knnlm.errors import DatastoreLockedError, DatastoreWriteError
+from knnlm.index.exact import ExactIndex
+from knnlm.language_model import LanguageModel
+from knnlm.mixture.parameters import Parameters
+from knnlm.progress import Advance
+
+# newer Pythons warn of forks beside threads; ours use no thread pool
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+DOCUMENTS = distinct_documents(60)
+ARGUMENTS: dict[str, Any] = {"window": 64, "context": 16, "shard_rows": 400}
+KILLS = 30
+
+
+def in_child(work: Callable[[], object]) -> BaseProcess:
+    """Start work in a fork of this process."""
+    assert torch.get_num_threads() == 1, "a fork must not inherit a thread pool"
+
+    def alone() -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        work()
+
+    child = multiprocessing.get_context("fork").Process(target=alone)
+    child.start()
+    return child
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def ends_by_kill(work: Callable[[], object]) -> bool:
+    """Run work in a fork; return whether it was killed and did not end by itself."""
+    child = in_child(work)
+    child.join(timeout=60)
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, llama_lm: LanguageModel) -> Datastore:
+    """Return an uninterrupted build."""
+    path = tmp_path_factory.mktemp("crash") / "whole"
+    return build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+
+
+def check_sound(path: Path, whole: Datastore) -> int:
+    """Check that what a killed build left opens, verifies and is how the whole begins; its rows."""
+    if not (path / FILE_NAME).exists():
+        return 0
+    store = Datastore(path)
+    assert verify(store).problems == ()
+    assert torch.equal(store.values, whole.values[: store.rows])
+    assert torch.equal(store.keys_at(torch.arange(store.rows)), stored_keys(whole)[: store.rows])
+    rows = store.rows
+    store.close()
+    return rows
+
+
+def test_thirty_kills_at_random_moments(
+    tmp_path: Path, llama_lm: LanguageModel, whole: Datastore
+) -> None:
+    def build_it() -> None:
+        build(tmp_path / "store", llama_lm, DOCUMENTS, **ARGUMENTS)
+
+    started = time.perf_counter()
+    assert not ends_by_kill(build_it)
+    seconds = time.perf_counter() - started
+    assert_same(Datastore(tmp_path / "store"), whole)
+    shutil.rmtree(tmp_path / "store")
+
+    chance = random.Random(0)
+    kills = partly = finished = 0
+    while kills < KILLS:
+        child = in_child(build_it)
+        child.join(chance.uniform(0, seconds))
+        child.kill()
+        child.join()
+        if child.exitcode == 0:  # it was faster: start over
+            assert_same(Datastore(tmp_path / "store"), whole)
+            shutil.rmtree(tmp_path / "store")
+            finished += 1
+        else:
+            assert child.exitcode == -signal.SIGKILL
+            kills += 1
+            partly += 0 < check_sound(tmp_path / "store", whole) < whole.rows
+    build_it()
+    assert_same(Datastore(tmp_path / "store"), whole)
+    assert verify(Datastore(tmp_path / "store")).problems == ()
+    assert partly >= KILLS // 3, f"the kills came too early or too late: {finished} ended first"
+
+
+# killed at the places that matter
+
+
+def countdown(count: int) -> Callable[[], None]:
+    """Return a function that kills the process when it is called for the count-th time."""
+    left = [count]
+
+    def passing() -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            die()
+
+    return passing
+
+
+def kill_before(owner: Any, name: str, count: int, when: Callable[..., bool]) -> None:
+    original, passing = getattr(owner, name), countdown(count)
+
+    def replacement(*arguments: Any, **named: Any) -> Any:
+        if when(*arguments):
+            passing()
+        return original(*arguments, **named)
+
+    setattr(owner, name, replacement)
+
+
+def kill_after(owner: Any, name: str, count: int) -> None:
+    original, passing = getattr(owner, name), countdown(count)
+
+    def replacement(*arguments: Any, **named: Any) -> Any:
+        answer = original(*arguments, **named)
+        passing()
+        return answer
+
+    setattr(owner, name, replacement)
+
+
+def kill_after_commit(count: int) -> None:
+    original, passing = Catalog.transaction, countdown(count)
+
+    @contextmanager
+    def replacement(self: Catalog) -> Iterator[None]:
+        with original(self):
+            yield
+        passing()
+
+    Catalog.transaction = replacement  # type: ignore[method-assign]
+
+
+def kill_inside_sqlite(instructions: int) -> None:
+    """Die after so many instructions of SQLite, with pages and journal wherever they are then."""
+    original, passing = catalog_module._connect, countdown(instructions)
+
+    def replacement(path: Path) -> sqlite3.Connection:
+        connection = original(path)
+        connection.execute("PRAGMA cache_size = 2")  # pages go to the file before the commit
+        connection.set_progress_handler(passing, 1)
+        return connection
+
+    catalog_module._connect = replacement
+
+
+def set_generation(catalog: Catalog, name: str, value: object) -> bool:
+    return name == "generation"
+
+
+# a child does one of these to itself: the place, and for the how-manieth time it gets there
+PLACES: dict[str, Callable[[int], None]] = {
+    "before fsync": lambda n: kill_before(os, "fsync", n, lambda *_: True),
+    "before rename": lambda n: kill_before(os, "rename", n, lambda *_: True),
+    "after rename": lambda n: kill_after(os, "rename", n),
+    "before commit": lambda n: kill_before(Catalog, "set", n, set_generation),
+    "after commit": kill_after_commit,
+}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 9])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_build_killed_where_it_matters_goes_on(
+    tmp_path: Path, llama_lm: LanguageModel, place: str, count: int
+) -> None:
+    documents = DOCUMENTS[:30]
+    path = tmp_path / "store"
+
+    def killed() -> None:
+        PLACES[place](count)
+        build(path, llama_lm, documents, **ARGUMENTS)
+
+    whole = build(tmp_path / "whole", llama_lm, documents, **ARGUMENTS)
+    assert len(whole.shards) > 9, "as many as the last kill needs"
+    assert ends_by_kill(killed)
+    rows = check_sound(path, whole)
+    if place == "after commit":
+        assert rows == whole.shards[count - 1].stop
+    elif place == "before commit":
+        assert rows == whole.shards[count - 1].start
+    assert_same(build(path, llama_lm, documents, **ARGUMENTS), whole)
+    assert verify(Datastore(path)).problems == ()
+    left = {file.name for file in (path / SHARDS).iterdir()}
+    assert left == {shard.file.name for shard in Datastore(path).shards}
+    assert not list(path.glob("catalog*-journal"))
+    assert not list(path.glob("*.part*"))
+
+
+def test_a_build_killed_inside_sqlite_goes_on(tmp_path: Path, llama_lm: LanguageModel) -> None:
+    documents = DOCUMENTS[:6]
+    arguments: dict[str, Any] = {"window": 64, "context": 16, "shard_rows": 100}
+    whole = build(tmp_path / "whole", llama_lm, documents, **arguments)
+    path = tmp_path / "store"
+    chance = random.Random(0)
+    journals = uncreated = 0
+    # SQLite makes the catalog in its first 382 instructions and is done after 2,606
+    for instructions in [*chance.sample(range(1, 380), 8), *chance.sample(range(400, 2400), 12)]:
+        shutil.rmtree(path, ignore_errors=True)
+
+        def killed(instructions: int = instructions) -> None:
+            kill_inside_sqlite(instructions)
+            build(path, llama_lm, documents, **arguments)
+
+        assert ends_by_kill(killed)
+        journals += bool(list(path.glob("catalog*-journal")))
+        uncreated += not (path / FILE_NAME).exists()
+        check_sound(path, whole)
+        assert_same(build(path, llama_lm, documents, **arguments), whole)
+        assert not list(path.glob("catalog*-journal"))
+    assert journals > 0, "some kill must leave a journal to roll back"
+    assert uncreated > 0, "some kill must come before the datastore is there"
+
+
+@pytest.mark.parametrize(
+    ("place", "count", "done"),
+    [
+        ("before fsync", 1, False),
+        ("before rename", 1, False),
+        ("before rename", 3, False),
+        ("after rename", 1, False),
+        ("after rename", 3, False),
+        ("before commit", 1, False),
+        ("after commit", 1, True),
+        ("between removals", 1, True),
+        ("between removals", 2, True),
+    ],
+)
+def test_a_killed_compact_left_the_old_state_or_the_new(
+    tmp_path: Path, whole: Datastore, place: str, count: int, done: bool
+) -> None:
+    names = ["d1", "d2", "d17", "d4?"]
+    for name in ("store", "old", "new"):
+        store = Datastore(shutil.copytree(whole.path, tmp_path / name))
+        store.forget(names)
+    old, new = Datastore(tmp_path / "old"), Datastore(tmp_path / "new")
+    compact(new)
+    store = Datastore(tmp_path / "store")
+
+    def killed() -> None:
+        if place == "between removals":
+            kill_after(Path, "unlink", count)
+        else:
+            PLACES[place](count)
+        compact(Datastore(store.path))
+
+    assert ends_by_kill(killed)
+    left = Datastore(store.path)
+    assert verify(left).problems == ()
+    assert_same(left, new if done else old)
+    assert left.forgotten_rows == (0 if done else old.forgotten_rows)
+
+    compact(left)
+    assert_same(left, new)
+    assert verify(left).problems == ()
+    files = {file.name for file in (left.path / SHARDS).iterdir()}
+    assert files == {shard.file.name for shard in left.shards}
+
+
+@pytest.mark.parametrize(
+    ("place", "count"),
+    # SQLite opens the datastore in 233 instructions and forgets in 375 more
+    [
+        ("before commit", 1),
+        ("after commit", 1),
+        *(("inside SQLite", 300 + n) for n in range(0, 270, 45)),
+    ],
+)
+def test_a_killed_forget_happened_or_not(
+    tmp_path: Path, whole: Datastore, place: str, count: int
+) -> None:
+    store = Datastore(shutil.copytree(whole.path, tmp_path / "store"))
+
+    def killed() -> None:
+        if place == "inside SQLite":
+            kill_inside_sqlite(count)
+        else:
+            PLACES[place](count)
+        Datastore(store.path).forget(["d1*"])
+
+    assert ends_by_kill(killed)
+    left = Datastore(store.path)
+    assert verify(left).problems == ()
+    everything = [d.name for d in whole.documents()]
+    some = [name for name in everything if not name.startswith("d1")]
+    done = [d.name for d in left.documents()] != everything
+    assert [d.name for d in left.documents()] == (some if done else everything)
+    assert (left.forgotten_rows > 0) == done
+    if place != "inside SQLite":
+        assert done == (place == "after commit")
+
+
+@pytest.mark.parametrize("place", ["before rename", "before commit"])
+def test_what_a_killed_build_left_goes_with_the_next_change(
+    tmp_path: Path, llama_lm: LanguageModel, whole: Datastore, place: str
+) -> None:
+    store = Datastore(shutil.copytree(whole.path, tmp_path / "store"))
+    known = {shard.file.name for shard in store.shards}
+
+    def killed() -> None:
+        PLACES[place](1)
+        build(store.path, llama_lm, [Document("new", "A new document.")])
+
+    assert ends_by_kill(killed)
+    assert {file.name for file in (store.path / SHARDS).iterdir()} > known
+    store.save_parameters(Parameters(), {})
+    assert {file.name for file in (store.path / SHARDS).iterdir()} == known
+
+
+# a full disk
+
+
+@pytest.mark.parametrize(
+    ("shard_rows", "full_for"), [(400, FILE_NAME), (2000, SHARDS)], ids=["catalog", "shard"]
+)
+def test_a_full_disk_ends_a_build_in_one_line_and_loses_nothing(
+    tmp_path: Path, llama_lm: LanguageModel, shard_rows: int, full_for: str
+) -> None:
+    arguments: dict[str, Any] = {**ARGUMENTS, "shard_rows": shard_rows}
+    whole = build(tmp_path / "whole", llama_lm, DOCUMENTS, **arguments)
+    bytes_needed = sum(file.stat().st_size for file in whole.path.rglob("*") if file.is_file())
+    with small_disk(tmp_path / "disk", bytes_needed // 2048) as disk:
+        path = disk.path / "store"
+        with refusal(DatastoreWriteError, f"cannot write {path / full_for}: the disk is full"):
+            build(path, llama_lm, DOCUMENTS, **arguments)
+        rows = check_sound(path, whole)
+        assert 0 < rows < whole.rows
+        assert not list((path / SHARDS).glob("*.part")), "nothing half written fills the disk"
+        with refusal(DatastoreWriteError, "the disk is full"):
+            build(path, llama_lm, DOCUMENTS, **arguments)
+        assert check_sound(path, whole) == rows
+
+        disk.resize(4 * bytes_needed // 1024)
+        store = build(path, llama_lm, DOCUMENTS, **arguments)
+        assert_same(store, whole)
+        assert verify(store).problems == ()
+        store.close()
+
+
+@pytest.mark.parametrize("kibibytes", [4, 16, 48])
+def test_a_disk_full_from_the_start_leaves_nothing_behind(
+    tmp_path: Path, llama_lm: LanguageModel, whole: Datastore, kibibytes: int
+) -> None:
+    with small_disk(tmp_path / "disk", kibibytes) as disk:
+        path = disk.path / "store"
+        with refusal(DatastoreWriteError, "cannot write", "the disk is full"):
+            build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+        assert list(disk.path.iterdir()) == []
+        path.mkdir()
+        with refusal(DatastoreWriteError, "cannot write", "the disk is full"):
+            build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+        disk.resize(8192)
+        store = build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+        assert_same(store, whole)
+        store.close()
+
+
+def test_a_full_disk_refuses_every_change_and_loses_nothing(
+    tmp_path: Path, llama_lm: LanguageModel, whole: Datastore
+) -> None:
+    new = [Document("new", "A new document.")]
+    with small_disk(tmp_path / "disk", 8192) as disk:
+        store = Datastore(shutil.copytree(whole.path, disk.path / "store"))
+        store.forget(["d3"])
+        store.save_parameters(Parameters(k=3), {"before": True})
+        before, generation = contents(store), store.generation
+        filler = disk.fill()
+        for write in (
+            lambda: store.forget(["d1*"]),
+            lambda: compact(store),
+            lambda: store.save_parameters(Parameters(k=5), {"after": True}),
+            lambda: build(store.path, llama_lm, new),
+        ):
+            with refusal(DatastoreWriteError, "cannot write", "the disk is full"):
+                write()
+            for opened in (store, Datastore(store.path)):
+                assert verify(opened).problems == ()
+                assert opened.generation == generation
+                assert opened.parameters == Parameters(k=3)
+                assert opened.tuning == {"before": True}
+                assert contents(opened)[2] == before[2]
+                assert torch.equal(opened.values, before[1])
+        filler.unlink()
+        store.forget(["d1*"])
+        compact(store)
+        store.save_parameters(Parameters(k=5), {"after": True})
+        build(store.path, llama_lm, new).close()
+        assert store.refresh()
+        assert verify(store).problems == ()
+        assert store.documents()[-1].name == "new"
+        assert store.parameters == Parameters(k=5)
+        store.close()
+
+
+# two writers
+
+
+class _Stalls:
+    """Progress that reports when rows are committed, and then stands still."""
+
+    def __init__(self, signal_to: Any, after: int) -> None:
+        self.signal_to = signal_to
+        self.left = after
+
+    @contextmanager
+    def task(self, description: str, total: float | None, unit: str) -> Iterator[Advance]:
+        def advance(amount: float, total: float | None = None) -> None:
+            self.left -= 1
+            if self.left == 0:
+                self.signal_to.send(None)
+                time.sleep(600)
+
+        yield advance
+
+
+@contextmanager
+def writer_in_another_process(path: Path, work: str, lm: LanguageModel) -> Iterator[BaseProcess]:
+    """Have another process write to a datastore until it is killed."""
+    here, there = multiprocessing.get_context("fork").Pipe()
+
+    def write() -> None:
+        if work == "build":
+            build(path, lm, DOCUMENTS, progress=_Stalls(there, 30), **ARGUMENTS)
+        elif work == "compact":
+            compact(Datastore(path), progress=_Stalls(there, 1))
+        else:
+            with writer_lock(path):
+                there.send(None)
+                time.sleep(600)
+
+    child = in_child(write)
+    try:
+        assert here.poll(30), "the other writer did not begin"
+        yield child
+    finally:
+        child.kill()
+        child.join()
+
+
+@pytest.mark.parametrize("work", ["lock", "build", "compact"])
+def test_a_second_writer_is_refused_at_once_and_readers_are_not(
+    tmp_path: Path, llama_lm: LanguageModel, whole: Datastore, work: str
+) -> None:
+    path = tmp_path / "store"
+    if work != "build":
+        shutil.copytree(whole.path, path)
+        Datastore(path).forget(["d0"])
+    with writer_in_another_process(path, work, llama_lm) as child:
+        reader = Datastore(path)
+        assert 0 < reader.rows <= whole.rows
+        assert (reader.rows < whole.rows) == (work == "build")
+        before = contents(reader)
+        for write in (
+            lambda: build(path, llama_lm, DOCUMENTS, **ARGUMENTS),
+            lambda: reader.forget(["d1"]),
+            lambda: compact(reader),
+            lambda: reader.save_parameters(Parameters(), {}),
+        ):
+            started = time.perf_counter()
+            with refusal(DatastoreLockedError, str(path), "being written by another process"):
+                write()
+            assert time.perf_counter() - started < 2
+
+        started = time.perf_counter()
+        again = Datastore(path)
+        rows = torch.tensor([again.rows - 1])
+        found = ExactIndex(again).search(again.keys_at(rows).float(), 1)
+        assert float(found.squared_distances) < 1e-3, "a stored key is found"
+        assert contents(again)[2] == before[2]
+        assert torch.equal(again.values, before[1])
+        assert verify(again).problems == ()
+        assert time.perf_counter() - started < 2
+
+        child.kill()
+        child.join()
+        assert [d.name for d in reader.forget(["d1"])] == ["d1"]
+    build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+    compact(Datastore(path))
+    store = Datastore(path)
+    assert verify(store).problems == ()
+    assert sorted(d.name for d in store.documents()) == sorted(d.name for d in DOCUMENTS)
+
+
+def test_a_second_writer_in_the_same_process_is_refused(
+    tmp_path: Path, llama_lm: LanguageModel, whole: Datastore
+) -> None:
+    store = Datastore(shutil.copytree(whole.path, tmp_path / "store"))
+    with store.writer():
+        with refusal(DatastoreLockedError, "being written"):
+            Datastore(store.path).forget(["d1"])
+        with refusal(DatastoreLockedError, "being written"):
+            build(store.path, llama_lm, DOCUMENTS)
+    store.forget(["d1"])
+
+
+def test_a_build_that_begins_beside_another_is_refused(
+    tmp_path: Path, llama_lm: LanguageModel
+) -> None:
+    (tmp_path / "store").mkdir()
+    with writer_in_another_process(tmp_path / "store", "lock", llama_lm):
+        with refusal(DatastoreLockedError, "being written"):
+            build(tmp_path / "store", llama_lm, DOCUMENTS)
+        assert not (tmp_path / "store" / FILE_NAME).exists()
+    build(tmp_path / "store", llama_lm, DOCUMENTS[:1])

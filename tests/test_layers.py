@@ -1,0 +1,168 @@
+"""The architecture, held by its import statements: a file knows only what lies below it."""
+
+import ast
+import subprocess
+import sys
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+import knnlm
+
+# From the lowest to the highest. A file imports from the layers above its own line in this list,
+# and from the files of its own folder that stand on its own line.
+LAYERS = [
+    ["errors", "progress"],
+    ["provenance", "index.protocol", "corpus", "windows", "key_choices"],
+    ["mixture.parameters", "mixture.interpolation"],
+    ["language_model"],
+    ["reading"],
+    ["datastore.shards"],
+    ["datastore.catalog"],
+    ["datastore.datastore"],
+    ["datastore.build", "datastore.maintenance"],
+    ["index.exact", "index.ivf*", "index.faiss", "index.measure", "index.policy"],
+    ["scoring"],
+    ["perplexity"],
+    ["knn_lm"],
+    ["tuning", "attribution"],
+    ["plots"],
+    ["__init__"],  # the public names, for the apps alone
+    ["apps.*"],
+    ["__main__"],
+]
+MAX_LINES = 400
+HEAVY = {"torch", "transformers", "numpy", "matplotlib", "faiss", "datasets", "safetensors"}
+
+SOURCE = Path(knnlm.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    """Return knnlm/index/exact.py's name within the package: index.exact."""
+    return ".".join(file.relative_to(SOURCE).with_suffix("").parts)
+
+
+MODULES = {module_name(file): file for file in FILES}
+PACKAGES = {name.removesuffix(".__init__") for name in MODULES if name.endswith(".__init__")}
+
+
+def layer(module: str) -> int | None:
+    """Return the number of a module's layer."""
+    for number, names in enumerate(LAYERS):
+        if any(fnmatchcase(module, name) for name in names):
+            return number
+    return None
+
+
+def imported_modules(source: str) -> set[str]:
+    """Return the modules of knnlm that a source imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: import from knnlm by its full name"
+            # from a package its modules are imported, from a module its names
+            names = [
+                f"{node.module}.{alias.name}"
+                if f"{node.module}.{alias.name}".removeprefix("knnlm.") in MODULES
+                else str(node.module)
+                for alias in node.names
+            ]
+        else:
+            continue
+        for name in names:
+            if name.split(".")[0] == "knnlm":
+                found.add(name.removeprefix("knnlm").removeprefix(".") or "__init__")
+    return found
+
+
+def layer_problems(module: str, source: str) -> list[str]:
+    """Return every import of a module that its layer does not allow."""
+    own = layer(module)
+    if own is None:
+        return [f"{module} is in no layer: add it to LAYERS in tests/test_layers.py"]
+    problems = []
+    for imported in sorted(imported_modules(source)):
+        other = layer(imported)
+        if other is None:
+            problems.append(f"{module} imports {imported}, which is in no layer")
+            continue
+        same_folder = "." in module and module.split(".")[0] == imported.split(".")[0]
+        if other > own or (other == own and not same_folder):
+            problems.append(f"{module} imports {imported}, which is not below it")
+    return problems
+
+
+# the __init__ files of folders hold a docstring and nothing else
+CHECKED = [name for name in MODULES if name == "__main__" or not name.endswith(".__init__")]
+
+
+@pytest.mark.parametrize("module", [name for name in CHECKED if name != "__init__"])
+def test_a_file_imports_only_what_lies_below_it(module: str) -> None:
+    assert layer_problems(module, MODULES[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("package", sorted(PACKAGES - {"__init__"}))
+def test_folders_say_what_they_are_and_import_nothing(package: str) -> None:
+    tree = ast.parse(MODULES[f"{package}.__init__"].read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree)
+    assert len(tree.body) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "problem"),
+    [
+        ("new", "", "new is in no layer"),
+        ("reading", "from knnlm.datastore.shards import publish", "imports datastore.shards"),
+        ("reading", "def f():\n    import knnlm.tuning", "imports tuning"),
+        ("tuning", "from knnlm.attribution import explain", "imports attribution"),
+        ("datastore.catalog", "from knnlm.datastore import build", "imports datastore.build"),
+        ("mixture.parameters", "from knnlm.index.exact import E", "imports index.exact"),
+        ("plots", "import knnlm", "imports __init__"),
+        ("corpus", "if TYPE_CHECKING:\n    from knnlm.apps import cli", "imports apps.cli"),
+    ],
+)
+def test_what_the_layers_forbid_is_noticed(module: str, source: str, problem: str) -> None:
+    (found,) = layer_problems(module, source)
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("mixture.interpolation", "from knnlm.index.protocol import Neighbors"),
+        ("index.ivf", "from knnlm.index import ivf_kernels as kernels"),
+        ("apps.demo", "import knnlm\nfrom knnlm.apps import console"),
+        ("corpus", "import numpy as np\nfrom knnlm.errors import KNNLMError"),
+    ],
+)
+def test_what_the_layers_allow_is_allowed(module: str, source: str) -> None:
+    assert layer_problems(module, source) == []
+
+
+@pytest.mark.parametrize("module", ["knnlm", "knnlm.apps.cli"])
+def test_importing_is_light(module: str) -> None:
+    program = f"import sys, {module}; sys.stdout.write(' '.join(sys.modules))"
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    loaded = set(answer.stdout.split())
+    assert module in loaded
+    assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_files_are_short_and_silent(module: str) -> None:
+    source = MODULES[module].read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_LINES
+    printing = [
+        node.lineno
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Name)
+        and node.func.id == "print"
+    ]
+    assert printing == [], f"{module} prints; only the apps show anything, through their consoles"

@@ -1,0 +1,94 @@
+"""The front door: the public names, the errors, the version."""
+
+import builtins
+import importlib.metadata
+import inspect
+
+import pytest
+
+import knnlm
+from knnlm import errors
+from knnlm.errors import KNNLMError, MissingDependencyError, missing_dependency
+
+PUBLIC = [
+    "Datastore",
+    "Document",
+    "Documents",
+    "Explanation",
+    "Index",
+    "KNNLM",
+    "KNNLMError",
+    "LanguageModel",
+    "Neighbors",
+    "Parameters",
+    "PerplexityReport",
+    "Tuning",
+    "Windowing",
+    "build",
+    "compact",
+    "explain",
+    "open_index",
+    "read_documents",
+    "tune",
+    "verify",
+]
+ERRORS = {
+    name: error
+    for name, error in vars(errors).items()
+    if inspect.isclass(error) and issubclass(error, BaseException)
+}
+
+
+def test_the_public_names_are_these() -> None:
+    assert sorted(knnlm.__all__) == PUBLIC
+    assert set(dir(knnlm)) == {*PUBLIC, "__version__"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_load_and_are_documented(name: str) -> None:
+    thing = getattr(knnlm, name)
+    assert thing.__name__ == name
+    assert thing.__module__.startswith("knnlm.")
+    documentation = vars(thing).get("__doc__") if inspect.isclass(thing) else thing.__doc__
+    # a dataclass without a docstring is given its signature for one
+    assert documentation
+    assert not documentation.startswith(f"{name}(")
+    assert getattr(knnlm, name) is thing
+
+
+@pytest.mark.parametrize("name", ["unknown", "torch", "_private", "Catalog"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(AttributeError, match=f"module 'knnlm' has no attribute '{name}'"):
+        getattr(knnlm, name)
+
+
+def test_the_version_is_the_packages() -> None:
+    assert knnlm.__version__ == importlib.metadata.version("knnlm")
+
+
+def test_the_error_tree() -> None:
+    assert KNNLMError.__bases__ == (Exception,)
+    assert len(ERRORS) > 10
+
+
+@pytest.mark.parametrize("name", sorted(set(ERRORS) - {"KNNLMError"}))
+def test_every_error_is_ours_and_a_builtin(name: str) -> None:
+    error = ERRORS[name]
+    first, second = error.__bases__
+    assert first is KNNLMError
+    assert getattr(builtins, second.__name__) is second
+    assert second not in (Exception, BaseException)
+    assert name.endswith("Error")
+    assert error.__doc__
+    raised = error("one line")
+    assert isinstance(raised, KNNLMError)
+    assert str(raised) == "one line"
+
+
+def test_a_missing_dependency_tells_the_remedy() -> None:
+    error = missing_dependency("datasets", "reading hf: datasets", "data")
+    assert isinstance(error, MissingDependencyError)
+    assert isinstance(error, ImportError)
+    assert (
+        str(error) == "reading hf: datasets needs the package datasets: pip install 'knnlm[data]'"
+    )
