@@ -34,7 +34,8 @@ def total_bytes(documents: Iterable[Document]) -> int | None:
     if isinstance(documents, Documents):
         return documents.total_bytes
     if isinstance(documents, Sequence):
-        return sum(document.size_bytes for document in documents)
+        size_bytes: int = sum(document.size_bytes for document in documents)
+        return size_bytes
     return None
 
 

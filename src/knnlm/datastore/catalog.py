@@ -155,12 +155,16 @@ class Catalog:
             yield
 
     @contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Make all changes inside visible at once and durably, or none, as a new generation."""
+    def transaction(self, *, entries_change: bool = True) -> Iterator[None]:
+        """Make all changes inside visible at once and durably, or none.
+
+        Where entries change it is a new generation of the datastore.
+        """
         with self._errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             yield
-            self.set("generation", self.generation + 1)
+            if entries_change:
+                self.set("generation", self.generation + 1)
 
     def get(self, name: str) -> Any:
         """Return a setting's value, None where it was never set."""

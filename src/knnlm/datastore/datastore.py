@@ -88,7 +88,7 @@ class Datastore:
         self._forgotten = forgotten
         self.forgotten_rows = sum(stop - start for start, stop in forgotten)
         self._values: Tensor | None = None
-        self._numbering = numbering
+        self.numbering = numbering
         self.generation = generation
         return True
 
@@ -158,7 +158,7 @@ class Datastore:
     @contextmanager
     def _same_numbering(self) -> Iterator[None]:
         with self.catalog.snapshot():
-            if self.catalog.numbering != self._numbering:
+            if self.catalog.numbering != self.numbering:
                 raise DatastoreChangedError(
                     f"{self.path} was compacted since it was opened, which renumbered its rows; "
                     "open it again"
@@ -209,10 +209,9 @@ class Datastore:
 
     def save_parameters(self, parameters: Parameters, tuning: dict[str, Any]) -> None:
         """Store defaults for everything that uses this datastore, and where they come from."""
-        with self.writer(), self.catalog.transaction():
+        with self.writer(), self.catalog.transaction(entries_change=False):
             self.catalog.set("parameters", asdict(parameters))
             self.catalog.set("tuning", tuning)
-        self.refresh()
 
     def check_model(self, lm: LanguageModel) -> None:
         """Refuse a language model whose keys are not comparable with the stored ones.

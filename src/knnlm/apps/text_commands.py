@@ -1,0 +1,352 @@
+"""The commands that read text with a language model: build, tune, eval, generate, explain."""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from knnlm.apps import console
+from knnlm.apps.options import (
+    DEFAULT_MODEL,
+    Boundary,
+    BoundaryOption,
+    Context,
+    Device,
+    Dtype,
+    Json,
+    K,
+    Key,
+    KeyDtype,
+    Lmbda,
+    MaxTokens,
+    Model,
+    ModelDtype,
+    Store,
+    Temperature,
+    TextColumn,
+    Texts,
+    Window,
+)
+from knnlm.errors import DatastoreWriteError, InvalidArgumentError
+
+if TYPE_CHECKING:
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.knn_lm import KNNLM
+    from knnlm.language_model import LanguageModel
+    from knnlm.reading import Windowing
+
+
+def _load(store: "Datastore", model: str | None, dtype: Dtype, device: str) -> "LanguageModel":
+    """Load the language model that a datastore was built with, from there or another place."""
+    from knnlm.language_model import LanguageModel
+
+    settings = store.settings
+    return LanguageModel.load(
+        model or settings.model,
+        key=settings.key,
+        dtype=settings.model_dtype if dtype is Dtype.auto else dtype.value,
+        device=device,
+        revision=None if model else settings.revision,
+    )
+
+
+def _open(
+    path: Path,
+    model: str | None,
+    dtype: Dtype,
+    device: str,
+    k: int | None = None,
+    lmbda: float | None = None,
+    temperature: float | None = None,
+) -> "KNNLM":
+    """Open datastore and model; parameters are refused before the model is loaded."""
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.knn_lm import KNNLM, choose_parameters
+
+    store = Datastore(path)
+    choose_parameters(store, k, lmbda, temperature)
+    lm = _load(store, model, dtype, device)
+    return KNNLM(lm, store, k=k, lmbda=lmbda, temperature=temperature)
+
+
+def _check_writable(folder: Path) -> None:
+    if not folder.is_dir():
+        raise DatastoreWriteError(f"cannot write to {folder}: no such folder; make it first")
+    if not os.access(folder, os.W_OK):
+        raise DatastoreWriteError(
+            f"cannot write to {folder}: the folder is not writable; change its permissions or "
+            "choose another"
+        )
+
+
+def _windowing(
+    model: "KNNLM", window: int | None, context: int | None, boundary: Boundary | None
+) -> "Windowing":
+    from knnlm.reading import choose_windowing
+
+    stored = model.store.windowing
+    return choose_windowing(model.lm, window, context, boundary.value if boundary else None, stored)
+
+
+def build(
+    store: Store,
+    text: Texts,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help=f"A hub name, a folder or a .gguf file; by default the datastore's own, for a new "
+            f"one {DEFAULT_MODEL}.",
+            show_default=False,
+        ),
+    ] = None,
+    key: Annotated[
+        Key | None,
+        typer.Option(
+            help="Hidden state of the last layer that is the key; by default ffn_input, the "
+            "paper's.",
+            show_default=False,
+        ),
+    ] = None,
+    window: Window = None,
+    context: Context = None,
+    boundary: BoundaryOption = None,
+    key_dtype: Annotated[
+        KeyDtype | None,
+        typer.Option(help="Precision of the keys on disk; default float16.", show_default=False),
+    ] = None,
+    max_entries: Annotated[
+        int | None,
+        typer.Option(help="Stop when the datastore has so many entries.", show_default=False),
+    ] = None,
+    text_column: TextColumn = "text",
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make a datastore from text, go on with an interrupted build, or add documents.
+
+    Documents that are already stored with the same text are passed over; one whose text changed
+    replaces its old version. Interrupt at any time: the same command goes on.
+
+        knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
+    """
+    import knnlm
+    from knnlm.datastore.catalog import FILE_NAME
+    from knnlm.datastore.datastore import Datastore
+
+    documents = knnlm.read_documents(*text, text_column=text_column)
+    rows = 0
+    if (store / FILE_NAME).exists():
+        existing = Datastore(store)
+        rows = existing.rows
+        if key is not None and key.value != existing.settings.key:
+            raise InvalidArgumentError(
+                f"{store} was built with key {existing.settings.key}, not {key.value}; leave "
+                "--key out or build another datastore"
+            )
+        lm = _load(existing, model, dtype, device)
+    else:
+        lm = knnlm.LanguageModel.load(
+            model or DEFAULT_MODEL,
+            key=(key or Key.ffn_input).value,
+            dtype=dtype.value,
+            device=device,
+        )
+    started = time.perf_counter()
+    built = knnlm.build(
+        store,
+        lm,
+        documents,
+        window=window,
+        context=context,
+        boundary=boundary.value if boundary else None,
+        key_dtype=key_dtype.value if key_dtype else None,
+        max_entries=max_entries,
+        progress=console.RichProgress(),
+    )
+    seconds = time.perf_counter() - started
+    added = built.rows - rows
+    if as_json:
+        console.print_json(console.describe(built) | {"added": added, "seconds": seconds})
+        return
+    console.print_store(built)
+    console.OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+
+
+def tune(
+    store: Store,
+    text: Texts,
+    model: Model = None,
+    max_k: Annotated[int, typer.Option(help="The largest k to try.")] = 1024,
+    max_tokens: MaxTokens = None,
+    window: Window = None,
+    context: Context = None,
+    boundary: BoundaryOption = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Where to draw the sweep; default STORE/tuning.png.", show_default=False),
+    ] = None,
+    text_column: TextColumn = "text",
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Find the best k, λ and temperature on held-out text and store them as the defaults.
+
+    Searches once, then tries all settings on the neighbors found. Use text that is neither in the
+    datastore nor in what you evaluate on.
+
+        knnlm tune docs.store held-out/tune
+    """
+    import knnlm
+    from knnlm.plots import plot_tuning
+
+    documents = knnlm.read_documents(*text, text_column=text_column)
+    if max_k < 1:
+        raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
+    opened = _open(store, model, dtype, device)
+    picture = plot or store / "tuning.png"
+    for folder in (store, picture.parent):
+        _check_writable(folder)  # before the work
+    tuning = knnlm.tune(
+        opened,
+        documents,
+        max_k=max_k,
+        windowing=_windowing(opened, window, context, boundary),
+        max_tokens=max_tokens,
+        progress=console.RichProgress(),
+    )
+    facts = {
+        "text": text,
+        "tokens": tuning.tokens,
+        "lm_perplexity": tuning.lm_perplexity,
+        "knn_perplexity": tuning.knn_perplexity,
+    }
+    plot_tuning(tuning, picture)
+    opened.store.save_parameters(tuning.parameters, facts)
+    if as_json:
+        console.print_json(tuning.to_dict() | {"plot": str(picture)})
+        return
+    console.print_tuning(tuning)
+    console.OUT.print(f"picture: {picture}")
+
+
+def evaluate(
+    store: Store,
+    text: Texts,
+    model: Model = None,
+    k: K = None,
+    lmbda: Lmbda = None,
+    temperature: Temperature = None,
+    max_tokens: MaxTokens = None,
+    window: Window = None,
+    context: Context = None,
+    boundary: BoundaryOption = None,
+    text_column: TextColumn = "text",
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure the perplexity of the language model and of the kNN-LM on held-out text.
+
+    Every token is scored once, by both. Use text that is neither in the datastore nor was tuned on.
+
+        knnlm eval docs.store held-out/test
+    """
+    import knnlm
+
+    documents = knnlm.read_documents(*text, text_column=text_column)
+    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    report = opened.perplexity(
+        documents,
+        windowing=_windowing(opened, window, context, boundary),
+        max_tokens=max_tokens,
+        progress=console.RichProgress(),
+    )
+    if as_json:
+        console.print_json(report.to_dict())
+    else:
+        console.print_perplexity(report)
+
+
+def generate(
+    store: Store,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    model: Model = None,
+    k: K = None,
+    lmbda: Lmbda = None,
+    temperature: Temperature = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")
+    ] = False,
+    sampling_temperature: Annotated[float, typer.Option(help="Of --sample.", min=0.01)] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Of --sample.", min=0.01, max=1.0)] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Continue a prompt with the kNN-LM.
+
+    Takes the likeliest token each time, unless --sample is given.
+
+        knnlm generate docs.store "The nearest neighbors"
+    """
+    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    options: dict[str, Any] = (
+        {"do_sample": True, "temperature": sampling_temperature, "top_p": top_p, "top_k": 0}
+        if sample
+        else {}
+    )
+    generation = opened.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **options)
+    if as_json:
+        console.print_json({"prompt": prompt, "text": generation.text, "tokens": generation.tokens})
+    else:
+        typer.secho(prompt, dim=True, nl=False)  # which wraps no line and expands no tab
+        typer.echo(generation.text)
+
+
+def explain(
+    store: Store,
+    text: Annotated[
+        str, typer.Argument(help="A text, or the path of a UTF-8 file.", show_default=False)
+    ],
+    model: Model = None,
+    k: K = None,
+    lmbda: Lmbda = None,
+    temperature: Temperature = None,
+    tokens: Annotated[
+        int, typer.Option(help="Show the sources of so many tokens, the most changed first.", min=0)
+    ] = 5,
+    sources: Annotated[int, typer.Option(help="Sources named for each token.", min=1)] = 3,
+    dtype: ModelDtype = Dtype.auto,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Show for each token of a text what the datastore changed, and which passages spoke for it.
+
+    The text comes coloured: green where the datastore helped, red where it hurt.
+
+        knnlm explain docs.store "def create_task(self, coro):"
+    """
+    import knnlm
+
+    if _is_file(text):
+        text = "".join(block for d in knnlm.read_documents(text) for block in d.blocks())
+    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    explanations = knnlm.explain(opened, text, sources=sources)
+    if as_json:
+        console.print_json({"tokens": [explanation.to_dict() for explanation in explanations]})
+        return
+    most = sorted(range(len(explanations)), key=lambda n: -abs(explanations[n].gain))[:tokens]
+    console.print_explanations(explanations, sorted(most))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except OSError:  # too long for a name
+        return False
