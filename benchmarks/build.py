@@ -43,7 +43,7 @@ def corpus(share: float) -> list[knnlm.Document]:
 
 
 def bare_forward(lm: knnlm.LanguageModel, windows: list[Window], batch_tokens: int) -> float:
-    """Return the seconds that the decoder alone takes for the windows, longest first, padded in batches."""
+    """Return the seconds that the decoder alone takes, longest windows first, in padded batches."""
     decoder = lm.model.get_decoder()
     left = sorted(windows, key=lambda window: -window.positions)
     started = time.perf_counter()

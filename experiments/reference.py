@@ -25,6 +25,7 @@ TOLERANCE = 0.002
 
 
 def main() -> None:
+    """Build, evaluate, compare with what is expected, write `results/reference.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, required=True)

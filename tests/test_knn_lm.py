@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import PROSE, byte_tokenizer, refusal, tiny_gpt2, tiny_llama
 from families import FAMILIES
+from jaxtyping import Float
 from stores import distinct_documents, stored_keys
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -15,12 +16,14 @@ import knnlm.knn_lm
 from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.maintenance import compact
 from knnlm.errors import DatastoreMismatchError, InvalidArgumentError
+from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
 from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
 from knnlm.reading import Windowing, cut_windows, encode_documents
-from knnlm.scoring import mixed_log_probs, score_windows
+from knnlm.scoring import mixed_log_probs, score_windows, votes_for_targets
 
 K = 12
 SIZES: dict[str, Any] = {"window": 48, "context": 16}
@@ -174,6 +177,36 @@ def test_an_empty_datastore_leaves_the_lm_as_it_is(tmp_path: Path, llama_lm: Lan
     assert model.generate(TEXT, max_new_tokens=3).tokens
     with refusal(InvalidArgumentError, "k must be at most the number of entries, 0, got 5"):
         KNNLM(llama_lm, store, k=5)
+    compact(store)
+    assert store.rows == 0
+    assert torch.equal(model.log_probs(tokens), lm_log_probs_of(llama_lm, tokens))
+    assert model.perplexity([Document("t", TEXT)]).knn == report.lm
+
+
+class _NeverSearched:
+    def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
+        raise AssertionError("must not be searched")
+
+
+def test_without_weight_nothing_is_searched(tiny_lm: LanguageModel, store: Datastore) -> None:
+    tokens = tokens_of(tiny_lm, TEXT)
+    model = KNNLM(tiny_lm, store, lmbda=0.0, index=_NeverSearched())
+    assert torch.equal(model.log_probs(tokens), lm_log_probs_of(tiny_lm, tokens))
+    assert model.generate(TEXT, max_new_tokens=2).tokens
+    with pytest.raises(AssertionError, match="must not be searched"):
+        KNNLM(tiny_lm, store, lmbda=0.01, index=_NeverSearched()).log_probs(tokens)
+
+
+def test_absent_neighbors_vote_for_nothing(store: Datastore) -> None:
+    rows = torch.tensor([[3, -1], [-1, -1]])
+    distances = torch.tensor([[1.0, torch.inf], [torch.inf, torch.inf]])
+    value = store.values[3].item()
+    # row −1 must not be read as row 0, nor as the last one
+    for target in (value, store.values[0].item(), store.values[-1].item()):
+        votes = votes_for_targets(
+            store, Neighbors(distances, rows), torch.tensor([target, target], dtype=torch.int32)
+        )
+        assert votes.tolist() == [[target == value, False], [False, False]]
 
 
 def test_forgotten_documents_have_no_vote(tmp_path: Path, llama_lm: LanguageModel) -> None:

@@ -306,6 +306,19 @@ def test_files_are_counted_in_words_and_bytes(model: KNNLM, tmp_path: Path) -> N
     assert report.size_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
 
 
+def test_an_uncut_text_is_counted_as_it_is_not_as_it_is_decoded(
+    model: KNNLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise AssertionError("must not be decoded")
+
+    monkeypatch.setattr(LanguageModel, "decode", refuse)
+    documents = distinct_documents(2)  # of several windows
+    for boundary in ("document", "stream"):
+        report = model.perplexity(documents, windowing=Windowing(20, 7, boundary))
+        assert report.size_bytes == sum(document.size_bytes for document in documents)
+
+
 class _Recorded:
     def __init__(self) -> None:
         self.done = 0.0

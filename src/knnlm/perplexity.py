@@ -175,7 +175,7 @@ def evaluate(
     # a stream predicts every document's start token but the first one's
     streaming = windowing.boundary == "stream"
     unpredicted = int(streaming and last.number == min(met))
-    if not last.exhausted or scored[last.number] < last.tokens - unpredicted:
+    if scored[last.number] < last.tokens - unpredicted:
         targets = np.concatenate(last_targets)
         text = lm.decode(targets[int(streaming) - unpredicted :])
         words += len(text.split()) - last.words

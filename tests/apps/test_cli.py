@@ -224,12 +224,12 @@ def test_sampling(work: Path) -> None:
     assert ok_json(*arguments, "--seed", "1") == first
     assert ok_json(*arguments, "--seed", "2") != first
     # cold enough, a sample is the likeliest continuation; so is the narrowest nucleus
-    cold = ("generate", "docs.store", "The nearest", "--max-new-tokens", "12")
+    plain = ("generate", "docs.store", "The nearest", "--max-new-tokens", "12")
     heavy = ("--lmbda", "0.9", "--k", "2", "--temperature", "0.1")
-    greedy = ok_json(*arguments, *heavy)["tokens"]
+    greedy = ok_json(*plain, *heavy)["tokens"]
     for narrow in [("--sampling-temperature", "0.01"), ("--top-p", "0.01")]:
-        assert ok_json(*arguments, *heavy, "--sample", *narrow)["tokens"] == greedy
-    hot = ok_json(*arguments, *heavy, "--sample", "--sampling-temperature", "50")["tokens"]
+        assert ok_json(*plain, *heavy, "--sample", *narrow)["tokens"] == greedy
+    hot = ok_json(*plain, *heavy, "--sample", "--sampling-temperature", "50")["tokens"]
     assert hot != greedy
 
 

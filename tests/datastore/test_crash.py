@@ -160,8 +160,8 @@ def kill_after_commit(count: int) -> None:
     original, passing = Catalog.transaction, countdown(count)
 
     @contextmanager
-    def replacement(self: Catalog) -> Iterator[None]:
-        with original(self):
+    def replacement(self: Catalog, *, entries_change: bool = True) -> Iterator[None]:
+        with original(self, entries_change=entries_change):
             yield
         passing()
 

@@ -43,6 +43,7 @@ app = typer.Typer(
 )
 
 app.command()(text_commands.build)
+app.command()(store_commands.index)
 app.command()(text_commands.tune)
 app.command("eval")(text_commands.evaluate)
 app.command()(text_commands.generate)

@@ -209,6 +209,8 @@ def describe(store: "Datastore") -> dict[str, Any]:
     """Return what `knnlm info` shows, as plain values."""
     from dataclasses import asdict
 
+    from knnlm.index.policy import describe_index
+
     documents = store.documents()
     parameters = store.parameters
     return {
@@ -220,11 +222,24 @@ def describe(store: "Datastore") -> dict[str, Any]:
         "shards": len(store.shards),
         "size_bytes": sum(shard.file.size_bytes for shard in store.shards),
         "generation": store.generation,
-        "index": {"kind": "exact", "recall": 1.0},
+        "index": describe_index(store),
         "settings": asdict(store.settings),
         "parameters": None if parameters is None else asdict(parameters),
         "tuning": store.tuning,
     }
+
+
+def _index_line(index: dict[str, Any]) -> str:
+    if index["kind"] == "exact":
+        return "exact"
+    line = (
+        f"{index['kind']}, recall {index['recall']:.3f} of {index['k']} at nprobe "
+        f"{index['nprobe']}, {index['bytes_per_entry']:.0f} bytes an entry, "
+        f"{index['milliseconds_per_query']:.2f} ms a query"
+    )
+    if index["recall"] < index["target_recall"]:
+        line += f"; below the recall {index['target_recall']:g} that was asked for"
+    return line
 
 
 def print_store(store: "Datastore") -> None:
@@ -241,7 +256,7 @@ def print_store(store: "Datastore") -> None:
         "keys": f"{settings.key}, {settings.dimension} × {settings.key_dtype}",
         "windows": f"{settings.window} positions, {settings.context} of them context, "
         f"{settings.boundary} boundaries",
-        "index": "exact, recall 1.0",
+        "index": _index_line(facts["index"]),
     }
     if facts["incomplete_documents"]:
         rows["incomplete"] = ", ".join(facts["incomplete_documents"][:3])

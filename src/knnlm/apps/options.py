@@ -44,6 +44,17 @@ class Key(StrEnum):
     output_after_norm = "output_after_norm"
 
 
+class IndexKind(StrEnum):
+    """How a datastore is searched."""
+
+    auto = "auto"
+    exact = "exact"
+    ivf = "ivf"
+    compressed = "compressed"
+    faiss = "faiss"
+
+
+IndexOption = Annotated[IndexKind, typer.Option(help="How the datastore is searched.")]
 Store = Annotated[Path, typer.Argument(help="The datastore's folder.", show_default=False)]
 Texts = Annotated[
     list[str],

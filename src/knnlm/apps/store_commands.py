@@ -1,11 +1,60 @@
-"""The commands that look after a datastore: info, forget, compact, verify."""
+"""The commands that look after a datastore: index, info, forget, compact, verify."""
 
 from typing import Annotated
 
 import typer
 
 from knnlm.apps import console
-from knnlm.apps.options import Json, Store
+from knnlm.apps.options import Device, IndexKind, IndexOption, Json, Store
+
+
+def index(
+    store: Store,
+    kind: IndexOption = IndexKind.auto,
+    factory: Annotated[
+        str | None,
+        typer.Option(help="FAISS's, with --kind faiss: IVF1024,Flat …", show_default=False),
+    ] = None,
+    recall: Annotated[
+        float, typer.Option(help="Of the k true nearest, the part to be found.")
+    ] = 0.95,
+    nprobe: Annotated[
+        int | None,
+        typer.Option(
+            help="Lists a query looks into; by default the fewest that reach --recall.",
+            show_default=False,
+        ),
+    ] = None,
+    k: Annotated[int, typer.Option("--k", help="Neighbors that recall is measured with.")] = 1024,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Build the index that a datastore is searched with, and measure it against exact search.
+
+    auto: exact up to 50,000 entries; above, ivf, which keeps a copy of the keys list by list;
+    compressed, which keeps 8-bit codes only and reads the keys of candidates from the datastore,
+    where that copy would fill half of the memory. `knnlm build` does this by itself.
+
+        knnlm index docs.store --kind ivf --recall 0.98
+    """
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.index.policy import build_index, describe_index
+
+    opened = Datastore(store)
+    build_index(
+        opened,
+        kind.value,
+        factory=factory,
+        nprobe=nprobe,
+        recall=recall,
+        k=k,
+        device=device,
+        progress=console.RichProgress(),
+    )
+    if as_json:
+        console.print_json(describe_index(opened))
+    else:
+        console.print_store(opened)
 
 
 def info(
@@ -63,10 +112,13 @@ def forget(
 
 
 def compact(store: Store, as_json: Json = False) -> None:
-    """Remove the bytes of forgotten documents from the disk."""
+    """Remove the bytes of forgotten documents from the disk, and renew the index."""
     import knnlm
+    from knnlm.index.policy import keep_index
 
-    removed = knnlm.compact(knnlm.Datastore(store), console.RichProgress())
+    opened = knnlm.Datastore(store)
+    removed = knnlm.compact(opened, console.RichProgress())
+    keep_index(opened, progress=console.RichProgress())
     if as_json:
         console.print_json(
             {

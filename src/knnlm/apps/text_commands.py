@@ -15,6 +15,7 @@ from knnlm.apps.options import (
     Context,
     Device,
     Dtype,
+    IndexKind,
     Json,
     K,
     Key,
@@ -120,6 +121,13 @@ def build(
         int | None,
         typer.Option(help="Stop when the datastore has so many entries.", show_default=False),
     ] = None,
+    index: Annotated[
+        IndexKind | None,
+        typer.Option(
+            help="How it is searched; by default as before, for a new datastore auto.",
+            show_default=False,
+        ),
+    ] = None,
     text_column: TextColumn = "text",
     dtype: ModelDtype = Dtype.auto,
     device: Device = "auto",
@@ -135,6 +143,7 @@ def build(
     import knnlm
     from knnlm.datastore.catalog import FILE_NAME
     from knnlm.datastore.datastore import Datastore
+    from knnlm.index.policy import build_index, keep_index
 
     documents = knnlm.read_documents(*text, text_column=text_column)
     rows = 0
@@ -167,6 +176,10 @@ def build(
         progress=console.RichProgress(),
     )
     seconds = time.perf_counter() - started
+    if index is None:
+        keep_index(built, str(lm.device), console.RichProgress())
+    else:
+        build_index(built, index.value, device=str(lm.device), progress=console.RichProgress())
     added = built.rows - rows
     if as_json:
         console.print_json(console.describe(built) | {"added": added, "seconds": seconds})

@@ -147,12 +147,15 @@ class Datastore:
                 yield shard.start + start, keys[start : start + max_rows]
 
     def keys_at(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n dim"]:
-        """Gather the keys of any rows, in the dtype of the disk."""
+        """Gather the keys of any rows, in the dtype of the disk; reads the disk in its order."""
         keys = torch.empty(len(rows), self.settings.dimension, dtype=self.key_dtype)
+        ascending, places = rows.sort()
         for shard in self.shards:
-            inside = (rows >= shard.start) & (rows < shard.stop)
-            if inside.any():
-                keys[inside] = self._shard(shard).keys[rows[inside] - shard.start]
+            edges = torch.tensor([shard.start, shard.stop])
+            low, high = torch.searchsorted(ascending, edges).tolist()
+            if high > low:
+                inside = ascending[low:high] - shard.start
+                keys[places[low:high]] = self._shard(shard).keys[inside]
         return keys
 
     @contextmanager

@@ -10,10 +10,12 @@ bound was too tight, one in some thousand, is searched again without.
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.index import ivf_kernels as kernels
@@ -23,8 +25,8 @@ from knnlm.index.ivf_products import products
 from knnlm.index.ivf_workers import workers
 from knnlm.index.protocol import Neighbors
 
-Floats = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
-Integers = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+Floats = NDArray[np.float32]
+Integers = NDArray[np.int64]
 
 UNBOUNDED = float(np.finfo(np.float32).max)  # not +inf: that is the score of what is forgotten
 _LISTS_AT_ONCE = 16
@@ -44,14 +46,14 @@ class Runs:
 class PartArrays:
     """A part as the kernels want it. first: the position of its first row among all parts'."""
 
-    def __init__(self, part: Part, half_norms: Float[Tensor, " n"], first: int) -> None:
+    def __init__(self, part: Part, first: int) -> None:
         self.first = first
         self.starts = part.starts.numpy()
         self.codes = part.codes
         self.steps = part.steps.numpy()
-        self.half_norms = half_norms.numpy()
+        self.half_norms = part.half_norms.numpy()
         keys = part.keys
-        self.keys: np.ndarray | None = None  # type: ignore[type-arg]
+        self.keys: NDArray[Any] | None = None
         if keys is not None:
             self.keys = (keys.view(torch.uint16) if keys.dtype == torch.float16 else keys).numpy()
 
@@ -83,6 +85,7 @@ class _Batch:
     ) -> None:
         self.queries, self.codes, self.parts = queries.numpy(), codes, parts
         self.steps, self.half_norms = codes.steps.numpy(), codes.half_norms.numpy()
+        self.margins = codes.margins().numpy()
         self.probes = probes.numpy()
         self.nprobe = probes.shape[1]
         nlist = len(parts[0].starts) - 1
@@ -107,7 +110,7 @@ class _Batch:
         for start in range(0, len(self.pieces), _LISTS_AT_ONCE):
             yield self.pieces[start : start + _LISTS_AT_ONCE]
 
-    def products(self, part: PartArrays, number: int, length: int) -> np.ndarray:  # type: ignore[type-arg]
+    def products(self, part: PartArrays, number: int, length: int) -> NDArray[Any]:
         start = int(part.starts[number])
         queries = torch.from_numpy(self.query_of_pair[self.pairs_of(number)])
         codes = self.codes.codes.index_select(0, queries)
@@ -183,7 +186,8 @@ def _bounds(batch: _Batch, k: int, effort: Effort) -> Floats:
         )  # fmt: skip
 
     workers().map(select, workers().chunks(len(bounds), _QUERIES_AT_ONCE))
-    return np.minimum(bounds, np.float32(UNBOUNDED))
+    bounds += batch.margins
+    return bounds.clip(max=np.float32(UNBOUNDED))
 
 
 def _candidates(batch: _Batch, bounds: Floats) -> Runs:
@@ -243,10 +247,18 @@ def nearest_of(runs: Runs, rows: Int[Tensor, " n"], k: int) -> Neighbors:
     row_of_position = rows.numpy()
 
     def select(chunk: range) -> None:
-        kernels.nearest(
-            runs.distances, runs.positions, runs.starts, runs.counts, row_of_position, chunk.start,
-            distances[chunk.start : chunk.stop], nearest_rows[chunk.start : chunk.stop],
-        )  # fmt: skip
+        part = slice(chunk.start, chunk.stop)
+        nearest_in(runs, row_of_position, chunk.start, distances[part], nearest_rows[part])
 
     workers().map(select, workers().chunks(len(distances), _QUERIES_AT_ONCE))
     return Neighbors(torch.from_numpy(distances), torch.from_numpy(nearest_rows))
+
+
+def nearest_in(
+    runs: Runs, row_of_position: Integers, first: int, distances: Floats, rows: Integers
+) -> None:
+    """Write the nearest candidates of the queries from `first` on; +inf and −1 where too few."""
+    kernels.nearest(
+        runs.distances, runs.positions, runs.starts, runs.counts, row_of_position, first,
+        distances, rows,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 Knows the datastore it reads and the file it writes; searches nothing.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import missing_dependency
-from knnlm.index.ivf_codes import Codes, Coder
-from knnlm.index.ivf_file import PartWriter, Shape
+from knnlm.index.ivf_codes import Coder, Codes
+from knnlm.index.ivf_file import Part, PartWriter, Shape
 from knnlm.index.ivf_workers import workers
-from knnlm.progress import Progress
+from knnlm.progress import SILENT, Progress
 
 _BLOCK_ROWS = 8192
 _TRAINING_KEYS_PER_LIST = 64
@@ -30,15 +31,19 @@ class Lists:
     """Where the lists are, and how their members are coded: what all parts of an index share."""
 
     centroids: Float[Tensor, "list dim"]
+    squared_norms: Float[Tensor, " list"]
     coder: Coder
+
+    @classmethod
+    def around(cls, centroids: Float[Tensor, "list dim"], coder: Coder) -> "Lists":
+        """Return the lists of some centroids."""
+        return cls(centroids, centroids.square().sum(dim=1), coder)
 
     def nearest_lists(
         self, vectors: Float[Tensor, "n dim"], count: int
     ) -> Int[Tensor, "n {count}"]:
         """Return the numbers of the lists with the nearest centroids, in no order."""
-        scores = torch.addmm(
-            self.centroids.square().sum(dim=1), vectors, self.centroids.T, alpha=-2.0
-        )
+        scores = torch.addmm(self.squared_norms, vectors, self.centroids.T, alpha=-2.0)
         if count == 1:
             return scores.argmin(dim=1, keepdim=True)
         return scores.topk(count, dim=1, largest=False, sorted=False).indices
@@ -46,39 +51,26 @@ class Lists:
 
 def default_nlist(rows: int) -> int:
     """Return a power of two near 1.35 √rows: 1,024 for half a million, 4,096 for ten million."""
-    nearest = round(torch.tensor(1.35 * max(1, rows) ** 0.5).log2().item())
-    return max(1, min(2**nearest, rows // 32))
-
-
-def gather_keys(store: Datastore, rows: Int[Tensor, " n"]) -> Float[Tensor, "n dim"]:
-    """Read the keys of rows, reading the datastore once in its own order."""
-    ascending, places = rows.sort()
-    keys = torch.empty(len(rows), store.settings.dimension, dtype=store.key_dtype)
-    for start, block in store.key_blocks(1 << 20):
-        low, high = torch.searchsorted(ascending, torch.tensor([start, start + len(block)]))
-        if high > low:
-            keys[places[low:high]] = block[ascending[low:high] - start]
-    return keys
+    nearest = round(math.log2(1.35 * math.sqrt(max(1, rows))))
+    return max(1, min(1 << nearest, rows // 32))
 
 
 def train_lists(
-    store: Datastore, nlist: int, code_dim: int, seed: int, progress: Progress
+    store: Datastore, nlist: int, code_dim: int | None, seed: int, progress: Progress
 ) -> Lists:
     """Place the centroids by k-means on a sample, and fit the coder to it; reproducible."""
     generator = torch.Generator().manual_seed(seed)
     wanted = max(_LEAST_TRAINING_KEYS, _TRAINING_KEYS_PER_LIST * nlist)
     with progress.task("train the index", None, "keys"):
         rows = torch.randperm(store.rows, generator=generator)[:wanted]
-        sample = gather_keys(store, rows)
+        sample = store.keys_at(rows)
         coder = Coder.fit(sample, code_dim, seed)
         if nlist == 1:
-            return Lists(coder.center[None].clone(), coder)
-        return Lists(_kmeans(sample.float(), nlist, seed), coder)
+            return Lists.around(coder.center[None].clone(), coder)
+        return Lists.around(_kmeans(sample.float(), nlist, seed), coder)
 
 
-def _kmeans(
-    sample: Float[Tensor, "n dim"], nlist: int, seed: int
-) -> Float[Tensor, "{nlist} dim"]:
+def _kmeans(sample: Float[Tensor, "n dim"], nlist: int, seed: int) -> Float[Tensor, "{nlist} dim"]:
     try:
         import faiss  # type: ignore[import-not-found,import-untyped,unused-ignore]
     except ImportError as error:
@@ -95,9 +87,7 @@ def _kmeans(
     return torch.from_numpy(kmeans.centroids).clone()
 
 
-def assign(
-    store: Datastore, lists: Lists, first: int, progress: Progress
-) -> Int[Tensor, " n"]:
+def assign(store: Datastore, lists: Lists, first: int, progress: Progress) -> Int[Tensor, " n"]:
     """Return the list of every row from `first` on."""
     numbers = torch.empty(store.rows - first, dtype=torch.int64)
     with progress.task("assign keys to lists", store.rows - first, "keys") as advance:
@@ -140,7 +130,7 @@ def placed_keys(
     size = max(1, _GATHERED_BYTES // (store.key_dtype.itemsize * store.settings.dimension))
     with progress.task("write the index", len(rows), "keys") as advance:
         for start in range(0, len(rows), size):
-            keys = gather_keys(store, rows[start : start + size])
+            keys = store.keys_at(rows[start : start + size])
             chunks = workers().chunks(len(keys), _BLOCK_ROWS)
 
             def encode(chunk: range, keys: Tensor = keys) -> Codes:
@@ -151,11 +141,16 @@ def placed_keys(
                 advance(len(chunk))
 
 
-def part_arrays(rows: int, lists: Lists, key_dtype: torch.dtype | None) -> dict[str, Shape]:
-    """Return the arrays of a part's file. key_dtype: None for a part without keys."""
-    code_dim, dim = lists.coder.rotation.shape
+def part_writer(path: Path, rows: int, lists: Lists, key_dtype: torch.dtype | None) -> PartWriter:
+    """Return the writer of a part's file. key_dtype: None for a part without keys."""
+    nlist, dim = lists.centroids.shape
+    code_dim = lists.coder.code_dim
     arrays: dict[str, Shape] = {
-        "starts": (torch.int64, (len(lists.centroids) + 1,)),
+        "centroids": (torch.float32, (nlist, dim)),
+        "center": (torch.float32, (dim,)),
+        "projection": (torch.float32, (code_dim, dim)),
+        "rest": (torch.float32, (code_dim,)),
+        "starts": (torch.int64, (nlist + 1,)),
         "rows": (torch.int64, (rows,)),
         "steps": (torch.float32, (rows,)),
         "half_norms": (torch.float32, (rows,)),
@@ -163,34 +158,45 @@ def part_arrays(rows: int, lists: Lists, key_dtype: torch.dtype | None) -> dict[
     }
     if key_dtype is not None:
         arrays["keys"] = (key_dtype, (rows, dim))
-    return arrays
+    return PartWriter(path, arrays)
 
 
-def write_part(
-    path: Path,
+def fill(
+    writer: PartWriter,
     store: Datastore,
     lists: Lists,
     placement: Placement,
     key_dtype: torch.dtype | None,
     progress: Progress,
-) -> PartWriter:
-    """Write a part's arrays; the caller closes the returned writer, by publishing or not."""
-    arrays = part_arrays(len(placement.rows), lists, key_dtype)
-    shared = {
-        "centroids": lists.centroids,
-        "center": lists.coder.center,
-        "rotation": lists.coder.rotation,
-    }
-    arrays.update({name: (value.dtype, tuple(value.shape)) for name, value in shared.items()})
-    with PartWriter(path, arrays) as writer:
-        for name, value in shared.items():
-            writer.write(name, 0, value)
-        writer.write("starts", 0, placement.starts)
-        writer.write("rows", 0, placement.rows)
-        for first, keys, codes in placed_keys(store, lists, placement, progress):
-            writer.write("codes", first, codes.codes)
-            writer.write("steps", first, codes.steps)
-            writer.write("half_norms", first, codes.half_norms)
-            if key_dtype is not None:
-                writer.write("keys", first, keys.to(key_dtype))
-    return writer
+) -> None:
+    """Write all arrays of a part; raises DatastoreWriteError."""
+    writer.write("centroids", 0, lists.centroids)
+    writer.write("center", 0, lists.coder.center)
+    writer.write("projection", 0, lists.coder.projection)
+    writer.write("rest", 0, lists.coder.rest)
+    writer.write("starts", 0, placement.starts)
+    writer.write("rows", 0, placement.rows)
+    for first, keys, codes in placed_keys(store, lists, placement, progress):
+        writer.write("codes", first, codes.codes)
+        writer.write("steps", first, codes.steps)
+        writer.write("half_norms", first, codes.half_norms)
+        if key_dtype is not None:
+            writer.write("keys", first, keys.to(key_dtype))
+
+
+def part_in_memory(
+    store: Datastore, lists: Lists, placement: Placement, key_dtype: torch.dtype | None
+) -> Part:
+    """Return a part that is written nowhere: for the few rows appended since the build."""
+    placed = [
+        (codes, keys if key_dtype is None else keys.to(key_dtype))
+        for _, keys, codes in placed_keys(store, lists, placement, SILENT)
+    ]
+    return Part(
+        placement.starts,
+        placement.rows,
+        torch.cat([codes.codes for codes, _ in placed]),
+        torch.cat([codes.steps for codes, _ in placed]),
+        torch.cat([codes.half_norms for codes, _ in placed]),
+        None if key_dtype is None else torch.cat([keys for _, keys in placed]),
+    )

@@ -14,6 +14,10 @@ from torch import Tensor
 
 _LARGEST_CODE = 127
 _SAMPLE = 65_536
+_KEPT_VARIANCE = 0.95
+_ALIKENESS_OF_RESTS = 0.3
+_ROUNDING_DEVIATIONS = 3.0
+_LARGEST_CODE_DIM = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,14 @@ class Codes:
     codes: Int8[Tensor, "n code_dim"]
     steps: Float[Tensor, " n"]
     half_norms: Float[Tensor, " n"]
+
+    def margins(self) -> Float[Tensor, " n"]:
+        """Return how far a query's scores may be off because codes are rounded.
+
+        Rounding to a step is off by step / √12 on average; here that of query and key, taken to be
+        about as long, both count.
+        """
+        return _ROUNDING_DEVIATIONS * self.steps * (self.half_norms / 3).sqrt()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,29 +53,59 @@ class Effort:
 
 @dataclass(frozen=True, slots=True)
 class Coder:
-    """How vectors become codes. rotation: orthonormal rows."""
+    """How vectors become codes.
+
+    projection: onto the leading principal directions, then turned. rest: where the length of what
+    lies outside these directions goes, turned alike.
+    """
 
     center: Float[Tensor, " dim"]
-    rotation: Float[Tensor, "code_dim dim"]
+    projection: Float[Tensor, "code_dim dim"]
+    rest: Float[Tensor, " code_dim"]
+
+    @property
+    def code_dim(self) -> int:
+        """How many dimensions codes have."""
+        return len(self.projection)
 
     @classmethod
-    def fit(cls, keys: Float[Tensor, "n dim"], code_dim: int, seed: int) -> "Coder":
-        """Fit the center and the leading directions to a sample of keys."""
+    def fit(cls, keys: Float[Tensor, "n dim"], code_dim: int | None, seed: int) -> "Coder":
+        """Fit the center and the leading directions to a sample of keys.
+
+        code_dim: None for as many directions, in steps of 64, as keep most of the variance.
+        """
         sample = keys[:_SAMPLE].float()
         center = sample.mean(dim=0) if len(sample) else sample.new_zeros(sample.shape[1])
         sample = sample - center
-        directions = torch.linalg.eigh((sample.T @ sample).double()).eigenvectors
-        leading = directions[:, -code_dim:].T
+        variances, directions = torch.linalg.eigh((sample.T @ sample).double())
+        dim = len(variances)
+        if code_dim is None:
+            kept = variances.flip(0).cumsum(0) / variances.sum().clamp_min(1e-30)
+            enough = int((kept < _KEPT_VARIANCE).sum()) + 1
+            code_dim = min(-(-enough // 64) * 64, _LARGEST_CODE_DIM, dim)
+        leading = code_dim if code_dim == dim else code_dim - 1
         generator = torch.Generator().manual_seed(seed)
         random = torch.randn(code_dim, code_dim, generator=generator, dtype=torch.float64)
         turn = torch.linalg.qr(random).Q
-        return cls(center, (turn @ leading).float().contiguous())
+        rest = turn[:, -1] if leading < code_dim else torch.zeros(code_dim)
+        projection = turn[:, :leading] @ directions.T[dim - leading :]
+        return cls(center, projection.float().contiguous(), rest.float().contiguous())
 
     def encode(self, vectors: Float[Tensor, "n dim"]) -> Codes:
         """Return the codes of float32 vectors."""
         centered = vectors - self.center
-        turned = centered @ self.rotation.T
+        return self.quantize(centered @ self.projection.T, centered.square().sum(dim=1))
+
+    def quantize(
+        self, turned: Float[Tensor, "n code_dim"], squared_norms: Float[Tensor, " n"]
+    ) -> Codes:
+        """Return the codes of projected vectors. squared_norms: of the whole centered vectors."""
+        # the rests of neighbors are somewhat alike, so their product is not 0 on average
+        squared_rests = (squared_norms - turned.square().sum(dim=1)).clamp_min(0.0)
+        turned = torch.addcmul(
+            turned, (_ALIKENESS_OF_RESTS * squared_rests).sqrt_()[:, None], self.rest
+        )
         largest = turned.abs().amax(dim=1)
         steps = largest.clamp_min(torch.finfo(torch.float32).tiny * 256) / _LARGEST_CODE
         codes = (turned / steps[:, None]).round_().to(torch.int8)
-        return Codes(codes, steps, centered.square().sum(dim=1) / 2)
+        return Codes(codes, steps, squared_norms / 2)

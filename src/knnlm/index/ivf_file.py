@@ -7,7 +7,7 @@ memory whole; its format is a length, a JSON header and the plain arrays, so thi
 import errno
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from knnlm.datastore.shards import ASIDE, publish, writing
 from knnlm.errors import DatastoreCorruptError
+from knnlm.index.measure import Measured
 
-FORMAT = "1"
-_HEADER_BYTES = 1 << 20  # room for the shard table of a datastore with thousands of shards
+_HEADER_BYTES = 1 << 16
 _SAFETENSORS_NAMES = {
     torch.int8: "I8",
     torch.int64: "I64",
@@ -34,8 +34,8 @@ _SAFETENSORS_NAMES = {
 class IVFReport:
     """What an index is and what it was measured to give when it was built.
 
-    kind: the dtype of the stored keys, or "compressed": codes only. recall: of the k true nearest
-    among `recall_queries` queries, the part found. generation: of the datastore, when built.
+    kind: the dtype of the stored keys, or "compressed": codes only. numbering: of the datastore's
+    rows, when built.
     """
 
     kind: str
@@ -43,13 +43,9 @@ class IVFReport:
     nprobe: int
     code_dim: int
     rows: int
-    generation: int
-    k: int
-    recall: float
-    target_recall: float
-    recall_queries: int
-    milliseconds_per_query: float
+    numbering: int
     bytes_per_entry: float
+    measured: Measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +71,7 @@ class PartWriter:
 
     def __init__(self, path: Path, arrays: dict[str, Shape]) -> None:
         self._path = path
-        self._aside = path.with_name(path.name + ASIDE)
+        self.aside = path.with_name(path.name + ASIDE)
         self._entries: dict[str, Any] = {}
         self._row_bytes: dict[str, int] = {}
         end = 0
@@ -95,7 +91,7 @@ class PartWriter:
     def __enter__(self) -> "PartWriter":
         with writing(self._path.parent):
             self._path.parent.mkdir(exist_ok=True)
-            self._file: BinaryIO = self._aside.open("wb")
+            self._file: BinaryIO = self.aside.open("wb")
         return self
 
     def __exit__(
@@ -106,27 +102,31 @@ class PartWriter:
     ) -> None:
         self._file.close()
         if error is not None:
-            self._aside.unlink(missing_ok=True)
+            self.aside.unlink(missing_ok=True)
 
     def write(self, name: str, first: int, values: Tensor) -> None:
         """Write rows `first` … of an array. Raises DatastoreWriteError."""
         begin = self._entries[name]["data_offsets"][0]
         with writing(self._path.parent):
             self._file.seek(8 + _HEADER_BYTES + begin + first * self._row_bytes[name])
-            # bytes, because numpy knows not every dtype
-            self._file.write(memoryview(values.contiguous().view(torch.uint8).numpy()).cast("B"))
+            self._file.write(values.contiguous().numpy().tobytes())
 
-    def publish(self, metadata: dict[str, str]) -> None:
-        """Write the header and give the file its name, durably."""
-        header = json.dumps({"__metadata__": metadata, **self._entries}).encode()
-        if len(header) > _HEADER_BYTES:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    def describe(self, metadata: dict[str, Any]) -> None:
+        """Write the header, so that the file can be read aside; again, to change the metadata."""
+        encoded = {name: json.dumps(value) for name, value in metadata.items()}
+        header = json.dumps({"__metadata__": encoded, **self._entries}).encode()
         with writing(self._path.parent):
+            if len(header) > _HEADER_BYTES:
+                raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
             self._file.seek(0)
             self._file.write(_HEADER_BYTES.to_bytes(8, "little") + header.ljust(_HEADER_BYTES))
             self._file.truncate(8 + _HEADER_BYTES + self.size_bytes)
-            self._file.close()
-            publish(self._aside, self._path)
+            self._file.flush()
+
+    def publish(self) -> None:
+        """Give the described file its name, durably."""
+        with writing(self._path.parent):
+            publish(self.aside, self._path)
 
 
 def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -142,12 +142,19 @@ def read_part(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return metadata, arrays
 
 
+def report_of(metadata: dict[str, Any]) -> IVFReport:
+    """Return the report in a file's metadata."""
+    report = metadata["report"]
+    return IVFReport(**report | {"measured": Measured(**report["measured"])})
+
+
 def part_of(arrays: dict[str, Tensor]) -> Part:
     """Pick the arrays of a part out of a file's."""
-    names = ("starts", "rows", "codes", "steps", "half_norms")
-    return Part(*(arrays[name] for name in names), keys=arrays.get("keys"))
-
-
-def as_json(report: IVFReport) -> dict[str, str]:
-    """Return a report as a file's metadata."""
-    return {"report": json.dumps(asdict(report))}
+    return Part(
+        arrays["starts"],
+        arrays["rows"],
+        arrays["codes"],
+        arrays["steps"],
+        arrays["half_norms"],
+        arrays.get("keys"),
+    )

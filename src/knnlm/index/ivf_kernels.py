@@ -12,24 +12,33 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import njit, types  # type: ignore[import-untyped]
-from numba.extending import intrinsic  # type: ignore[import-untyped]
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from numpy.typing import NDArray
 
-Array = np.ndarray[Any, Any]
+Array = NDArray[Any]
 _INSERTION_SORT_BELOW = 16
+_CACHE_LINE = 64
+_CODES_AHEAD = 4
+_KEYS_AHEAD = 2
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    options = {
-        "nogil": True,
-        "cache": True,
-        "error_model": "numpy",
-        # sums may be reordered, so that they vectorize; infinities and NaN keep their meaning
-        "fastmath": {"reassoc", "contract", "nsz"},
-    }
-    kernel: Callable[..., Any] = njit(**options)(inspect.unwrap(function))
-    return kernel
+    def compiled(cache: bool) -> Callable[..., Any]:
+        kernel: Callable[..., Any] = njit(
+            nogil=True,
+            cache=cache,
+            error_model="numpy",
+            # sums may be reordered, so that they vectorize; infinities and NaN keep their meaning
+            fastmath={"reassoc", "contract", "nsz"},
+        )(inspect.unwrap(function))
+        return kernel
+
+    try:
+        return compiled(cache=True)
+    except RuntimeError:  # no folder is writable: compile in every process
+        return compiled(cache=False)
 
 
 def _as_float32(context: Any, element: Any) -> Any:
@@ -46,7 +55,38 @@ def _as_float32(context: Any, element: Any) -> Any:
 as_float32 = intrinsic(inspect.unwrap(_as_float32))
 
 
-def _select(values: Array, rank: int) -> float:
+def _add_product(context: Any, total: Any, one: Any, other: Any) -> Any:
+    """Add the product of two codes to a 32-bit sum; numba's own integers would widen to 64 bits."""
+
+    def add(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        wide = [builder.sext(code, ir.IntType(32)) for code in arguments[1:]]
+        return builder.add(arguments[0], builder.mul(*wide))
+
+    return types.int32(types.int32, types.int8, types.int8), add
+
+
+add_product = intrinsic(inspect.unwrap(_add_product))
+
+
+def _prefetch(context: Any, address: Any) -> Any:
+    """Ask for the memory at an address to be in the cache soon; harmless at any address."""
+
+    def ask(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = builder.module.declare_intrinsic(
+            "llvm.prefetch", [pointer], ir.FunctionType(ir.VoidType(), [pointer, word, word, word])
+        )
+        where = builder.inttoptr(arguments[0], pointer)
+        builder.call(function, [where, word(0), word(3), word(1)])  # read, keep, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), ask
+
+
+prefetch = intrinsic(inspect.unwrap(_prefetch))
+
+
+def _select(values: Array, rank: int) -> Any:
     """Return the value of a rank (0: the smallest), reordering the values."""
     low, high = 0, len(values) - 1
     while high - low >= _INSERTION_SORT_BELOW:
@@ -57,7 +97,7 @@ def _select(values: Array, rank: int) -> float:
             value = values[i]
             values[i] = values[below]
             values[below] = value
-            below += np.int64(value < pivot)
+            below += value < pivot
         if rank < below:
             high = below - 1
             continue
@@ -66,7 +106,7 @@ def _select(values: Array, rank: int) -> float:
             value = values[i]
             values[i] = values[equal]
             values[equal] = value
-            equal += np.int64(value <= pivot)
+            equal += value <= pivot
         if rank < equal:
             return pivot
         low = equal
@@ -134,7 +174,7 @@ def _keep(
             score = half_norms[j] - step * key_steps[j] * np.float32(products[i, j])
             scores[kept] = score
             positions[kept] = j
-            kept += np.int64(score <= bound)
+            kept += score <= bound
         counts[i] = kept - before
     return kept
 
@@ -147,9 +187,14 @@ def _exact(
 ) -> None:
     """Compute squared distances of candidates, grouped by query, from the stored keys."""
     candidate = 0
+    address, key_bytes = keys.ctypes.data, keys.strides[0]
     for i in range(len(counts)):
         query = queries[query_of_row[i]]
         for _ in range(counts[i]):
+            if candidate + _KEYS_AHEAD < len(positions):
+                ahead = address + positions[candidate + _KEYS_AHEAD] * key_bytes
+                for line in range(0, key_bytes, _CACHE_LINE):
+                    prefetch(ahead + line)
             key = keys[positions[candidate]]
             total = np.float32(0.0)
             for j in range(len(query)):
@@ -235,12 +280,12 @@ def _nearest(
             limit = select(spare[:found], k - 1)
             below = 0
             for j in range(found):
-                below += np.int64(near[j] < limit)
+                below += near[j] < limit
             ties = k - below
             kept = 0
             for j in range(found):
                 if near[j] < limit or (near[j] == limit and ties > 0):
-                    ties -= np.int64(near[j] == limit)
+                    ties -= near[j] == limit
                     near[kept] = near[j]
                     near_positions[kept] = near_positions[j]
                     kept += 1
@@ -256,6 +301,35 @@ def _nearest(
 nearest = _compiled(_nearest)
 
 
+def _exact_in_block(
+    queries: Array, first: int, rows: Array, keys: Array, first_row: int, out: Array
+) -> None:
+    """Compute squared distances [query, candidate] of those candidates that lie in a block of rows.
+
+    first: the query of the first candidates. first_row: the row of the block's first key.
+    """
+    address, key_bytes = keys.ctypes.data, keys.strides[0]
+    for i in range(rows.shape[0]):
+        query = queries[first + i]
+        for j in range(rows.shape[1]):
+            position = rows[i, j] - first_row
+            if 0 <= position < len(keys):
+                if j + _KEYS_AHEAD < rows.shape[1]:
+                    ahead = rows[i, j + _KEYS_AHEAD] - first_row
+                    if 0 <= ahead < len(keys):
+                        for line in range(0, key_bytes, _CACHE_LINE):
+                            prefetch(address + ahead * key_bytes + line)
+                key = keys[position]
+                total = np.float32(0.0)
+                for d in range(len(query)):
+                    difference = query[d] - as_float32(key[d])
+                    total += difference * difference
+                out[i, j] = total
+
+
+exact_in_block = _compiled(_exact_in_block)
+
+
 def _score_lists(
     query: Array,
     query_step: float,
@@ -269,16 +343,37 @@ def _score_lists(
 ) -> int:
     """Score every key of some lists for one query, reading each code once; return how many."""
     scored = 0
+    address, code_bytes = codes.ctypes.data, codes.strides[0]
     for probe in range(len(lists)):
         for position in range(starts[lists[probe]], starts[lists[probe] + 1]):
+            ahead = address + (position + _CODES_AHEAD) * code_bytes
+            for line in range(0, code_bytes, _CACHE_LINE):
+                prefetch(ahead + line)
             code = codes[position]
-            product = np.float32(0.0)
+            product = np.int32(0)
             for j in range(len(query)):
-                product += query[j] * np.float32(code[j])
-            scores[scored] = half_norms[position] - query_step * key_steps[position] * product
+                product = add_product(product, query[j], code[j])
+            step = query_step * key_steps[position]
+            scores[scored] = half_norms[position] - step * np.float32(product)
             positions[scored] = position
             scored += 1
     return scored
 
 
 score_lists = _compiled(_score_lists)
+
+
+def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
+    """Compute the product of one vector with each row of a matrix, as fast as memory gives it."""
+    address, row_bytes = rows.ctypes.data, rows.strides[0]
+    for i in range(len(rows)):
+        for line in range(0, row_bytes, _CACHE_LINE):
+            prefetch(address + (i + _KEYS_AHEAD) * row_bytes + line)
+        row = rows[i]
+        total = np.float32(0.0)
+        for d in range(len(vector)):
+            total += vector[d] * row[d]
+        out[i] = total
+
+
+dot_rows = _compiled(_dot_rows)

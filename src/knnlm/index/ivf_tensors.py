@@ -52,7 +52,7 @@ class _Search:
         self.nprobe = probes.shape[1]
         lists, pairs = probes.reshape(-1).sort(stable=True)
         self.pairs = pairs
-        numbers, counts = lists.unique_consecutive(return_counts=True)
+        numbers, counts = torch.unique(lists, return_counts=True)
         stops = counts.cumsum(0).tolist()
         self.groups = list(zip(numbers.tolist(), [0, *stops[:-1]], stops, strict=True))
         self.starts = [part.starts.tolist() for part in parts]
@@ -89,7 +89,7 @@ class _Search:
         if ascending.shape[1] == 0:
             return torch.full_like(self.codes.steps, torch.inf)
         at_rank = ascending.gather(1, ranks.clamp_max(ascending.shape[1] - 1)[:, None])[:, 0]
-        return at_rank.masked_fill(unbounded, torch.inf)
+        return (at_rank + self.codes.margins()).masked_fill(unbounded, torch.inf)
 
     def nearest(
         self, bounds: Float[Tensor, " query"], rows: Int[Tensor, " n"], k: int
@@ -149,6 +149,8 @@ def exact_distances(
     """Return the squared distances of pairs of queries and keys."""
     size = max(1, _ELEMENTS_AT_ONCE // keys.shape[1])
     parts = [queries.new_empty(0)]
-    for query, position in zip(chosen.split(size), positions.split(size), strict=True):
+    for query, position in zip(
+        torch.split(chosen, size), torch.split(positions, size), strict=True
+    ):
         parts.append((queries[query] - keys[position].float()).square().sum(dim=1))
     return torch.cat(parts)

@@ -6,9 +6,10 @@ whole pieces alone.
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -26,6 +27,7 @@ class Workers:
         started = threading.Barrier(threads)
 
         def start() -> None:
+            torch.get_num_threads()  # a thread takes over the default on its first use: now
             torch.set_num_threads(1)
             started.wait()
 
@@ -37,13 +39,30 @@ class Workers:
         """Apply a function to each item; results in the order of the items."""
         return list(self._pool.map(function, items))
 
+    def share(self, function: Callable[[Item], None], items: Iterable[Item]) -> None:
+        """Apply a function to each item in this thread, with one worker's help if it is free."""
+        left = deque(items)
+
+        def work() -> None:
+            while True:
+                try:
+                    item = left.popleft()
+                except IndexError:
+                    return
+                function(item)
+
+        helper = self._pool.submit(work) if self.threads > 1 else None
+        work()
+        if helper is not None and not helper.cancel():
+            helper.result()
+
     def chunks(self, total: int, size: int) -> list[range]:
         """Split 0 … total into ranges of at most `size`, at least one for each thread."""
         size = max(1, min(size, -(-total // self.threads)))
         return [range(start, min(total, start + size)) for start in range(0, total, size)]
 
 
-@lru_cache(maxsize=1)
+@cache
 def _workers(threads: int) -> Workers:
     return Workers(threads)
 

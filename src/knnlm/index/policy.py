@@ -1,20 +1,163 @@
-"""Which index a datastore is searched with."""
+"""Which index a datastore is searched with, how it is chosen, and what is known of it."""
+
+import os
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import InvalidArgumentError
+from knnlm.errors import DatastoreChangedError, InvalidArgumentError
 from knnlm.index.exact import ExactIndex
+from knnlm.index.faiss import FaissIndex
+from knnlm.index.ivf import IVFIndex
 from knnlm.index.protocol import Index
+from knnlm.progress import SILENT, Progress
 
-KINDS = ("auto", "exact")
+KINDS = ("auto", "exact", "ivf", "compressed", "faiss")
+EXACT_UP_TO = 50_000  # entries: below, exact search costs less than the model
+_GROWN = 1.25  # times the entries it was built from: then an index is built anew
+_SETTING = "index"
 
 
-def open_index(store: Datastore, kind: str = "auto", device: str = "cpu") -> Index:
-    """Open the index of a datastore.
+def choose_kind(store: Datastore) -> str:
+    """Return what "auto" means for a datastore.
 
-    kind: "exact", or "auto": what fits the datastore best, which is exact search.
+    "exact" up to 50,000 entries; above, "ivf", which copies the keys list by list; "compressed",
+    which keeps codes only and reads the datastore's own keys, where that copy would fill more than
+    half of the machine's memory.
+    """
+    if len(store) <= EXACT_UP_TO:
+        return "exact"
+    copy_bytes = store.rows * store.settings.dimension * store.key_dtype.itemsize
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return "ivf" if copy_bytes <= memory_bytes / 2 else "compressed"
 
-    Raises InvalidArgumentError.
+
+def build_index(
+    store: Datastore,
+    kind: str = "auto",
+    *,
+    factory: str | None = None,
+    nprobe: int | None = None,
+    recall: float = 0.95,
+    k: int = 1024,
+    queries: Float[Tensor, "query dim"] | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> Index:
+    """Build the index that a datastore is searched with from now on.
+
+    kind: one of `KINDS`; see `choose_kind` for "auto". factory: FAISS's, for kind "faiss". nprobe:
+    lists that a query looks into; None: the fewest that reach `recall` of the k true nearest.
+    queries: real ones to measure it with; None: stored keys.
+
+    Raises InvalidArgumentError, DatastoreLockedError, DatastoreWriteError, MissingDependencyError.
     """
     if kind not in KINDS:
-        raise InvalidArgumentError(f"index must be one of {', '.join(KINDS)}, got {kind!r}")
-    return ExactIndex(store, device)
+        raise InvalidArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if (factory is not None) != (kind == "faiss"):
+        raise InvalidArgumentError(
+            f"factory goes with kind faiss and only with it, got kind {kind!r} and factory "
+            f"{factory!r}: for instance kind faiss, factory IVF1024,Flat"
+        )
+    if not 0.0 < recall <= 1.0:
+        raise InvalidArgumentError(f"recall must be above 0 and at most 1, got {recall}: try 0.95")
+    with store.writer() as catalog:
+        chosen = choose_kind(store) if kind == "auto" else kind
+        index: Index
+        if chosen == "exact":
+            index = ExactIndex(store, device)
+        elif factory is not None:
+            index = FaissIndex.build(
+                store,
+                factory,
+                nprobe=nprobe,
+                recall=recall,
+                k=k,
+                queries=queries,
+                seed=seed,
+                progress=progress,
+            )
+        else:
+            index = IVFIndex.build(
+                store,
+                kind="compressed" if chosen == "compressed" else None,
+                nprobe=nprobe,
+                recall=recall,
+                k=k,
+                queries=queries,
+                seed=seed,
+                device=device,
+                progress=progress,
+            )
+        with catalog.transaction(entries_change=False):
+            catalog.set(_SETTING, {"kind": chosen, "asked": kind})
+    return index
+
+
+def open_index(store: Datastore, device: str = "cpu") -> Index:
+    """Open the index that a datastore is searched with; exact where none was built.
+
+    Raises DatastoreChangedError, with the command to run, for one that a compaction left behind.
+    """
+    kind = index_kind(store)
+    if kind == "exact":
+        return ExactIndex(store, device)
+    return FaissIndex(store) if kind == "faiss" else IVFIndex(store, device)
+
+
+def index_kind(store: Datastore) -> str:
+    """Return the kind of index that a datastore is searched with."""
+    setting = store.catalog.get(_SETTING)
+    return "exact" if setting is None else str(setting["kind"])
+
+
+def keep_index(store: Datastore, device: str = "cpu", progress: Progress = SILENT) -> None:
+    """Build the index anew where the datastore has outgrown it or a compaction left it behind.
+
+    Appended and forgotten entries alone need no rebuilding until they are a quarter of the whole.
+    An index of a kind that somebody asked for by name stays of that kind.
+    """
+    setting = store.catalog.get(_SETTING) or {"kind": "exact", "asked": "auto"}
+    if setting["asked"] == "faiss":
+        try:
+            FaissIndex(store)
+        except DatastoreChangedError:
+            factory = FaissIndex.stored_report(store).factory
+            build_index(store, "faiss", factory=factory, progress=progress)
+        return
+    kind = choose_kind(store) if setting["asked"] == "auto" else setting["asked"]
+    if kind == "exact" == setting["kind"]:
+        return
+    if kind == setting["kind"] and kind != "exact":
+        try:
+            report = IVFIndex(store, device).report
+        except DatastoreChangedError:
+            report = None
+        if report is not None and store.rows <= _GROWN * report.rows:
+            return
+    build_index(store, setting["asked"], device=device, progress=progress)
+
+
+def describe_index(store: Datastore) -> dict[str, Any]:
+    """Return what is known of a datastore's index, as plain values.
+
+    recall is of the k true nearest, measured when it was built.
+    """
+    kind = index_kind(store)
+    if kind == "exact":
+        return {"kind": "exact", "recall": 1.0}
+    report = FaissIndex.stored_report(store) if kind == "faiss" else IVFIndex.stored_report(store)
+    measured = report.measured
+    return {
+        "kind": kind,
+        "recall": measured.recall,
+        "target_recall": measured.target_recall,
+        "k": measured.k,
+        "nprobe": report.nprobe,
+        "bytes_per_entry": report.bytes_per_entry,
+        "milliseconds_per_query": measured.milliseconds_per_query,
+        "entries": report.rows,
+    }

@@ -1,0 +1,259 @@
+"""Searching: knnlm's inverted file against FAISS, with the same lists and probes.
+
+    python benchmarks/search.py --keys train_keys.npy --queries test_keys.npy
+    python benchmarks/search.py STORE
+
+From a datastore, the last keys are taken out and used as queries. All kinds answer the same
+queries in turn, repeatedly, in one process: a batch, and one query at a time. Times are medians;
+a ratio is the median of the ratios within a repetition. Recall is against exact search.
+"""
+
+import argparse
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from knnlm.datastore.catalog import Catalog, Settings, StoredShard
+from knnlm.datastore.datastore import SHARDS, Datastore
+from knnlm.datastore.shards import write_shard
+from knnlm.index.exact import ExactIndex
+from knnlm.index.ivf import IVFIndex
+from knnlm.provenance import write_results
+
+RESULTS = Path(__file__).parent / "results" / "search.json"
+REFERENCE = "FAISS IVF,Flat"
+SHARD_ROWS = 65_536
+TRUTH_QUERIES = 1024
+
+Rows = NDArray[np.int64]
+Queries = NDArray[np.float32]
+
+
+@dataclass
+class Kind:
+    """One way to search. batch: how many queries it is given at once; slow ones get fewer."""
+
+    name: str
+    search: Callable[[Queries, int], Rows]
+    build_seconds: float | None = None
+    batch: int = 4096
+    milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    recall: dict[str, float] = field(default_factory=dict)
+
+
+def store_of(folder: Path, keys: NDArray[np.float16]) -> Datastore:
+    """Make a datastore that holds given keys in one document."""
+    settings = Settings(
+        "given keys", None, "float32", "", "", 1, 0, "ffn_input", keys.shape[1], "float16", 1, 0,
+        "document",
+    )  # fmt: skip
+    (folder / SHARDS).mkdir(parents=True)
+    catalog = Catalog.create(folder, settings)
+    with catalog.transaction():
+        for start in range(0, len(keys), SHARD_ROWS):
+            part = torch.from_numpy(np.array(keys[start : start + SHARD_ROWS]))
+            values = torch.zeros(len(part), dtype=torch.int32)
+            file = write_shard(folder / SHARDS, catalog.next_shard_name(), part, values)
+            catalog.add_shard(StoredShard(start, file))
+        document = catalog.add_document("keys", "", 0)
+        catalog.extend_document(document, len(keys), len(keys), True)
+    catalog.close()
+    return Datastore(folder)
+
+
+def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind]:
+    """Return FAISS's indexes over the same lists, and the paper's way on top of one."""
+    import faiss
+
+    dimension = keys.shape[1]
+    widened = keys.astype(np.float32)
+    quantizer = faiss.IndexFlatL2(dimension)
+    started = time.perf_counter()
+    flat = faiss.IndexIVFFlat(quantizer, dimension, nlist)
+    flat.train(widened)
+    flat.add(widened)
+    seconds = time.perf_counter() - started
+    eight_bit = faiss.ScalarQuantizer.QT_8bit
+    scalar = faiss.IndexIVFScalarQuantizer(quantizer, dimension, nlist, eight_bit)
+    product = faiss.IndexIVFPQ(quantizer, dimension, nlist, 64, 8)
+    rabitq = faiss.IndexIVFRaBitQ(quantizer, dimension, nlist)
+    refined = faiss.IndexRefine(rabitq, faiss.IndexScalarQuantizer(dimension, eight_bit))
+    refined.k_factor = 2
+    coded: list[Any] = [scalar, product, refined]
+    sample = widened[np.random.default_rng(0).permutation(len(widened))[:65_536]]
+    for index in coded:
+        index.train(sample)
+        index.add(widened)
+    for inverted in (flat, scalar, product, rabitq):
+        inverted.nprobe = nprobe
+
+    def searching(index: Any) -> Callable[[Queries, int], Rows]:
+        return lambda queries, k: index.search(queries, k)[1]
+
+    def recomputing(queries: Queries, k: int) -> Rows:
+        """Take PQ's neighbors, and their distances from the stored keys."""
+        rows = product.search(queries, k)[1]
+        for query, found in zip(queries, rows, strict=True):
+            difference = keys[found].astype(np.float32) - query
+            np.einsum("ij,ij->i", difference, difference)
+        return rows
+
+    return [
+        Kind(REFERENCE, searching(flat), seconds),
+        Kind("FAISS IVF,SQ8", searching(scalar)),
+        Kind("FAISS IVF,RaBitQ + SQ8 refine", searching(refined)),
+        Kind("FAISS IVF,PQ64", searching(product)),
+        Kind("FAISS IVF,PQ64 + recomputation", recomputing, batch=256),
+    ]
+
+
+def knnlm_kinds(store: Datastore, nlist: int, nprobe: int) -> list[Kind]:
+    """Build our kinds, and exact search."""
+    kinds = []
+    for kind in ("float16", "compressed"):
+        started = time.perf_counter()
+        index = IVFIndex.build(store, kind=kind, nlist=nlist, nprobe=nprobe)
+        seconds = time.perf_counter() - started
+        # the file of the next kind takes the name of this one, which stays mapped
+        kinds.append(Kind(f"knnlm ivf {kind}", _searching(index), seconds))
+    kinds.append(Kind("knnlm exact", _searching(ExactIndex(store)), batch=256))
+    return kinds
+
+
+def _searching(index: IVFIndex | ExactIndex) -> Callable[[Queries, int], Rows]:
+    return lambda queries, k: index.search(torch.from_numpy(queries), k).rows.numpy()
+
+
+def measure(
+    kinds: list[Kind], queries: Queries, truth: Rows, k: int, repetitions: int, singles: int
+) -> None:
+    """Time all kinds in turn, and their recall."""
+    for kind in kinds:
+        found = kind.search(queries[: len(truth)], k)
+        hits = [len(np.intersect1d(*pair)) for pair in zip(found, truth[:, :k], strict=True)]
+        kind.recall[str(k)] = sum(hits) / truth[:, :k].size
+        kind.search(queries[:1], k)
+    for _ in range(repetitions):
+        for kind in kinds:
+            part = queries[: kind.batch]
+            started = time.perf_counter()
+            kind.search(part, k)
+            seconds = time.perf_counter() - started
+            kind.milliseconds.setdefault(f"batch {k}", []).append(seconds * 1e3 / len(part))
+    for number in range(singles):
+        query = queries[number * len(queries) // singles][None]
+        for kind in kinds:
+            started = time.perf_counter()
+            kind.search(query, k)
+            milliseconds = (time.perf_counter() - started) * 1e3
+            kind.milliseconds.setdefault(f"single {k}", []).append(milliseconds)
+
+
+def ratio(kind: Kind, reference: Kind, column: str) -> float:
+    """Return how many times faster a kind is than the reference."""
+    pairs = zip(reference.milliseconds[column], kind.milliseconds[column], strict=True)
+    return statistics.median(theirs / ours for theirs, ours in pairs)
+
+
+def main() -> None:
+    """Measure, print and write `benchmarks/results/search.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", nargs="?", type=Path, help="a datastore")
+    parser.add_argument("--keys", type=Path, help="an array of keys, .npy, instead")
+    parser.add_argument("--queries", type=Path, help="an array of queries, .npy")
+    parser.add_argument("--nlist", type=int, default=1024)
+    parser.add_argument("--nprobe", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--singles", type=int, default=100)
+    parser.add_argument("--k", type=int, nargs="+", default=[1024, 128])
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    if (arguments.store is None) == (arguments.keys is None):
+        parser.error("give either a datastore or --keys")
+
+    if arguments.keys is not None:
+        keys = np.load(arguments.keys, mmap_mode="r")
+    else:
+        blocks = Datastore(arguments.store).key_blocks(1 << 20)
+        keys = torch.cat([block for _, block in blocks]).half().numpy()
+    if arguments.queries is not None:
+        queries = np.load(arguments.queries)[: arguments.batch].astype(np.float32)
+    else:
+        queries = keys[-arguments.batch :].astype(np.float32)
+        keys = keys[: -arguments.batch]
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = store_of(Path(folder) / "store", keys)
+        exact = ExactIndex(store)
+        # the queries whose truth is computed come first, and are of all texts
+        queries = queries[np.random.default_rng(0).permutation(len(queries))]
+        asked = torch.from_numpy(queries[:TRUTH_QUERIES])
+        truth = exact.search(asked, max(arguments.k)).rows.numpy()
+        kinds = [
+            *knnlm_kinds(store, arguments.nlist, arguments.nprobe),
+            *faiss_kinds(keys, arguments.nlist, arguments.nprobe),
+        ]
+        for kind in kinds:
+            kind.batch = min(kind.batch, len(queries))
+        for k in arguments.k:
+            print(f"measuring k = {k}", file=sys.stderr)
+            measure(kinds, queries, truth, k, arguments.repetitions, arguments.singles)
+    report(kinds, arguments, len(keys))
+
+
+def report(kinds: list[Kind], arguments: argparse.Namespace, entries: int) -> None:
+    """Print a table for each k and write the results."""
+    reference = next(kind for kind in kinds if kind.name == REFERENCE)
+    print(f"{entries} keys, nlist {arguments.nlist}, nprobe {arguments.nprobe}; × of {REFERENCE}")
+    for k in arguments.k:
+        print(f"\nk = {k:<27} ms/query, batch        ms, single        recall")
+        for kind in kinds:
+            batch, single = f"batch {k}", f"single {k}"
+            print(
+                f"{kind.name:32}{statistics.median(kind.milliseconds[batch]):8.3f}"
+                f" ({ratio(kind, reference, batch):6.2f}×)"
+                f"{statistics.median(kind.milliseconds[single]):10.2f}"
+                f" ({ratio(kind, reference, single):5.2f}×){kind.recall[str(k)]:9.4f}"
+            )
+    for kind in kinds:
+        if kind.build_seconds is not None:
+            print(f"build {kind.name:32}{kind.build_seconds:8.1f} s")
+    write_results(
+        arguments.results,
+        {
+            "entries": entries,
+            "nlist": arguments.nlist,
+            "nprobe": arguments.nprobe,
+            "batch": arguments.batch,
+            "reference": REFERENCE,
+            "kinds": [
+                {
+                    "name": kind.name,
+                    "build_seconds": kind.build_seconds,
+                    "recall": kind.recall,
+                    "milliseconds_per_query": {
+                        column: statistics.median(times)
+                        for column, times in kind.milliseconds.items()
+                    },
+                    "times_faster": {
+                        column: ratio(kind, reference, column) for column in kind.milliseconds
+                    },
+                }
+                for kind in kinds
+            ],
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The choice of an index, its upkeep, and what is told of it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from index_contract import append, assert_neighbors, clustered, store_of
+
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.maintenance import compact
+from knnlm.errors import DatastoreChangedError, InvalidArgumentError
+from knnlm.index import policy
+from knnlm.index.exact import ExactIndex
+from knnlm.index.faiss import FaissIndex
+from knnlm.index.ivf import IVFIndex
+
+pytest.importorskip("faiss")
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Datastore:
+    monkeypatch.setattr(policy, "EXACT_UP_TO", 4000)
+    return store_of(tmp_path / "store", clustered(6000).half())
+
+
+def test_auto_is_exact_then_ivf_then_compressed(
+    store: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert policy.choose_kind(store) == "ivf"
+    memory = 6000 * 24 * 2
+    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, memory))
+    assert policy.choose_kind(store) == "compressed"
+    monkeypatch.setattr(policy, "EXACT_UP_TO", 6000)
+    assert policy.choose_kind(store) == "exact"
+
+
+@pytest.mark.parametrize(
+    ("kind", "factory", "expected"),
+    [
+        ("exact", None, ExactIndex),
+        ("auto", None, IVFIndex),
+        ("ivf", None, IVFIndex),
+        ("compressed", None, IVFIndex),
+        ("faiss", "IVF16,Flat", FaissIndex),
+    ],
+)
+def test_what_was_built_is_opened(
+    store: Datastore, kind: str, factory: str | None, expected: type
+) -> None:
+    assert isinstance(policy.open_index(store), ExactIndex)
+    policy.build_index(store, kind, factory=factory, k=32)
+    index = policy.open_index(Datastore(store.path))
+    assert isinstance(index, expected)
+    queries = clustered(100, seed=1)
+    assert_neighbors(store, queries, 32, index.search(queries, 32), 0.9)
+    facts = policy.describe_index(store)
+    assert facts["kind"] == {"auto": "ivf"}.get(kind, kind)
+    assert 0.95 <= facts["recall"] <= 1.0
+    policy.build_index(store, "exact")
+    assert isinstance(policy.open_index(store), ExactIndex)
+
+
+def test_an_index_is_kept_while_it_fits(store: Datastore) -> None:
+    policy.keep_index(store)
+    assert policy.describe_index(store)["entries"] == 6000
+    append(store.path, clustered(600, seed=2).half(), 1, "few")
+    store.refresh()
+    policy.keep_index(store)
+    assert policy.describe_index(store)["entries"] == 6000, "appended rows are searched beside it"
+    append(store.path, clustered(1000, seed=3).half(), 1, "many")
+    store.refresh()
+    policy.keep_index(store)
+    assert policy.describe_index(store)["entries"] == 7600
+
+
+@pytest.mark.parametrize(("kind", "factory"), [("auto", None), ("faiss", "IVF16,Flat")])
+def test_a_compaction_leaves_an_index_behind_until_it_is_built_anew(
+    store: Datastore, kind: str, factory: str | None
+) -> None:
+    policy.build_index(store, kind, factory=factory, k=32)
+    store.forget(["d0"])
+    compact(store)
+    with pytest.raises(DatastoreChangedError, match="was compacted after its index was built; run"):
+        policy.open_index(store)
+    policy.keep_index(store)
+    assert policy.describe_index(store)["entries"] == 5400
+    queries = clustered(50, seed=4)
+    found = policy.open_index(store).search(queries, 16)
+    assert_neighbors(store, queries, 16, found, 0.9)
+
+
+def test_a_small_datastore_gets_no_index(store: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "EXACT_UP_TO", 10_000)
+    policy.keep_index(store)
+    assert policy.describe_index(store) == {"kind": "exact", "recall": 1.0}
+    assert not (store.path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kind": "hnsw"}, "kind must be one of auto, exact, ivf, compressed, faiss, got 'hnsw'"),
+        ({"kind": "faiss"}, "factory goes with kind faiss and only with it"),
+        ({"kind": "ivf", "factory": "Flat"}, "factory goes with kind faiss and only with it"),
+        ({"recall": 0.0}, "recall must be above 0 and at most 1, got 0.0"),
+        ({"recall": 1.5}, "recall must be above 0 and at most 1, got 1.5"),
+    ],
+)
+def test_refusals(store: Datastore, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=message):
+        policy.build_index(store, **arguments)  # type: ignore[arg-type]
