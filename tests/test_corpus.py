@@ -285,6 +285,12 @@ def test_a_file_that_cannot_be_opened_is_refused(monkeypatch: pytest.MonkeyPatch
         read_documents("docs")
 
 
+def test_a_name_that_is_not_utf8_is_refused(folder: Path) -> None:
+    (folder / os.fsdecode(b"caf\xe9.txt")).write_text("text")
+    with refusal(InvalidTextError, r"caf\udce9.txt", "must have a name in UTF-8", "rename"):
+        read_documents(".")
+
+
 def test_no_source_and_no_document_are_refused() -> None:
     with refusal(InvalidArgumentError, "text sources", "at least one", "got none", "name"):
         read_documents()

@@ -11,6 +11,7 @@ from knnlm.apps.cli import app
 DOCS = Path(__file__).parents[1] / "docs"
 DESIGNED = {
     "build",
+    "index",
     "tune",
     "eval",
     "generate",

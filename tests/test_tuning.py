@@ -258,3 +258,14 @@ def test_tuned_parameters_become_the_defaults(llama_lm: LanguageModel, tmp_path:
     store.save_parameters(found.parameters, {"tokens": found.tokens})
     assert KNNLM(llama_lm, Datastore(store.path)).parameters == found.parameters
     assert isinstance(found.parameters, Parameters)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e6])
+def test_temperatures_follow_the_scale_of_the_keys(scale: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    distances = torch.rand(400, 16, generator=generator).mul(4).sort(dim=1).values
+    votes = torch.rand(400, 16, generator=generator) < torch.exp(-distances)
+    cached = CachedNeighbors(torch.full((400,), -6.0), distances, votes)
+    scaled = CachedNeighbors(cached.lm_log_probs, distances * scale, votes)
+    expected, found = sweep(cached), sweep(scaled)
+    assert found.knn_perplexity == pytest.approx(expected.knn_perplexity, rel=0.005)

@@ -108,6 +108,7 @@ def read_documents(*sources: str | Path, text_column: str = "text") -> Documents
             streamed = True
             continue
         for path in _files(source):
+            _check_name(path)
             resolved, content = Path(path).resolve(), _sniff(path)
             if content != "text" and path == source:
                 raise InvalidTextError(
@@ -130,6 +131,15 @@ def read_documents(*sources: str | Path, text_column: str = "text") -> Documents
             f"({len(binaries)} binary files skipped): name files with text"
         )
     return documents
+
+
+def _check_name(path: str) -> None:
+    try:
+        path.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidTextError(
+            f"text file {path!a} must have a name in UTF-8: rename it"
+        ) from error
 
 
 def _files(source: str) -> list[str]:

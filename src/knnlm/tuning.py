@@ -20,6 +20,7 @@ from knnlm.scoring import votes_for_targets
 
 MAX_K = 1024
 _COARSE_TEMPERATURES = tuple(m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5))
+_FURTHER = 24  # doublings or halvings beyond them, while the best lies at the edge
 _FINER = (0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 1.75)
 _COARSE_LMBDAS = tuple(step / 20 for step in range(1, 20))
 _FINE_LMBDAS = tuple(step / 100 for step in range(1, 100))
@@ -126,7 +127,14 @@ def sweep(cached: CachedNeighbors, progress: Progress = SILENT) -> Tuning:
         for temperature in _COARSE_TEMPERATURES:
             gains |= _gains(cached, ks, temperature, _COARSE_LMBDAS)
             advance(1)
-        _, best_temperature, _ = max(gains, key=gains.__getitem__)
+        best_temperature = _best_temperature(gains)
+        for _ in range(_FURTHER):  # keys of another scale want other temperatures
+            tried = {temperature for _, temperature, _ in gains}
+            if min(tried) < best_temperature < max(tried):
+                break
+            factor = 2.0 if best_temperature == max(tried) else 0.5
+            gains |= _gains(cached, ks, best_temperature * factor, _COARSE_LMBDAS)
+            best_temperature = _best_temperature(gains)
         for factor in _FINER:
             temperature = float(f"{best_temperature * factor:.3g}")
             gains |= _gains(cached, ks, temperature, _FINE_LMBDAS)
@@ -156,6 +164,10 @@ def sweep(cached: CachedNeighbors, progress: Progress = SILENT) -> Tuning:
         by_lmbda=best_by(2),
         by_temperature=best_by(1),
     )
+
+
+def _best_temperature(gains: dict[tuple[int, float, float], float]) -> float:
+    return max(gains, key=gains.__getitem__)[1]
 
 
 def _gains(

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -84,8 +85,8 @@ def ok(*arguments: str) -> str:
 
 
 def is_progress(line: str) -> bool:
-    tasks = ("build ", "tune ", "sweep ", "eval ", "compact ", "verify ")
-    return line.startswith(tasks) or line.strip() in ("", "tokens/s", "temperatures/s", "entries/s")
+    """A bar, or the unit of its rate where the line was too long for both."""
+    return "━" in line or re.fullmatch(r"(\w+/s)?", line.strip()) is not None
 
 
 def ok_json(*arguments: str) -> dict[str, Any]:
@@ -127,7 +128,9 @@ def test_build_options(work: Path, models: Path) -> None:
     assert (settings["key"], settings["key_dtype"]) == ("output", "float32")
     assert settings["model_dtype"] == "bfloat16"
     report = ok_json("eval", "new.store", "held.txt")
-    assert report["tokens"] > 0, "read in the datastore's own precision, with its key"
+    arguments = ("eval", "new.store", "held.txt", "--dtype")
+    assert report["lm"] == ok_json(*arguments, "bfloat16")["lm"], "the datastore's own precision"
+    assert report["lm"] != ok_json(*arguments, "float32")["lm"]
 
 
 def test_tune_stores_the_defaults_and_a_picture(work: Path) -> None:
@@ -247,6 +250,10 @@ def test_explain_a_text_and_a_file(work: Path, models: Path) -> None:
     assert "texts/0.txt" in out or "texts/1.txt" in out or "texts/2.txt" in out
     assert out.count("p_kNN") == 2
     assert "p_LM" not in ok("explain", "docs.store", text, "--tokens", "0")
+    most = max(range(len(explained)), key=lambda number: abs(explained[number]["gain"]))
+    assert most > 0
+    shown = ok("explain", "docs.store", text, "--tokens", "1")
+    assert f"token {most} {explained[most]['text']!r}: p_LM " in shown, "the most changed first"
 
     options = memorized(models, "a[:x:] = [bold]:100:[/bold]")
     out = ok("explain", "code.store", "a[:x:] = [bold]:100:[/bold]", *options)
@@ -272,6 +279,17 @@ def test_info(work: Path, models: Path) -> None:
     assert "not tuned" in out
     assert f"{info['entries']:,}" in out
     assert "texts/1.txt" in out
+
+
+@pytest.mark.parametrize("kind", ["exact", "ivf", "auto"])
+def test_index(work: Path, kind: str) -> None:
+    before = ok_json("eval", "docs.store", "held.txt", "--k", "5")
+    built = ok_json("index", "docs.store", "--kind", kind, "--recall", "1.0", "--k", "5")
+    after = ok_json("eval", "docs.store", "held.txt", "--k", "5")
+    assert after["knn"]["perplexity"] == pytest.approx(before["knn"]["perplexity"], rel=1e-4)
+    assert built["kind"] == (kind if kind != "auto" else "exact")
+    assert ok_json("info", "docs.store")["index"] == built
+    assert f"│ {built['kind']}" in ok("index", "docs.store", "--kind", kind, "--k", "5")
 
 
 def test_names_are_shown_as_they_are(work: Path, models: Path) -> None:
@@ -469,7 +487,14 @@ STORE = "docs.store"
             ("tune", STORE, "held.txt", "--plot", "no/where.png"),
             ("cannot write to no: no such folder; make it first",),
         ),
-        (("info", "x" * 300), ("x" * 300, "File name too long")),
+        (("info", "x" * 300 + "\nx"), ("x" * 300 + " x/catalog.sqlite: File name too long",)),
+        (("info", "two\nlines"), ("two lines is not a datastore",)),
+        # what needs no model is refused before one is loaded
+        (
+            ("eval", STORE, "held.txt", "--k", "0", "--model", "./nowhere"),
+            ("k must be at least 1",),
+        ),
+        (("tune", STORE, "held.txt", "--max-k", "0", "--model", "./nowhere"), ("max_k must be",)),
     ],
     ids=lambda value: " ".join(value)[:60] if value and isinstance(value, tuple) else None,
 )

@@ -158,6 +158,12 @@ def test_lmbda_may_differ_by_query() -> None:
         torch.testing.assert_close(mixed[query], alone[0])
 
 
+def test_a_small_temperature_keeps_the_digits_of_large_distances() -> None:
+    distances = torch.tensor([[30_000.0, 30_000.0625]])
+    difference = neighbor_log_weights(distances, 0.1)[0].diff().item()
+    assert difference == pytest.approx(-0.625, rel=1e-5)
+
+
 def test_distances_far_beyond_float32_exponents_keep_their_order() -> None:
     distances = torch.tensor([[1e6, 1e6 + 200.0]])
     values = torch.tensor([[3, 4]])

@@ -19,12 +19,12 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except KNNLMError as error:
-            console.ERR.print(f"error: {' '.join(str(error).split())}", soft_wrap=True)
+            console.print_error(str(error))
             raise typer.Exit(1) from error
         except OSError as error:  # what the system refuses: no permission, a name too long
             if error.errno in (None, errno.EPIPE):
                 raise
-            console.ERR.print(f"error: {error.filename}: {error.strerror}", soft_wrap=True)
+            console.print_error(f"{error.filename}: {error.strerror}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             console.ERR.print(

@@ -83,6 +83,11 @@ class RichProgress:
             bars.update(task, total=bars.tasks[0].completed)
 
 
+def print_error(message: str) -> None:
+    """Print what is wrong on the standard error, in one line."""
+    ERR.print(f"error: {' '.join(message.split())}", soft_wrap=True)
+
+
 def print_json(value: object) -> None:
     """Print one JSON value on one line; infinite and undefined numbers become null."""
     OUT.print(json.dumps(_finite(value), ensure_ascii=False), soft_wrap=True)

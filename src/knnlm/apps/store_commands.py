@@ -147,5 +147,5 @@ def verify(store: Store, as_json: Json = False) -> None:
         console.OUT.print(f"{found.shards:,} shards with {found.rows:,} entries are sound")
     if found.problems:
         for problem in [] if as_json else found.problems:
-            console.ERR.print(f"error: {problem}", soft_wrap=True)
+            console.print_error(problem)
         raise typer.Exit(1)

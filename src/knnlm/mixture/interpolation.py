@@ -17,9 +17,10 @@ def neighbor_log_weights(
     Khandelwal et al. 2020, eq. 2. Rows sum to one in probability; rows without a neighbor are all
     −inf.
     """
-    energies = -squared_distances.float() / temperature
-    nearest = energies.amax(dim=1, keepdim=True)
-    energies = energies - torch.where(nearest.isfinite(), nearest, torch.zeros_like(nearest))
+    # the nearest is subtracted before the division, which would cost digits of large distances
+    squared_distances = squared_distances.float()
+    nearest = squared_distances.amin(dim=1, keepdim=True).nan_to_num(posinf=0.0)
+    energies = (nearest - squared_distances) / temperature
     return energies - energies.logsumexp(dim=1, keepdim=True).nan_to_num(neginf=0.0)
 
 
