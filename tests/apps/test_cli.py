@@ -292,6 +292,18 @@ def test_index(work: Path, kind: str) -> None:
     assert f"│ {built['kind']}" in ok("index", "docs.store", "--kind", kind, "--k", "5")
 
 
+def test_a_poor_index_is_a_warning_in_every_report(work: Path) -> None:
+    poor = ("--kind", "faiss", "--factory", "LSH", "--recall", "1.0", "--k", "40")
+    assert ok_json("index", "docs.store", *poor)["recall"] < 1.0
+    for command in ("eval", "tune"):
+        result = runner.invoke(app, (command, "docs.store", "held.txt"))
+        assert result.exit_code == 0, result.output
+        assert "warning: the index finds" in result.stderr
+        assert "below the 100.0% asked for; knnlm index docs.store" in result.stderr
+    ok("index", "docs.store", "--kind", "exact")
+    assert "warning" not in runner.invoke(app, ("eval", "docs.store", "held.txt")).stderr
+
+
 def test_names_are_shown_as_they_are(work: Path, models: Path) -> None:
     (work / "a[b]:x:.txt").write_text("A name in brackets.")
     ok("build", "[red]:100:.store", "a[b]:x:.txt", "--model", str(models / "tiny"))

@@ -258,3 +258,10 @@ def test_kernels_select_and_sort(size: int, kinds: int) -> None:
     kernels.sort(kept, positions, np.empty(size, np.float32), np.empty(size, np.int64))
     assert np.array_equal(kept, ascending)
     assert np.array_equal(values[positions], ascending)
+
+
+def test_copies_of_a_key_do_not_lower_the_recall(tmp_path: Path) -> None:
+    keys = clustered(300).half().repeat(20, 1)
+    index = IVFIndex.build(store_of(tmp_path / "copies", keys), nlist=32, recall=0.95, k=8)
+    assert index.report.measured.recall >= 0.95
+    assert index.nprobe <= 4, "eight of twenty copies are found in the first list"

@@ -247,6 +247,19 @@ def _index_line(index: dict[str, Any]) -> str:
     return line
 
 
+def warn_of_poor_recall(store: "Datastore") -> None:
+    """Say on the standard error that an index finds fewer true neighbors than was asked for."""
+    from knnlm.index.policy import describe_index
+
+    index = describe_index(store)
+    if index["recall"] < index.get("target_recall", 0.0):
+        ERR.print(
+            f"warning: the index finds {index['recall']:.1%} of the true neighbors, below the "
+            f"{index['target_recall']:.1%} asked for; knnlm index {store.path} builds another",
+            soft_wrap=True,
+        )
+
+
 def print_store(store: "Datastore") -> None:
     """Print what a datastore holds and where it comes from."""
     facts = describe(store)

@@ -7,6 +7,7 @@ its file names: files 0-2 are the test, 3-5 are for tuning, the rest is the memo
 import asyncio
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 from rich.panel import Panel
@@ -99,13 +100,14 @@ def _bundled_model(folder: Path) -> str:
 
 def _go_on(folder: Path, sources: list[Path]) -> None:
     store = folder / "asyncio.store"
+    program = "knnlm" if shutil.which("knnlm") else sys.argv[0]  # make keeps it in .venv/bin
     console.OUT.print(Rule("go on with it", align="left"))
     for purpose, command in [
-        ("what it holds", f"knnlm info {store} --documents"),
-        ("measure any text", f"knnlm eval {store} {sources[2]}"),
-        ("see the sources of any text", f'knnlm explain {store} "loop.call_soon("'),
-        ("add your own files", f"knnlm build {store} YOUR_FOLDER"),
-        ("take a file out again", f"knnlm forget {store} asyncio/tasks.py"),
+        ("what it holds", f"{program} info {store} --documents"),
+        ("measure any text", f"{program} eval {store} {sources[2]}"),
+        ("see the sources of any text", f'{program} explain {store} "loop.call_soon("'),
+        ("add your own files", f"{program} build {store} YOUR_FOLDER"),
+        ("take a file out again", f"{program} forget {store} asyncio/tasks.py"),
     ]:
         console.OUT.print(f"  {purpose:<28} {command}", soft_wrap=True)
     console.OUT.print(

@@ -220,6 +220,7 @@ def tune(
     if max_k < 1:
         raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
     opened = _open(store, model, dtype, device)
+    console.warn_of_poor_recall(opened.store)
     picture = plot or store / "tuning.png"
     for folder in (store, picture.parent):
         _check_writable(folder)  # before the work
@@ -272,6 +273,7 @@ def evaluate(
 
     documents = knnlm.read_documents(*text, text_column=text_column)
     opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    console.warn_of_poor_recall(opened.store)
     report = opened.perplexity(
         documents,
         windowing=_windowing(opened, window, context, boundary),

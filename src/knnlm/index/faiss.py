@@ -61,6 +61,8 @@ class FaissIndex:
     DatastoreCorruptError, DatastoreChangedError after a compaction, MissingDependencyError.
     """
 
+    exact_distances = False  # of codes, in most kinds
+
     def __init__(self, store: Datastore) -> None:
         faiss = _faiss()
         self.report = self.stored_report(store)

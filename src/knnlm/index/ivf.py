@@ -51,6 +51,8 @@ class IVFIndex:
     compacted after the index was built.
     """
 
+    exact_distances = True
+
     def __init__(self, store: Datastore, device: str = "cpu") -> None:
         self._open(store, _file(store), device)
 

@@ -18,6 +18,7 @@ from knnlm.progress import Progress
 
 _QUERIES = 256
 _TIMED_QUERIES = 1024
+_SAME = 1e-5  # relative and absolute: distances that differ by rounding
 _ENTRIES_PER_NEIGHBOR = 8  # recall of more of a small datastore than this is not asked for
 
 
@@ -38,9 +39,13 @@ class Measured:
 
 @runtime_checkable
 class Probing(Protocol):
-    """An index that looks into the `nprobe` nearest of its lists."""
+    """An index that looks into the `nprobe` nearest of its lists.
+
+    exact_distances: whether the distances it returns are those of the keys, not of codes.
+    """
 
     nprobe: int
+    exact_distances: bool
 
     def least_nprobe(self, k: int) -> int:
         """Return the smallest nprobe that makes a difference to a search for k."""
@@ -77,13 +82,13 @@ def choose_nprobe(
         measured, own_rows = sample[:_QUERIES], own_rows[:_QUERIES]
         wanted = found_k + int(queries is None)
         truth = ExactIndex(store, resident_bytes=0).search(measured, wanted)
-        true_rows = _without(truth.rows, own_rows)
+        truth = _without(truth, own_rows)
         advance(1)
         recall = 0.0
         for step in steps:
             index.nprobe = step
-            found = index.search(measured, wanted)
-            recall = _recall(_without(found.rows, own_rows), true_rows)
+            found = _without(index.search(measured, wanted), own_rows)
+            recall = _recall(found, truth, index.exact_distances)
             advance(1)
             if recall >= target_recall:
                 break
@@ -112,16 +117,25 @@ def _sample(
     return rows, store.keys_at(rows).float()
 
 
-def _without(
-    rows: Int[Tensor, "query k"], own_rows: Int[Tensor, " query"]
-) -> Int[Tensor, "query k"]:
-    return rows.masked_fill(rows == own_rows[:, None], -1)
+def _without(neighbors: Neighbors, own_rows: Int[Tensor, " query"]) -> Neighbors:
+    rows = neighbors.rows.masked_fill(neighbors.rows == own_rows[:, None], -1)
+    return Neighbors(neighbors.squared_distances, rows)
 
 
-def _recall(found: Int[Tensor, "query n"], true_rows: Int[Tensor, "query k"]) -> float:
+def _recall(found: Neighbors, truth: Neighbors, exact_distances: bool) -> float:
+    """Return the part of the true neighbors that was found.
+
+    Among entries that are equally near, as copies of a text are, each is as right as the other.
+    """
+    true_distances = truth.squared_distances.masked_fill(~truth.present, -torch.inf)
+    farthest = true_distances.amax(dim=1, keepdim=True)
+    near_enough = found.squared_distances <= farthest * (1 + _SAME) + _SAME
     hits = total = 0
-    for found_rows, rows in zip(found, true_rows, strict=True):
-        rows = rows[rows >= 0]
-        hits += int(torch.isin(rows, found_rows).sum())
-        total += len(rows)
+    for number, true_rows in enumerate(truth.rows):
+        true_rows = true_rows[true_rows >= 0]
+        right = torch.isin(found.rows[number], true_rows)
+        if exact_distances:
+            right |= near_enough[number]
+        hits += min(int((right & found.present[number]).sum()), len(true_rows))
+        total += len(true_rows)
     return hits / max(1, total)
