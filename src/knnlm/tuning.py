@@ -64,6 +64,15 @@ class Tuning:
     by_lmbda: tuple[Trial, ...]
     by_temperature: tuple[Trial, ...]
 
+    def origin(self, text: Sequence[str]) -> dict[str, Any]:
+        """Return what is stored beside the parameters: the text's names, and what they gave."""
+        return {
+            "text": list(text),
+            "tokens": self.tokens,
+            "lm_perplexity": self.lm_perplexity,
+            "knn_perplexity": self.knn_perplexity,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
         return asdict(self)

@@ -43,15 +43,8 @@ def run(folder: Path, model: str | None) -> None:
     _step(3, f"tuning on {len(held_out)} files that it has not seen")
     tuning = knnlm.tune(knnlm.KNNLM(lm, store), held_out, progress=progress)
     plot_tuning(tuning, store.path / "tuning.png")
-    store.save_parameters(
-        tuning.parameters,
-        {
-            "text": [document.name for document in held_out],
-            "tokens": tuning.tokens,
-            "lm_perplexity": tuning.lm_perplexity,
-            "knn_perplexity": tuning.knn_perplexity,
-        },
-    )
+    names = [document.name for document in held_out]
+    store.save_parameters(tuning.parameters, tuning.origin(names))
     console.print_tuning(tuning)
 
     _step(4, f"the exam: {len(test)} other files that it has not seen")

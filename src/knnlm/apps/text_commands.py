@@ -232,14 +232,8 @@ def tune(
         max_tokens=max_tokens,
         progress=console.RichProgress(),
     )
-    facts = {
-        "text": text,
-        "tokens": tuning.tokens,
-        "lm_perplexity": tuning.lm_perplexity,
-        "knn_perplexity": tuning.knn_perplexity,
-    }
     plot_tuning(tuning, picture)
-    opened.store.save_parameters(tuning.parameters, facts)
+    opened.store.save_parameters(tuning.parameters, tuning.origin(text))
     if as_json:
         console.print_json(tuning.to_dict() | {"plot": str(picture)})
         return

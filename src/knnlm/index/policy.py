@@ -7,10 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import DatastoreChangedError, InvalidArgumentError
+from knnlm.errors import InvalidArgumentError
 from knnlm.index.exact import ExactIndex
-from knnlm.index.faiss import FaissIndex
+from knnlm.index.faiss import FaissIndex, FaissReport
 from knnlm.index.ivf import IVFIndex
+from knnlm.index.ivf_file import IVFReport
 from knnlm.index.protocol import Index
 from knnlm.progress import SILENT, Progress
 
@@ -121,24 +122,21 @@ def keep_index(store: Datastore, device: str = "cpu", progress: Progress = SILEN
     An index of a kind that somebody asked for by name stays of that kind.
     """
     setting = store.catalog.get(_SETTING) or {"kind": "exact", "asked": "auto"}
-    if setting["asked"] == "faiss":
-        try:
-            FaissIndex(store)
-        except DatastoreChangedError:
-            factory = FaissIndex.stored_report(store).factory
-            build_index(store, "faiss", factory=factory, progress=progress)
-        return
-    kind = choose_kind(store) if setting["asked"] == "auto" else setting["asked"]
-    if kind == "exact" == setting["kind"]:
-        return
-    if kind == setting["kind"] and kind != "exact":
-        try:
-            report = IVFIndex(store, device).report
-        except DatastoreChangedError:
-            report = None
-        if report is not None and store.rows <= _GROWN * report.rows:
+    asked, kind = setting["asked"], setting["kind"]
+    factory = None
+    if kind == (choose_kind(store) if asked == "auto" else asked):
+        if kind == "exact":
             return
-    build_index(store, setting["asked"], device=device, progress=progress)
+        report = _stored_report(store, kind)
+        outgrown = kind != "faiss" and store.rows > _GROWN * report.rows
+        if report.numbering == store.numbering and not outgrown:
+            return
+        factory = report.factory if isinstance(report, FaissReport) else None
+    build_index(store, asked, factory=factory, device=device, progress=progress)
+
+
+def _stored_report(store: Datastore, kind: str) -> FaissReport | IVFReport:
+    return FaissIndex.stored_report(store) if kind == "faiss" else IVFIndex.stored_report(store)
 
 
 def describe_index(store: Datastore) -> dict[str, Any]:
@@ -149,7 +147,7 @@ def describe_index(store: Datastore) -> dict[str, Any]:
     kind = index_kind(store)
     if kind == "exact":
         return {"kind": "exact", "recall": 1.0}
-    report = FaissIndex.stored_report(store) if kind == "faiss" else IVFIndex.stored_report(store)
+    report = _stored_report(store, kind)
     measured = report.measured
     return {
         "kind": kind,
