@@ -25,7 +25,8 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
-from knnlm.language_model import LanguageModel, Reading
+from knnlm.keyed_model import Reading
+from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
 from knnlm.perplexity import Measure, PerplexityReport, evaluate
 from knnlm.progress import Advance

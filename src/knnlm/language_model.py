@@ -7,8 +7,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-from jaxtyping import Float, Float32, Int, Int32
-from torch import Tensor, nn
+from jaxtyping import Int32
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,31 +33,18 @@ from knnlm.errors import (
     UnsupportedModelError,
     missing_dependency,
 )
-from knnlm.key_choices import KEY_CHOICES, KeyCapture, capture_keys, check_key, find_key_places
-
-__all__ = ["KEY_CHOICES", "LanguageModel", "Reading"]
+from knnlm.key_choices import check_key
+from knnlm.keyed_model import KeyedModel, check_decoder_only
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_WINDOW_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _PROBE_TEXT = "The 1st café’s naïve “kNN-LM” — 3.14 ≈ π,\r\n\tif x != [0, 1]: 日本語 🙂  <s> end"
-_SAMPLE_SIZE = 1024
 
 
-@dataclass(frozen=True)
-class Reading:
-    """What one forward pass says about every position: its key, and what may follow it."""
-
-    keys: Float[Tensor, "batch time dim"]
-    logits: Float32[Tensor, "batch time vocab"]
-
-
-class LanguageModel:
+class LanguageModel(KeyedModel):
     """A HF decoder-only causal LM and its tokenizer: token ids to keys and log-probabilities.
 
-    `key` chooses the hidden state that is the key, one of `KEY_CHOICES`; in models without a
-    feed-forward block (Mamba) `ffn_input` becomes `attention_input`, the mixer's input, and the
-    attribute `key` has the choice in effect. `name` (hub id, folder or file) and `revision` say
-    where the model came from; by default, what the model itself says.
+    key: see `KeyedModel`. name (hub id, folder or file) and revision say where the model came from;
+    by default, what the model itself says.
     """
 
     def __init__(
@@ -70,26 +56,9 @@ class LanguageModel:
         name: str | None = None,
         revision: str | None = None,
     ) -> None:
-        check_key(key)
-        self.model = model
+        super().__init__(model, key=key, name=name)
         self.tokenizer = tokenizer
-        self.name: str = name or model.name_or_path or type(model).__name__
         self.revision: str | None = revision or getattr(model.config, "_commit_hash", None)
-        self.max_window: int | None = _max_window(model.config.get_text_config())
-        """How many positions the model can read at once; None where there is no limit."""
-        _check_decoder_only(model.config, self.name)
-        probe = self._probe()
-        with _evaluating(self.model):
-            logits = self._causal_logits(probe)
-            places = find_key_places(model, probe)
-        self.key: str = places.resolve(key)
-        """The key choice in effect, one of `KEY_CHOICES`."""
-        self._decoder: nn.Module = model.get_decoder()
-        self._tap = places.taps[self.key]
-        self.dimension: int = self.keys(probe).shape[-1]
-        """Of a key; not the same as the hidden size in every model."""
-        self.vocab_size: int = logits.shape[-1]
-        """The last dimension of the logits, which may exceed the tokenizer's vocabulary."""
         self.start_token: int = self._find_start_token()
         """BOS, or EOS where there is none: the context of a document's first token."""
 
@@ -118,7 +87,7 @@ class LanguageModel:
         with _without_progress_bars():
             with _explaining_failures("model", name):
                 config = AutoConfig.from_pretrained(source, **options)
-            _check_decoder_only(config, str(name))
+            check_decoder_only(config, str(name))
             with _explaining_failures("tokenizer of", name):
                 tokenizer = AutoTokenizer.from_pretrained(source, **options)
             with _explaining_failures("model", name):
@@ -149,18 +118,6 @@ class LanguageModel:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
-    @property
-    def device(self) -> torch.device:
-        """Where tokens go in and keys and logits come out."""
-        device: torch.device = self.model.device
-        return device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of the weights."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
-
     def encode(self, texts: list[str]) -> list[Int32[np.ndarray, " tokens"]]:
         """Tokenize a batch of texts, adding no special tokens."""
         if not texts:
@@ -181,53 +138,6 @@ class LanguageModel:
         )
         return text
 
-    def keys(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time dim"]:
-        """Return the key of every position, without running the LM head.
-
-        No mask is needed for rows padded on the right: a causal model's real positions never see
-        the padding, whose keys are to be ignored.
-        """
-        with _evaluating(self.model), self.capture() as captured:
-            self._decoder(input_ids=tokens.to(self.device), use_cache=False)
-            return captured.keys.to(self.device)
-
-    def keys_and_logits(self, tokens: Int[Tensor, "batch time"]) -> Reading:
-        """Return keys and logits of every position from one forward pass; padding as in `keys`."""
-        with _evaluating(self.model), self.capture() as captured:
-            logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-            return Reading(captured.keys.to(self.device), logits.float())
-
-    def capture(self) -> AbstractContextManager[KeyCapture]:
-        """Record the keys of any forward passes of `model` inside the `with` block.
-
-        After each pass `.keys` has its (batch, time, dim), also in `generate`, where all but the
-        first pass read one new position.
-        """
-        return capture_keys(self._decoder, self._tap)
-
-    @cached_property
-    def weights_fingerprint(self) -> str:
-        """SHA-256 over a sample of every weight tensor.
-
-        The same for all precisions that a bfloat16 or float16 checkpoint is loaded in, and for
-        float32 and bfloat16 loads of a float32 checkpoint; another for a fine-tuned model.
-        """
-        digest = hashlib.sha256()
-        for name, parameter in self.model.named_parameters():
-            if parameter.is_meta:
-                raise UnsupportedModelError(
-                    f"the weights {name} must be in memory to take the model's fingerprint, but "
-                    "are offloaded to disk; load the model without offloading"
-                )
-            flat = parameter.detach().flatten()
-            # An odd stride does not stay in one column of a matrix.
-            sample = flat[:: -(-len(flat) // _SAMPLE_SIZE) | 1]
-            # Rounded to what all three precisions can hold.
-            rounded = sample.to(torch.bfloat16).to(torch.float16).cpu().numpy()
-            digest.update(json.dumps([name, list(parameter.shape)]).encode())
-            digest.update(rounded.astype("<f2").tobytes())
-        return digest.hexdigest()
-
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the vocabulary, the start token and the tokens of a fixed text."""
@@ -235,30 +145,6 @@ class LanguageModel:
         probe_tokens = self.encode([_PROBE_TEXT])[0].tolist()
         described = json.dumps([vocabulary, self.start_token, probe_tokens])
         return hashlib.sha256(described.encode()).hexdigest()
-
-    def _probe(self) -> Int[Tensor, "2 time"]:
-        """Return two rows of a few tokens that differ in the last one."""
-        vocab_size: int = self.model.config.get_text_config().vocab_size
-        tokens = torch.arange(min(8, self.max_window or 8)).repeat(2, 1)
-        tokens[1, -1] += 1
-        return (tokens % vocab_size).to(self.device)
-
-    def _causal_logits(self, probe: Int[Tensor, "2 time"]) -> Float[Tensor, "2 time vocab"]:
-        """Return the logits of the probe, having checked that they depend on the past only."""
-        logits: Tensor | None = getattr(self.model(input_ids=probe), "logits", None)
-        if logits is None or logits.dim() != 3:
-            raise UnsupportedModelError(
-                f"model {self.name!r} must have a language-modeling head, but is a "
-                f"{type(self.model).__name__}; load it with AutoModelForCausalLM"
-            )
-        one, other = logits[:, :-1].float()
-        tolerance = 4 * torch.finfo(logits.dtype).eps * float(one.abs().max())
-        if float((one - other).abs().max()) > tolerance:
-            raise UnsupportedModelError(
-                f"model {self.name!r} must be a causal language model, but a position's logits "
-                "depend on later tokens, as in masked language models; choose a decoder-only model"
-            )
-        return logits
 
     def _find_start_token(self) -> int:
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
@@ -277,21 +163,6 @@ class LanguageModel:
                 f"{self.vocab_size} tokens, but gave the token {token}; use the model's own "
                 "tokenizer, or resize the model's token embeddings"
             )
-
-
-def _check_decoder_only(config: Any, name: str) -> None:
-    if config.is_encoder_decoder:
-        raise UnsupportedModelError(
-            f"model {name!r} must be a decoder-only language model, but is an encoder-decoder "
-            f"({config.model_type}); choose a causal language model"
-        )
-
-
-def _max_window(config: Any) -> int | None:
-    if getattr(config, "alibi", False):
-        return None
-    limits = (getattr(config, name, None) for name in _WINDOW_NAMES)
-    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
 def _parse_device(device: str) -> torch.device:
@@ -362,20 +233,6 @@ def _explaining_failures(part: str, name: str | Path) -> Iterator[None]:
             f"{part} {str(name)!r} cannot be loaded: {reason}; give a Hugging Face hub id, a "
             "folder with config.json, weights and tokenizer, or a .gguf file"
         ) from error
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Run without dropout and without gradients, and leave the model's mode as it was."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if training:
-            model.train()
 
 
 @contextmanager
