@@ -16,6 +16,7 @@ LAYERS = [
     ["errors", "progress"],
     ["provenance", "index.protocol", "corpus", "windows", "key_choices"],
     ["mixture.parameters", "mixture.interpolation"],
+    ["mixture.continuous_cache"],
     ["keyed_model"],
     ["language_model"],
     ["reading"],

@@ -1,0 +1,186 @@
+"""The continuous cache against a loop over every pair, however the text arrives."""
+
+import math
+
+import pytest
+import torch
+from conftest import refusal
+from torch import Tensor
+
+from knnlm.errors import InvalidArgumentError
+from knnlm.mixture.continuous_cache import (
+    CacheParameters,
+    ContinuousCache,
+    Recollection,
+    cache_log_weights,
+)
+from knnlm.mixture.interpolation import dense_knn_log_probs, target_knn_log_probs
+
+VOCAB = 12
+DIMENSION = 5
+
+
+def text(length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, keys and targets of one sequence."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, VOCAB, (length + 1,), generator=generator)
+    return tokens[:-1], torch.randn(length, DIMENSION, generator=generator), tokens[1:]
+
+
+def brute_force(
+    keys: Tensor, targets: Tensor, size: int, theta: float
+) -> list[dict[int, float] | None]:
+    """p_cache of every position, pair by pair in float64; None where nothing is remembered."""
+    answers: list[dict[int, float] | None] = []
+    products, tokens = (keys.double() @ keys.double().T).tolist(), targets.tolist()
+    for now in range(len(keys)):
+        votes: dict[int, float] = {}
+        for earlier in range(max(0, now - size), now):
+            token = tokens[earlier]
+            votes[token] = votes.get(token, 0.0) + math.exp(theta * products[now][earlier])
+        total = sum(votes.values())
+        answers.append({token: vote / total for token, vote in votes.items()} if votes else None)
+    return answers
+
+
+def assert_equal_to_brute_force(
+    recalled: Recollection, keys: Tensor, targets: Tensor, size: int, theta: float
+) -> None:
+    weights = cache_log_weights(recalled.products, theta)
+    present = recalled.values >= 0
+    dense = dense_knn_log_probs(weights, recalled.values.clamp_min(0), VOCAB).exp()
+    votes = (recalled.values == targets[:, None]) & present
+    sparse = target_knn_log_probs(weights, votes).exp()
+    expected = torch.zeros(len(keys), VOCAB)
+    for now, answer in enumerate(brute_force(keys, targets, size, theta)):
+        assert bool(present[now].any()) == (answer is not None)
+        for token, probability in (answer or {}).items():
+            expected[now, token] = probability
+    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=0)
+    own = expected.gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(sparse, own, atol=1e-5, rtol=0)
+    assert bool(weights[~present.any(dim=1)].isneginf().all())
+
+
+def in_pieces(
+    cache: ContinuousCache, inputs: Tensor, keys: Tensor, sizes: list[int]
+) -> Recollection:
+    """Read a sequence piece by piece; the columns of the shorter recollections are absent pairs."""
+    parts = [
+        cache.recall(piece[None], of_keys[None])
+        for piece, of_keys in zip(torch.split(inputs, sizes), torch.split(keys, sizes), strict=True)
+    ]
+    width = max(part.values.shape[1] for part in parts)
+    missing = [(width - part.values.shape[1], 0) for part in parts]
+    pad = torch.nn.functional.pad
+    return Recollection(
+        torch.cat(
+            [pad(p.products, m, value=-torch.inf) for p, m in zip(parts, missing, strict=True)]
+        ),
+        torch.cat([pad(p.values, m, value=-1) for p, m in zip(parts, missing, strict=True)]),
+    )
+
+
+@pytest.mark.parametrize("size", [1, 7, 300, 1000])
+@pytest.mark.parametrize("theta", [0.0, 0.7])
+def test_equal_to_brute_force(size: int, theta: float) -> None:
+    inputs, keys, targets = text(600)  # several blocks of queries
+    recalled = ContinuousCache(size, DIMENSION).recall(inputs[None], keys[None])
+    assert_equal_to_brute_force(recalled, keys, targets, size, theta)
+
+
+@pytest.mark.parametrize("size", [1, 5, 40, 500])
+@pytest.mark.parametrize("pieces", [[300], [1] * 300, [100, 1, 1, 98, 60, 40], [299, 1]])
+def test_windows_and_single_steps_carry_on(size: int, pieces: list[int]) -> None:
+    inputs, keys, targets = text(300, seed=1)
+    recalled = in_pieces(ContinuousCache(size, DIMENSION), inputs, keys, pieces)
+    assert_equal_to_brute_force(recalled, keys, targets, size, 0.5)
+
+
+def test_no_query_sees_its_own_target_or_a_later_one() -> None:
+    inputs, keys, _ = text(40, seed=2)
+    recalled = ContinuousCache(40, DIMENSION).recall(inputs[None], keys[None])
+    for now in range(40):
+        changed = inputs.clone()
+        changed[now + 1 :] = VOCAB + 1
+        again = ContinuousCache(40, DIMENSION).recall(changed[None], keys[None])
+        assert torch.equal(again.values[: now + 1], recalled.values[: now + 1])
+        assert torch.equal(again.products[: now + 1], recalled.products[: now + 1])
+
+
+def test_sequences_of_a_batch_never_meet() -> None:
+    rows = [text(50, seed) for seed in (3, 4, 5)]
+    inputs, keys = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
+    cache = ContinuousCache(20, DIMENSION, batch=3)
+    together = [cache.recall(inputs[:, :30], keys[:, :30])]
+    together += [cache.recall(inputs[:, t : t + 1], keys[:, t : t + 1]) for t in range(30, 50)]
+    for row, (_, own_keys, targets) in enumerate(rows):
+        parts = [part.products.reshape(3, -1, part.products.shape[1])[row] for part in together]
+        values = [part.values.reshape(3, -1, part.values.shape[1])[row] for part in together]
+        recalled = Recollection(torch.cat(parts), torch.cat(values))
+        assert_equal_to_brute_force(recalled, own_keys, targets, 20, 0.5)
+
+
+def test_padding_on_the_left_is_never_remembered() -> None:
+    inputs, keys, targets = text(30, seed=6)
+    padding = 7
+    padded = torch.cat([torch.zeros(padding, dtype=torch.int64), inputs])
+    padded_keys = torch.cat([torch.full((padding, DIMENSION), 9.0), keys])
+    real = torch.arange(padding + 30) >= padding
+    cache = ContinuousCache(100, DIMENSION)
+    recalled = cache.recall(padded[None, :20], padded_keys[None, :20], real[None, :20])
+    tail = cache.recall(padded[None, 20:], padded_keys[None, 20:], real[None, 20:])
+    width = tail.values.shape[1]
+    pad = torch.nn.functional.pad
+    missing = (width - recalled.values.shape[1], 0)
+    own = Recollection(
+        torch.cat([pad(recalled.products, missing, value=-torch.inf), tail.products])[padding:],
+        torch.cat([pad(recalled.values, missing, value=-1), tail.values])[padding:],
+    )
+    assert_equal_to_brute_force(own, keys, targets, 100, 0.5)
+
+
+def test_beams_go_on_from_the_sequence_that_they_continue() -> None:
+    one, other = text(12, 7), text(12, 8)
+    cache = ContinuousCache(8, DIMENSION, batch=2)
+    cache.recall(torch.stack([one[0], other[0]]), torch.stack([one[1], other[1]]))
+    cache.reorder(torch.tensor([1, 1]))
+    following = torch.tensor([[3], [4]]), torch.randn(2, 1, DIMENSION)
+    recalled = cache.recall(*following)
+    for row in range(2):
+        expected = torch.cat([other[0][-7:], following[0][row]])
+        assert torch.equal(recalled.values[row], expected)
+        torch.testing.assert_close(recalled.products[row], other[1][-8:] @ following[1][row, 0])
+
+
+def test_memory_is_bounded_by_the_size() -> None:
+    cache = ContinuousCache(10, DIMENSION)
+    inputs, keys, _ = text(1000, seed=9)
+    for step in range(1000):
+        cache.recall(inputs[None, step : step + 1], keys[None, step : step + 1])
+        assert cache._values.shape[1] <= 2 * 10 + 1
+        assert cache._keys.shape[1] <= 2 * 10 + 1
+
+
+def test_the_last_columns_are_a_smaller_cache() -> None:
+    inputs, keys, _ = text(100, seed=10)
+    large = ContinuousCache(60, DIMENSION).recall(inputs[None], keys[None])
+    small = ContinuousCache(9, DIMENSION).recall(inputs[None], keys[None])
+    assert torch.equal(large.values[:, -9:], small.values)
+    torch.testing.assert_close(large.products[:, -9:], small.products)
+
+
+def test_large_products_keep_their_differences() -> None:
+    weights = cache_log_weights(torch.tensor([[1e6, 1e6 + 200.0, -torch.inf]]), 1.0)
+    torch.testing.assert_close(weights, torch.tensor([[-200.0, 0.0, -torch.inf]]))
+
+
+def test_parameters_have_rules() -> None:
+    with refusal(InvalidArgumentError, "size must be at least 1, got 0"):
+        CacheParameters(0, 0.1)
+    with refusal(InvalidArgumentError, "theta", "at least 0 and finite, got -0.1"):
+        CacheParameters(10, -0.1)
+    with refusal(InvalidArgumentError, "theta", "finite, got inf"):
+        CacheParameters(10, math.inf)
+    with refusal(InvalidArgumentError, "size must be at least 1, got 0"):
+        ContinuousCache(0, 3)
