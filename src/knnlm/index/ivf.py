@@ -17,8 +17,9 @@ from torch import Tensor
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError, InvalidArgumentError
 from knnlm.index import ivf_build
+from knnlm.index.ivf_appended import identity, read_runs, remove_runs, write_run
 from knnlm.index.ivf_codes import Coder, Codes, Effort
-from knnlm.index.ivf_file import IVFReport, Part, part_of, read_part, report_of
+from knnlm.index.ivf_file import IVFReport, Part, PartWriter, part_of, read_part, report_of
 from knnlm.index.ivf_products import LARGEST_EXACT_CODE_DIM
 from knnlm.index.ivf_rescore import rescore
 from knnlm.index.ivf_tensors import search_tensors
@@ -62,11 +63,11 @@ class IVFIndex:
         self.device = torch.device(device)
         self.report = report_of(metadata)
         self.nprobe = self.report.nprobe
-        coder = Coder(arrays["center"], arrays["projection"], arrays["rest"])
-        self._lists = ivf_build.Lists.around(arrays["centroids"], coder)
+        self._lists = ivf_build.lists_of(arrays)
         self._lists_there = _moved_lists(self._lists, self.device)
         self._base = part_of(arrays)
-        self._appended: Part | None = None
+        self._key_dtype = None if self._base.keys is None else self._base.keys.dtype
+        self._tail: tuple[int, int, Part] | None = None  # first row, stop, in memory
         self._generation = -1
         self._compiled = self.device.type == "cpu" and (
             importlib.util.find_spec("numba") is not None
@@ -119,7 +120,9 @@ class IVFIndex:
             bytes_per_entry=0.0,
             measured=Measured(k, recall, 0.0, 0, 0.0),
         )
-        with ivf_build.part_writer(path, store.rows, lists, key_dtype) as writer:
+        arrays = ivf_build.list_arrays(lists) | ivf_build.part_arrays(store.rows, lists, key_dtype)
+        with PartWriter(path, arrays) as writer:
+            ivf_build.write_lists(writer, lists)
             ivf_build.fill(writer, store, lists, placement, key_dtype, progress)
             writer.describe({"report": asdict(report)})
             index = cls.__new__(cls)
@@ -134,12 +137,26 @@ class IVFIndex:
             )
             writer.describe({"report": asdict(index.report)})
             writer.publish()
+        remove_runs(path.parent)
         return index
 
     @staticmethod
     def stored_report(store: Datastore) -> IVFReport:
         """Read the report of a datastore's index; raises DatastoreNotFoundError."""
         return report_of(read_part(_file(store))[0])
+
+    @staticmethod
+    def keep_appended(store: Datastore, progress: Progress = SILENT) -> None:
+        """Write the rows that came after the build beside it, so that opening codes none of them.
+
+        For the one writer of the datastore. Raises DatastoreNotFoundError, DatastoreCorruptError,
+        DatastoreWriteError.
+        """
+        path = _file(store)
+        arrays = read_part(path)[1]
+        base, lists = part_of(arrays), ivf_build.lists_of(arrays)
+        key_dtype = None if base.keys is None else base.keys.dtype
+        write_run(store, path.parent, lists, key_dtype, len(base.rows), progress)
 
     def refresh(self) -> bool:
         """See what other writers committed to the datastore; return whether anything changed."""
@@ -156,8 +173,7 @@ class IVFIndex:
                 f"{store.path} was compacted after its index was built; run: "
                 f"knnlm index {store.path} --kind ivf"
             )
-        self._append()
-        parts = [part for part in (self._base, self._appended) if part is not None]
+        parts = [self._base, *self._appended()]
         alive = store.alive
         self._rows = torch.cat([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows
         self._rows = self._rows.to(self.device)
@@ -174,16 +190,20 @@ class IVFIndex:
             ]
         self._generation = store.generation
 
-    def _append(self) -> None:
-        """Put the rows that came after the build into lists, in memory."""
-        first = len(self._base.rows)
-        known = first + (0 if self._appended is None else len(self._appended.rows))
-        if self.store.rows == known:
-            return
-        numbers = ivf_build.assign(self.store, self._lists, first, SILENT)
-        placement = ivf_build.place(numbers, self.report.nlist, first, seed=0)
-        key_dtype = None if self._base.keys is None else self._base.keys.dtype
-        self._appended = ivf_build.part_in_memory(self.store, self._lists, placement, key_dtype)
+    def _appended(self) -> list[Part]:
+        """Return the rows that came after the build: as written beside it, the rest in memory."""
+        first, rows = len(self._base.rows), self.store.rows
+        if rows == first:
+            return []
+        wanted = identity(self._lists, self._key_dtype, self.report.numbering)
+        runs = read_runs(self.store.path / FOLDER, wanted, first, rows)
+        covered = runs[-1].stop if runs else first
+        if covered < rows and (self._tail is None or self._tail[:2] != (covered, rows)):
+            placement = ivf_build.place_rows(self.store, self._lists, covered, SILENT)
+            part = ivf_build.part_in_memory(self.store, self._lists, placement, self._key_dtype)
+            self._tail = covered, rows, part
+        tail = [self._tail[2]] if covered < rows and self._tail is not None else []
+        return [*(run.part for run in runs), *tail]
 
     def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
         """Return the k nearest live entries among the probed lists; see `Index.search`."""

@@ -6,7 +6,6 @@ Knows the datastore it reads and the file it writes; searches nothing.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
@@ -122,6 +121,12 @@ def place(numbers: Int[Tensor, " n"], nlist: int, first: int, seed: int) -> Plac
     return Placement(starts, order + first)
 
 
+def place_rows(store: Datastore, lists: Lists, first: int, progress: Progress) -> Placement:
+    """Put the rows from `first` on into lists."""
+    numbers = assign(store, lists, first, progress)
+    return place(numbers, len(lists.centroids), first, seed=0)
+
+
 def placed_keys(
     store: Datastore, lists: Lists, placement: Placement, progress: Progress
 ) -> Iterator[tuple[int, Float[Tensor, "n dim"], Codes]]:
@@ -141,15 +146,11 @@ def placed_keys(
                 advance(len(chunk))
 
 
-def part_writer(path: Path, rows: int, lists: Lists, key_dtype: torch.dtype | None) -> PartWriter:
-    """Return the writer of a part's file. key_dtype: None for a part without keys."""
+def part_arrays(rows: int, lists: Lists, key_dtype: torch.dtype | None) -> dict[str, Shape]:
+    """Return the arrays of a part's file. key_dtype: None for a part without keys."""
     nlist, dim = lists.centroids.shape
     code_dim = lists.coder.code_dim
     arrays: dict[str, Shape] = {
-        "centroids": (torch.float32, (nlist, dim)),
-        "center": (torch.float32, (dim,)),
-        "projection": (torch.float32, (code_dim, dim)),
-        "rest": (torch.float32, (code_dim,)),
         "starts": (torch.int64, (nlist + 1,)),
         "rows": (torch.int64, (rows,)),
         "steps": (torch.float32, (rows,)),
@@ -158,7 +159,33 @@ def part_writer(path: Path, rows: int, lists: Lists, key_dtype: torch.dtype | No
     }
     if key_dtype is not None:
         arrays["keys"] = (key_dtype, (rows, dim))
-    return PartWriter(path, arrays)
+    return arrays
+
+
+def list_arrays(lists: Lists) -> dict[str, Shape]:
+    """Return the arrays that say where the lists are."""
+    nlist, dim = lists.centroids.shape
+    code_dim = lists.coder.code_dim
+    return {
+        "centroids": (torch.float32, (nlist, dim)),
+        "center": (torch.float32, (dim,)),
+        "projection": (torch.float32, (code_dim, dim)),
+        "rest": (torch.float32, (code_dim,)),
+    }
+
+
+def lists_of(arrays: dict[str, Tensor]) -> Lists:
+    """Pick the lists out of a file's arrays."""
+    coder = Coder(arrays["center"], arrays["projection"], arrays["rest"])
+    return Lists.around(arrays["centroids"], coder)
+
+
+def write_lists(writer: PartWriter, lists: Lists) -> None:
+    """Write where the lists are; raises DatastoreWriteError."""
+    writer.write("centroids", 0, lists.centroids)
+    writer.write("center", 0, lists.coder.center)
+    writer.write("projection", 0, lists.coder.projection)
+    writer.write("rest", 0, lists.coder.rest)
 
 
 def fill(
@@ -170,10 +197,6 @@ def fill(
     progress: Progress,
 ) -> None:
     """Write all arrays of a part; raises DatastoreWriteError."""
-    writer.write("centroids", 0, lists.centroids)
-    writer.write("center", 0, lists.coder.center)
-    writer.write("projection", 0, lists.coder.projection)
-    writer.write("rest", 0, lists.coder.rest)
     writer.write("starts", 0, placement.starts)
     writer.write("rows", 0, placement.rows)
     for first, keys, codes in placed_keys(store, lists, placement, progress):

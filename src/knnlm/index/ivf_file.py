@@ -7,6 +7,7 @@ memory whole; its format is a length, a JSON header and the plain arrays, so thi
 import errno
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -100,9 +101,13 @@ class PartWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._file.close()
-        if error is not None:
-            self.aside.unlink(missing_ok=True)
+        if error is None:
+            with writing(self._path.parent):
+                self._file.close()
+            return
+        with suppress(OSError):  # what is still to be written does not matter any more
+            self._file.close()
+        self.aside.unlink(missing_ok=True)
 
     def write(self, name: str, first: int, values: Tensor) -> None:
         """Write rows `first` … of an array. Raises DatastoreWriteError."""

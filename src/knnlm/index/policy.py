@@ -118,7 +118,8 @@ def index_kind(store: Datastore) -> str:
 def keep_index(store: Datastore, device: str = "cpu", progress: Progress = SILENT) -> None:
     """Build the index anew where the datastore has outgrown it or a compaction left it behind.
 
-    Appended and forgotten entries alone need no rebuilding until they are a quarter of the whole.
+    Appended and forgotten entries alone need no rebuilding until they are a quarter of the whole;
+    appended ones are written beside it.
     An index of a kind that somebody asked for by name stays of that kind.
     """
     setting = store.catalog.get(_SETTING) or {"kind": "exact", "asked": "auto"}
@@ -130,6 +131,9 @@ def keep_index(store: Datastore, device: str = "cpu", progress: Progress = SILEN
         report = _stored_report(store, kind)
         outgrown = kind != "faiss" and store.rows > _GROWN * report.rows
         if report.numbering == store.numbering and not outgrown:
+            if kind != "faiss" and store.rows > report.rows:
+                with store.writer():
+                    IVFIndex.keep_appended(store, progress)
             return
         factory = report.factory if isinstance(report, FaissReport) else None
     build_index(store, asked, factory=factory, device=device, progress=progress)
