@@ -50,6 +50,7 @@ class PartArrays:
         self.first = first
         self.starts = part.starts.numpy()
         self.codes = part.codes
+        self.codes_array = part.codes.numpy()
         self.steps = part.steps.numpy()
         self.half_norms = part.half_norms.numpy()
         keys = part.keys

@@ -7,15 +7,17 @@ half_norm − query_step · key_step · ⟨query code, key code⟩.
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
-_LARGEST_CODE = 127
+LARGEST_CODE = 127
+LEAST_STEP = torch.finfo(torch.float32).tiny * 256 / LARGEST_CODE
+ALIKENESS_OF_RESTS = 0.3  # the rests of neighbors are somewhat alike: their product is not 0
 _SAMPLE = 65_536
 _KEPT_VARIANCE = 0.95
-_ALIKENESS_OF_RESTS = 0.3
 _ROUNDING_DEVIATIONS = 3.0
 _LARGEST_CODE_DIM = 1024
 
@@ -29,12 +31,20 @@ class Codes:
     half_norms: Float[Tensor, " n"]
 
     def margins(self) -> Float[Tensor, " n"]:
-        """Return how far a query's scores may be off because codes are rounded.
+        """Return how far queries' scores may be off because codes are rounded."""
+        return margin(self.steps, self.half_norms)
 
-        Rounding to a step is off by step / √12 on average; here that of query and key, taken to be
-        about as long, both count.
-        """
-        return _ROUNDING_DEVIATIONS * self.steps * (self.half_norms / 3).sqrt()
+
+Number = TypeVar("Number", Tensor, float)
+
+
+def margin(step: Number, half_norm: Number) -> Number:
+    """Return how far a query's scores may be off because codes are rounded.
+
+    Rounding to a step is off by step / √12 on average; here that of query and key, taken to be
+    about as long, both count.
+    """
+    return _ROUNDING_DEVIATIONS * step * (half_norm / 3) ** 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +110,11 @@ class Coder:
         self, turned: Float[Tensor, "n code_dim"], squared_norms: Float[Tensor, " n"]
     ) -> Codes:
         """Return the codes of projected vectors. squared_norms: of the whole centered vectors."""
-        # the rests of neighbors are somewhat alike, so their product is not 0 on average
         squared_rests = (squared_norms - turned.square().sum(dim=1)).clamp_min(0.0)
         turned = torch.addcmul(
-            turned, (_ALIKENESS_OF_RESTS * squared_rests).sqrt_()[:, None], self.rest
+            turned, (ALIKENESS_OF_RESTS * squared_rests).sqrt_()[:, None], self.rest
         )
         largest = turned.abs().amax(dim=1)
-        steps = largest.clamp_min(torch.finfo(torch.float32).tiny * 256) / _LARGEST_CODE
+        steps = (largest / LARGEST_CODE).clamp_min(LEAST_STEP)
         codes = (turned / steps[:, None]).round_().to(torch.int8)
         return Codes(codes, steps, squared_norms / 2)

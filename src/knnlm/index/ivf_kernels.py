@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 _INSERTION_SORT_BELOW = 16
 _CACHE_LINE = 64
-_CODES_AHEAD = 4
 _KEYS_AHEAD = 2
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    def compiled(cache: bool) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a kernel, at its first use; it releases the GIL."""
+
+    def compile_it(cache: bool) -> Callable[..., Any]:
         kernel: Callable[..., Any] = njit(
             nogil=True,
             cache=cache,
@@ -36,9 +37,9 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         return kernel
 
     try:
-        return compiled(cache=True)
+        return compile_it(cache=True)
     except RuntimeError:  # no folder is writable: compile in every process
-        return compiled(cache=False)
+        return compile_it(cache=False)
 
 
 def _as_float32(context: Any, element: Any) -> Any:
@@ -120,7 +121,7 @@ def _select(values: Array, rank: int) -> Any:
     return values[rank]
 
 
-select = _compiled(_select)
+select = compiled(_select)
 
 
 def _write_scores(
@@ -138,7 +139,7 @@ def _write_scores(
             scores[offset + j] = half_norms[j] - step * key_steps[j] * np.float32(products[i, j])
 
 
-write_scores = _compiled(_write_scores)
+write_scores = compiled(_write_scores)
 
 
 def _thresholds(
@@ -153,7 +154,7 @@ def _thresholds(
             out[i] = select(scores[starts[query] : starts[query + 1]], ranks[query])
 
 
-thresholds = _compiled(_thresholds)
+thresholds = compiled(_thresholds)
 
 
 def _keep(
@@ -179,7 +180,7 @@ def _keep(
     return kept
 
 
-keep = _compiled(_keep)
+keep = compiled(_keep)
 
 
 def _exact(
@@ -204,7 +205,7 @@ def _exact(
             candidate += 1
 
 
-exact = _compiled(_exact)
+exact = compiled(_exact)
 
 
 def _sort(distances: Array, positions: Array, spare: Array, spare_positions: Array) -> None:
@@ -241,7 +242,7 @@ def _sort(distances: Array, positions: Array, spare: Array, spare_positions: Arr
     positions[:] = spare_positions[: len(bits)]
 
 
-sort = _compiled(_sort)
+sort = compiled(_sort)
 
 
 def _nearest(
@@ -298,7 +299,7 @@ def _nearest(
         out_rows[i, found:] = -1
 
 
-nearest = _compiled(_nearest)
+nearest = compiled(_nearest)
 
 
 def _exact_in_block(
@@ -327,53 +328,4 @@ def _exact_in_block(
                 out[i, j] = total
 
 
-exact_in_block = _compiled(_exact_in_block)
-
-
-def _score_lists(
-    query: Array,
-    query_step: float,
-    lists: Array,
-    starts: Array,
-    codes: Array,
-    key_steps: Array,
-    half_norms: Array,
-    scores: Array,
-    positions: Array,
-) -> int:
-    """Score every key of some lists for one query, reading each code once; return how many."""
-    scored = 0
-    address, code_bytes = codes.ctypes.data, codes.strides[0]
-    for probe in range(len(lists)):
-        for position in range(starts[lists[probe]], starts[lists[probe] + 1]):
-            ahead = address + (position + _CODES_AHEAD) * code_bytes
-            for line in range(0, code_bytes, _CACHE_LINE):
-                prefetch(ahead + line)
-            code = codes[position]
-            product = np.int32(0)
-            for j in range(len(query)):
-                product = add_product(product, query[j], code[j])
-            step = query_step * key_steps[position]
-            scores[scored] = half_norms[position] - step * np.float32(product)
-            positions[scored] = position
-            scored += 1
-    return scored
-
-
-score_lists = _compiled(_score_lists)
-
-
-def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
-    """Compute the product of one vector with each row of a matrix, as fast as memory gives it."""
-    address, row_bytes = rows.ctypes.data, rows.strides[0]
-    for i in range(len(rows)):
-        for line in range(0, row_bytes, _CACHE_LINE):
-            prefetch(address + (i + _KEYS_AHEAD) * row_bytes + line)
-        row = rows[i]
-        total = np.float32(0.0)
-        for d in range(len(vector)):
-            total += vector[d] * row[d]
-        out[i] = total
-
-
-dot_rows = _compiled(_dot_rows)
+exact_in_block = compiled(_exact_in_block)

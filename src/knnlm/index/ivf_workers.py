@@ -6,7 +6,6 @@ whole pieces alone.
 """
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -38,23 +37,6 @@ class Workers:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Apply a function to each item; results in the order of the items."""
         return list(self._pool.map(function, items))
-
-    def share(self, function: Callable[[Item], None], items: Iterable[Item]) -> None:
-        """Apply a function to each item in this thread, with one worker's help if it is free."""
-        left = deque(items)
-
-        def work() -> None:
-            while True:
-                try:
-                    item = left.popleft()
-                except IndexError:
-                    return
-                function(item)
-
-        helper = self._pool.submit(work) if self.threads > 1 else None
-        work()
-        if helper is not None and not helper.cancel():
-            helper.result()
 
     def chunks(self, total: int, size: int) -> list[range]:
         """Split 0 … total into ranges of at most `size`, at least one for each thread."""
