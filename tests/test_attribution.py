@@ -1,6 +1,7 @@
 """Explanations: the numbers are the model's, and every source is where it is said to be."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def tokens(llama_lm: LanguageModel) -> list[int]:
 
 
 def at_tokens(model: KNNLM, lmbda: float, tokens: list[int]) -> Tensor:
-    other = KNNLM(model.lm, model.store, k=K, lmbda=lmbda, temperature=TEMPERATURE)
+    other = KNNLM(model.lm, model.memories[0].store, k=K, lmbda=lmbda, temperature=TEMPERATURE)
     read = torch.tensor([[model.lm.start_token, *tokens[:-1]]])
     return other.log_probs(read)[0].gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
@@ -67,7 +68,7 @@ def test_probabilities_are_those_of_the_mixture(model: KNNLM, tokens: list[int])
 def test_sources_are_the_nearest_entries(model: KNNLM, tokens: list[int]) -> None:
     explanations = explain(model, TEXT, sources=K)
     queries = model.lm.keys(torch.tensor([[model.lm.start_token, *tokens[:-1]]]))[0].double()
-    keys = stored_keys(model.store).double()
+    keys = stored_keys(model.memories[0].store).double()
     for query, explanation in zip(queries, explanations, strict=True):
         squared = (keys - query).square().sum(dim=1)
         nearest = squared.topk(K, largest=False).values
@@ -81,7 +82,7 @@ def test_sources_are_the_nearest_entries(model: KNNLM, tokens: list[int]) -> Non
         votes = sum(
             source.weight
             for source in explanation.sources
-            if int(model.store.values[source.row]) == explanation.token
+            if int(model.memories[0].store.values[source.row]) == explanation.token
         )
         assert explanation.knn_prob == pytest.approx(votes, abs=1e-5)
 
@@ -133,7 +134,7 @@ def test_what_is_asked_for_is_what_is_named(model: KNNLM) -> None:
 
 
 def test_forgotten_documents_are_never_named(model: KNNLM) -> None:
-    model.store.forget(["first", "third"])
+    model.memories[0].store.forget(["first", "third"])
     explanations = explain(model, TEXT, sources=K)
     assert {source.document for e in explanations for source in e.sources} == {"second"}
 
@@ -163,12 +164,41 @@ def test_long_texts_are_explained_piece_by_piece(
         assert rounded(one) == pytest.approx(rounded(other), abs=2e-3)
 
 
+def test_the_sources_of_several_datastores(
+    model: KNNLM, llama_lm: LanguageModel, tmp_path: Path
+) -> None:
+    other = build(tmp_path / "other", llama_lm, [Document("o", TEXT + " Yes.")], window=256)
+    (memory,) = model.memories
+    stores = [memory.store, other]
+    both = KNNLM(llama_lm, stores, k=[K, 3], lmbda=[0.4, 0.2], temperature=TEMPERATURE)
+    alone = [
+        explain(KNNLM(llama_lm, store, k=k, lmbda=0.5, temperature=TEMPERATURE), TEXT, sources=50)
+        for store, k in zip(stores, [K, 3], strict=True)
+    ]
+    for number, explanation in enumerate(explain(both, TEXT, sources=50)):
+        parts = [of_store[number] for of_store in alone]
+        expected = (0.4 * parts[0].knn_prob + 0.2 * parts[1].knn_prob) / 0.6
+        assert explanation.knn_prob == pytest.approx(expected, abs=1e-6)
+        prob = 0.6 * expected + 0.4 * math.exp(explanation.lm_log_prob)
+        assert math.exp(explanation.log_prob) == pytest.approx(prob, abs=1e-6)
+        weights = {(s.store, s.row): s.weight for s in explanation.sources}
+        expected_weights = {
+            (source.store, source.row): source.weight * share
+            for part, share in zip(parts, [0.4 / 0.6, 0.2 / 0.6], strict=True)
+            for source in part.sources
+        }
+        assert weights == pytest.approx(expected_weights, abs=1e-6)
+        assert list(weights.values()) == sorted(weights.values(), reverse=True)
+        assert {source.store for source in explanation.sources} == {str(s.path) for s in stores}
+
+
 def test_as_plain_values(model: KNNLM) -> None:
     explanation = explain(model, TEXT)[3]
     plain = json.loads(json.dumps(explanation.to_dict()))
     assert plain["gain"] == explanation.gain
     assert plain["sources"][0]["document"] == explanation.sources[0].document
     assert set(plain["sources"][0]) == {
+        "store",
         "row",
         "document",
         "position",
@@ -186,6 +216,8 @@ def test_refusals(model: KNNLM) -> None:
     for name in ("sources", "before", "after"):
         with refusal(InvalidArgumentError, f"{name} must be at least 0, got -1"):
             explain(model, TEXT, **{name: -1})
-    model.store.forget(["*"])
-    with refusal(InvalidArgumentError, f"{model.store.path} must have entries to explain with"):
+    model.memories[0].store.forget(["*"])
+    with refusal(
+        InvalidArgumentError, f"{model.memories[0].store.path} must have entries to explain with"
+    ):
         explain(model, TEXT)

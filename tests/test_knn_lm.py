@@ -12,18 +12,20 @@ from stores import distinct_documents, stored_keys
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import knnlm.knn_lm
+import knnlm.memory
 from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.errors import DatastoreMismatchError, InvalidArgumentError
+from knnlm.index.exact import ExactIndex
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
 from knnlm.language_model import LanguageModel
+from knnlm.memory import Memory
 from knnlm.mixture.parameters import Parameters
 from knnlm.reading import Windowing, cut_windows, encode_documents
-from knnlm.scoring import mixed_log_probs, score_windows, votes_for_targets
+from knnlm.scoring import mixed_log_probs, score_windows
 
 K = 12
 SIZES: dict[str, Any] = {"window": 48, "context": 16}
@@ -116,7 +118,7 @@ def test_what_is_mixed_at_once_changes_nothing(
     tokens = tokens_of(tiny_lm, TEXT, TEXT[:9])
     model = KNNLM(tiny_lm, store, k=K, lmbda=0.4, temperature=3.0)
     whole = model.log_probs(tokens)
-    monkeypatch.setattr(knnlm.knn_lm, "_DENSE_ROWS", 7)
+    monkeypatch.setattr(knnlm.memory, "_DENSE_ROWS", 7)
     torch.testing.assert_close(model.log_probs(tokens), whole, atol=1e-6, rtol=0)
 
 
@@ -139,9 +141,9 @@ def test_sparse_scores_equal_the_dense_ones(
     encoded = encode_documents(tiny_lm, documents, boundary)
     windowing = Windowing(30, 10, boundary)
     windows = list(cut_windows(encoded, tiny_lm.start_token, windowing))
-    (scores,) = score_windows(tiny_lm, windows, model.index, K)
+    (scores,) = score_windows(tiny_lm, windows, model.memories)
     sparse = torch.split(
-        mixed_log_probs(scores, store, model.parameters), [window.new for window in windows]
+        mixed_log_probs(scores, model.memories), [window.new for window in windows]
     )
     assert len(windows) > 5
     for window, of_window in zip(windows, sparse, strict=True):
@@ -157,7 +159,7 @@ def test_fewer_entries_than_k(tmp_path: Path, llama_lm: LanguageModel) -> None:
     model = KNNLM(llama_lm, store, k=len(store), lmbda=0.5, temperature=10.0)
     first = store.documents()[0]
     store.forget(["d1", "d2"])
-    assert model.parameters.k > len(store) == first.stop - first.start
+    assert model.memories[0].parameters.k > len(store) == first.stop - first.start
     tokens = tokens_of(llama_lm, TEXT)
     expected = 0.5 * slow_knn_probs(llama_lm, store, tokens, 10**6, 10.0)
     expected += 0.5 * lm_log_probs_of(llama_lm, tokens).double().exp()
@@ -201,10 +203,11 @@ def test_absent_neighbors_vote_for_nothing(store: Datastore) -> None:
     rows = torch.tensor([[3, -1], [-1, -1]])
     distances = torch.tensor([[1.0, torch.inf], [torch.inf, torch.inf]])
     value = store.values[3].item()
+    memory = Memory(store, ExactIndex(store), Parameters())
     # row −1 must not be read as row 0, nor as the last one
     for target in (value, store.values[0].item(), store.values[-1].item()):
-        votes = votes_for_targets(
-            store, Neighbors(distances, rows), torch.tensor([target, target], dtype=torch.int32)
+        votes = memory.votes_for_targets(
+            Neighbors(distances, rows), torch.tensor([target, target], dtype=torch.int32)
         )
         assert votes.tolist() == [[target == value, False], [False, False]]
 
@@ -228,6 +231,66 @@ def test_forgotten_documents_have_no_vote(tmp_path: Path, llama_lm: LanguageMode
     torch.testing.assert_close(model.log_probs(tokens).exp().double(), expected, atol=1e-5, rtol=0)
 
 
+def test_several_datastores_equal_the_slow_mixture(
+    tiny_lm: LanguageModel, store: Datastore, tmp_path: Path
+) -> None:
+    other = build(tmp_path / "other", tiny_lm, [Document("o", PROSE[100:])], **SIZES)
+    tokens = tokens_of(tiny_lm, TEXT, PROSE[50:90])
+    model = KNNLM(tiny_lm, [store, other], k=[K, 5], lmbda=[0.3, 0.5], temperature=[10.0, 30.0])
+    expected = 0.2 * lm_log_probs_of(tiny_lm, tokens).double().exp()
+    expected += 0.3 * slow_knn_probs(tiny_lm, store, tokens, K, 10.0)
+    expected += 0.5 * slow_knn_probs(tiny_lm, other, tokens, 5, 30.0)
+    torch.testing.assert_close(model.log_probs(tokens).exp().double(), expected, atol=1e-5, rtol=0)
+
+    windows = list(
+        cut_windows(
+            encode_documents(tiny_lm, [Document("a", TEXT)], "document"),
+            tiny_lm.start_token,
+            Windowing(30, 10),
+        )
+    )
+    (scores,) = score_windows(tiny_lm, windows, model.memories)
+    row = tokens_of(tiny_lm, TEXT)
+    dense = model.log_probs(row[:, : windows[0].positions])[0]
+    new = torch.from_numpy(windows[0].targets).long()
+    torch.testing.assert_close(
+        mixed_log_probs(scores, model.memories)[: len(new)],
+        dense.gather(1, new[:, None])[:, 0],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+
+
+def test_several_datastores_one_of_them_without_weight_or_entries(
+    llama_lm: LanguageModel, tmp_path: Path
+) -> None:
+    store = own_store(tmp_path / "s", llama_lm)
+    other = own_store(tmp_path / "o", llama_lm, documents=1)
+    tokens = tokens_of(llama_lm, TEXT)
+    alone = KNNLM(llama_lm, store, k=K, lmbda=0.4).log_probs(tokens)
+    both = KNNLM(llama_lm, [store, other], k=K, lmbda=[0.4, 0.0])
+    assert torch.equal(both.log_probs(tokens), alone)
+    other.forget(["*"])
+    both = KNNLM(llama_lm, [store, other], k=[K, None], lmbda=[0.4, 0.6])
+    assert torch.equal(both.log_probs(tokens), alone), "an empty datastore leaves its λ to the LM"
+
+
+def test_refusals_of_several_datastores(llama_lm: LanguageModel, tmp_path: Path) -> None:
+    store = own_store(tmp_path / "s", llama_lm)
+    other = own_store(tmp_path / "o", llama_lm)
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({"lmbda": 0.6}, "(λ) of several datastores must add up to at most 1, got 0.6 + 0.6 = 1.2"),
+        ({"lmbda": [0.5, 0.6]}, "must add up to at most 1, got 0.5 + 0.6 = 1.1: give each a smal"),
+        ({"k": [1, 2, 3]}, "k must be one value, or one for each of the 2 datastores, got 3"),
+        ({"temperature": []}, "temperature must be one value, or one for each of the 2 datasto"),
+    ]
+    for given, message in refusals:
+        with refusal(InvalidArgumentError, message):
+            KNNLM(llama_lm, [store, other], **given)
+    with refusal(InvalidArgumentError, "store must be a datastore or several, got none"):
+        KNNLM(llama_lm, [])
+
+
 # parameters and refusals
 
 
@@ -235,13 +298,13 @@ def test_parameters_come_from_the_caller_the_tuning_or_the_paper(
     tmp_path: Path, llama_lm: LanguageModel
 ) -> None:
     store = own_store(tmp_path / "s", llama_lm)
-    assert KNNLM(llama_lm, store).parameters == Parameters(len(store), 0.25, 1.0)
+    assert KNNLM(llama_lm, store).memories[0].parameters == Parameters(len(store), 0.25, 1.0)
     store.save_parameters(Parameters(9, 0.7, 40.0), {})
-    assert KNNLM(llama_lm, store).parameters == Parameters(9, 0.7, 40.0)
-    assert KNNLM(llama_lm, store, k=3, lmbda=0.0).parameters == Parameters(3, 0.0, 40.0)
+    assert KNNLM(llama_lm, store).memories[0].parameters == Parameters(9, 0.7, 40.0)
+    assert KNNLM(llama_lm, store, k=3, lmbda=0.0).memories[0].parameters == Parameters(3, 0.0, 40.0)
     store.forget(["d1"])
     store.save_parameters(Parameters(10**6, 0.7, 40.0), {})
-    assert KNNLM(llama_lm, store).parameters.k == len(store)
+    assert KNNLM(llama_lm, store).memories[0].parameters.k == len(store)
 
 
 def test_bad_parameters_are_refused(llama_lm: LanguageModel, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from stores import distinct_documents, stored_keys
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import knnlm.knn_lm
+import knnlm.memory
 import knnlm.mixture.interpolation
 import knnlm.reading
 import knnlm.scoring
@@ -24,8 +24,8 @@ from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Neighbors
-from knnlm.knn_lm import KNNLM
 from knnlm.keyed_model import Reading
+from knnlm.knn_lm import KNNLM
 from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
 from knnlm.perplexity import Measure, PerplexityReport, evaluate
@@ -92,7 +92,7 @@ def first_read(position: int, windowing: Windowing) -> int:
 
 
 def slow_scores(model: KNNLM, windowing: Windowing) -> list[Score]:
-    lm, store, parameters = model.lm, model.store, model.parameters
+    lm, store, parameters = model.lm, model.memories[0].store, model.memories[0].parameters
     keys = stored_keys(store).double()
     scores = []
     for sequence in sequences(lm, windowing.boundary):
@@ -141,7 +141,7 @@ def test_equals_the_slow_reference(model: KNNLM, windowing: Windowing) -> None:
     assert_report(report, scores, sum(len(text.split()) for text in texts), sum(map(len, texts)))
     assert 0 < report.tokens_helped < report.tokens, "the datastore must matter here"
     assert report.tokens_helped + report.tokens_hurt == report.tokens
-    assert report.parameters == PARAMETERS
+    assert report.parameters == (PARAMETERS,)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_no_distribution_over_the_vocabulary_but_the_lms(
         raise AssertionError("evaluation must not build p_kNN over the vocabulary")
 
     monkeypatch.setattr(knnlm.mixture.interpolation, "dense_knn_log_probs", refuse)
-    monkeypatch.setattr(knnlm.knn_lm, "dense_knn_log_probs", refuse)
+    monkeypatch.setattr(knnlm.memory, "dense_knn_log_probs", refuse)
     with pytest.raises(AssertionError, match="must not build"):
         model.log_probs(torch.tensor([[0, 5]]))
 
@@ -359,4 +359,4 @@ def test_refusals(model: KNNLM) -> None:
     with refusal(InvalidArgumentError, "max_tokens must be at least 1, got 0"):
         model.perplexity(TEXTS, max_tokens=0)
     with refusal(InvalidArgumentError, "window must be at most 256 for tiny, got 257"):
-        evaluate(model.lm, model.store, model.index, PARAMETERS, TEXTS, Windowing(257, 0))
+        evaluate(model.lm, model.memories, TEXTS, Windowing(257, 0))

@@ -11,6 +11,7 @@ from knnlm import errors
 from knnlm.errors import KNNLMError, MissingDependencyError, missing_dependency
 
 PUBLIC = [
+    "Attachment",
     "Datastore",
     "Document",
     "Documents",
@@ -19,11 +20,13 @@ PUBLIC = [
     "KNNLM",
     "KNNLMError",
     "LanguageModel",
+    "Memory",
     "Neighbors",
     "Parameters",
     "PerplexityReport",
     "Tuning",
     "Windowing",
+    "attach",
     "build",
     "compact",
     "explain",

@@ -60,12 +60,13 @@ def test_remembering_a_library_helps_to_predict_it(
     tuning = knnlm.tune(knnlm.KNNLM(smollm2, store), held_out)
     assert tuning.lm_perplexity == pytest.approx(alone.lm.perplexity, rel=1e-6)
     assert tuning.knn_perplexity < tuning.lm_perplexity
+    (chosen,) = tuning.parameters
     tuned = knnlm.KNNLM(
         smollm2,
         store,
-        k=tuning.parameters.k,
-        lmbda=tuning.parameters.lmbda,
-        temperature=tuning.parameters.temperature,
+        k=chosen.k,
+        lmbda=chosen.lmbda,
+        temperature=chosen.temperature,
     )
     assert tuned.perplexity(held_out).knn.perplexity == pytest.approx(
         tuning.knn_perplexity, rel=1e-5

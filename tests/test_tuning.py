@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -21,7 +22,16 @@ from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
 from knnlm.plots import plot_tuning
 from knnlm.reading import Windowing
-from knnlm.tuning import CachedNeighbors, Trial, Tuning, cache_neighbors, sweep, tune
+from knnlm.tuning import (
+    CachedNeighbors,
+    Sweep,
+    Trial,
+    Tuning,
+    cache_neighbors,
+    fit_lmbdas,
+    sweep,
+    tune,
+)
 
 HELD_OUT = [Document("held", PROSE[60:300] + "Something else."), Document("out", "A memory is.")]
 
@@ -37,18 +47,19 @@ def tuning(model: KNNLM) -> Tuning:
     return tune(model, HELD_OUT, max_k=50)
 
 
-def all_trials(tuning: Tuning) -> list[Trial]:
-    return [*tuning.by_k, *tuning.by_lmbda, *tuning.by_temperature]
+def all_trials(found: Sweep) -> list[Trial]:
+    return [*found.by_k, *found.by_lmbda, *found.by_temperature]
 
 
 def test_trials_equal_an_evaluation_with_their_parameters(model: KNNLM, tuning: Tuning) -> None:
-    chosen = tuning.parameters
+    (chosen,) = tuning.parameters
+    (found,) = tuning.sweeps
     assert chosen.lmbda > 0
     best = Trial(chosen.k, chosen.lmbda, chosen.temperature, tuning.knn_perplexity)
-    for trial in [best, *tuning.by_k, *tuning.by_lmbda[::9], *tuning.by_temperature[::3]]:
+    for trial in [best, *found.by_k, *found.by_lmbda[::9], *found.by_temperature[::3]]:
         report = KNNLM(
             model.lm,
-            model.store,
+            model.memories[0].store,
             k=trial.k,
             lmbda=trial.lmbda,
             temperature=trial.temperature,
@@ -59,9 +70,10 @@ def test_trials_equal_an_evaluation_with_their_parameters(model: KNNLM, tuning: 
 
 
 def test_the_chosen_setting_is_the_best_that_was_tried(tuning: Tuning) -> None:
-    chosen = tuning.parameters
+    (chosen,) = tuning.parameters
+    (found,) = tuning.sweeps
     assert tuning.knn_perplexity < tuning.lm_perplexity
-    for trials in (tuning.by_k, tuning.by_lmbda, tuning.by_temperature):
+    for trials in (found.by_k, found.by_lmbda, found.by_temperature):
         best = min(trials, key=lambda trial: trial.perplexity)
         assert best.perplexity == tuning.knn_perplexity
         assert (best.k, best.lmbda, best.temperature) == (
@@ -69,10 +81,10 @@ def test_the_chosen_setting_is_the_best_that_was_tried(tuning: Tuning) -> None:
             chosen.lmbda,
             chosen.temperature,
         )
-    assert [trial.k for trial in tuning.by_k] == [1, 2, 4, 8, 16, 32, 50]
-    lmbdas = [trial.lmbda for trial in tuning.by_lmbda]
+    assert [trial.k for trial in found.by_k] == [1, 2, 4, 8, 16, 32, 50]
+    lmbdas = [trial.lmbda for trial in found.by_lmbda]
     assert lmbdas == [step / 100 for step in range(1, 100)]
-    temperatures = [trial.temperature for trial in tuning.by_temperature]
+    temperatures = [trial.temperature for trial in found.by_temperature]
     assert temperatures == sorted(set(temperatures))
     assert len(temperatures) >= 15
 
@@ -80,9 +92,9 @@ def test_the_chosen_setting_is_the_best_that_was_tried(tuning: Tuning) -> None:
 def test_windows_and_limits_are_those_of_evaluation(model: KNNLM) -> None:
     windowing = Windowing(20, 4)
     found = tune(model, HELD_OUT, max_k=8, windowing=windowing, max_tokens=70)
-    p = found.parameters
+    (p,) = found.parameters
     report = KNNLM(
-        model.lm, model.store, k=p.k, lmbda=p.lmbda, temperature=p.temperature
+        model.lm, model.memories[0].store, k=p.k, lmbda=p.lmbda, temperature=p.temperature
     ).perplexity(HELD_OUT, windowing=windowing, max_tokens=70)
     assert found.tokens == report.tokens == 70
     assert report.knn.perplexity == pytest.approx(found.knn_perplexity, rel=1e-5)
@@ -94,7 +106,7 @@ def test_max_k_beyond_the_datastore_tries_all_of_it(
 ) -> None:
     store = build(tmp_path / "s", llama_lm, [Document("d", "A memory of places.")], window=64)
     found = tune(KNNLM(llama_lm, store), HELD_OUT)
-    assert found.by_k[-1].k == len(store)
+    assert found.sweeps[0].by_k[-1].k == len(store)
 
 
 def random_cache(
@@ -178,9 +190,9 @@ def test_a_datastore_of_another_kind_is_given_no_weight(
     store = build(tmp_path / "s", llama_lm, [Document("z", "QZ9#" * 40)], window=64, context=0)
     model = KNNLM(llama_lm, store)
     found = tune(model, [Document("held", "the nearest neighbors of a hidden state")])
-    assert found.parameters.lmbda == 0.0
+    assert found.parameters[0].lmbda == 0.0
     assert found.knn_perplexity == found.lm_perplexity
-    store.save_parameters(found.parameters, {})
+    found.save([store], [])
     report = KNNLM(llama_lm, Datastore(store.path)).perplexity(HELD_OUT)
     assert report.knn == report.lm
     json.dumps(found.to_dict())
@@ -195,12 +207,57 @@ def test_ten_thousand_tokens_by_1024_neighbors() -> None:
 
 
 def test_cached_neighbors_are_those_of_the_index(model: KNNLM) -> None:
-    cached = cache_neighbors(model, HELD_OUT, 7)
+    (cached,) = cache_neighbors(model, HELD_OUT, 7)
     assert cached.squared_distances.shape == cached.votes.shape == (len(cached.lm_log_probs), 7)
     assert cached.votes.dtype == torch.bool
     assert bool((cached.squared_distances.diff(dim=1) >= 0).all())
     tokens = model.lm.encode([str(document.text) for document in HELD_OUT])
     assert len(cached.votes) == sum(map(len, tokens))
+
+
+def test_several_datastores_are_tuned_together(llama_lm: LanguageModel, tmp_path: Path) -> None:
+    parts = distinct_documents(4)
+    stores = [
+        build(tmp_path / name, llama_lm, documents, window=64)
+        for name, documents in [("one", parts[:2]), ("other", parts[2:])]
+    ]
+    found = tune(KNNLM(llama_lm, stores, lmbda=0.0), HELD_OUT, max_k=16)
+    assert len(found.sweeps) == len(found.parameters) == 2
+    best = min(sweep.knn_perplexity for sweep in found.sweeps)
+    assert found.knn_perplexity < best * 1.0005, "in steps of 0.001"
+    found.save(stores, ["held"])
+    opened = [Datastore(store.path) for store in stores]
+    assert opened[0].tuning is not None
+    assert opened[0].tuning["together_with"] == [str(stores[1].path)]
+    model = KNNLM(llama_lm, opened)
+    assert tuple(memory.parameters for memory in model.memories) == found.parameters
+    report = model.perplexity(HELD_OUT)
+    assert report.knn.perplexity == pytest.approx(found.knn_perplexity, rel=1e-5)
+    json.dumps(found.to_dict())
+    plot_tuning(found, tmp_path / "plot.png")
+    assert png_size(tmp_path / "plot.png")
+
+
+def test_jointly_fitted_weights_are_the_best_on_a_grid() -> None:
+    one, other = random_cache(300, 20, seed=1), random_cache(300, 20, seed=2)
+    other = replace(other, lm_log_probs=one.lm_log_probs)
+    given = [Parameters(16, 0.5, 1.0), Parameters(16, 0.5, 3.0)]
+    fitted, perplexity = fit_lmbdas([one, other], given)
+    lm_probs = one.lm_log_probs.double().exp()
+    probs = []
+    for cached, p in zip([one, other], given, strict=True):
+        weights = torch.softmax(-cached.squared_distances[:, : p.k].double() / p.temperature, 1)
+        probs.append((weights * cached.votes[:, : p.k]).sum(dim=1))
+    best = min(
+        float(-(a * probs[0] + b * probs[1] + (1 - a - b) * lm_probs).log().mean())
+        for a in torch.arange(0, 1, 0.02).tolist()
+        for b in torch.arange(0, 1 - a, 0.02).tolist()
+    )
+    a, b = (p.lmbda for p in fitted)
+    own = float(-(a * probs[0] + b * probs[1] + (1 - a - b) * lm_probs).log().mean())
+    assert perplexity == pytest.approx(math.exp(own), rel=1e-6)
+    assert own < best + 1e-4
+    assert [(p.k, p.temperature) for p in fitted] == [(p.k, p.temperature) for p in given]
 
 
 def test_refusals(model: KNNLM, llama_lm: LanguageModel, tmp_path: Path) -> None:
@@ -255,9 +312,11 @@ def test_a_picture_that_cannot_be_written_is_refused(tuning: Tuning, tmp_path: P
 def test_tuned_parameters_become_the_defaults(llama_lm: LanguageModel, tmp_path: Path) -> None:
     store = build(tmp_path / "s", llama_lm, distinct_documents(2), window=64)
     found = tune(KNNLM(llama_lm, store), HELD_OUT, max_k=16)
-    store.save_parameters(found.parameters, {"tokens": found.tokens})
-    assert KNNLM(llama_lm, Datastore(store.path)).parameters == found.parameters
-    assert isinstance(found.parameters, Parameters)
+    found.save([store], ["held"])
+    (memory,) = KNNLM(llama_lm, Datastore(store.path)).memories
+    assert (memory.parameters,) == found.parameters
+    assert memory.store.tuning is not None
+    assert memory.store.tuning["text"] == ["held"]
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e6])

@@ -12,6 +12,8 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from knnlm.attachment import Attachment as Attachment
+    from knnlm.attachment import attach as attach
     from knnlm.attribution import Explanation as Explanation
     from knnlm.attribution import explain as explain
     from knnlm.corpus import Document as Document
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from knnlm.index.protocol import Neighbors as Neighbors
     from knnlm.knn_lm import KNNLM as KNNLM
     from knnlm.language_model import LanguageModel as LanguageModel
+    from knnlm.memory import Memory as Memory
     from knnlm.mixture.parameters import Parameters as Parameters
     from knnlm.perplexity import PerplexityReport as PerplexityReport
     from knnlm.reading import Windowing as Windowing
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Attachment": "attachment",
     "Datastore": "datastore.datastore",
     "Document": "corpus",
     "Documents": "corpus",
@@ -44,11 +48,13 @@ _MODULES = {
     "KNNLM": "knn_lm",
     "KNNLMError": "errors",
     "LanguageModel": "language_model",
+    "Memory": "memory",
     "Neighbors": "index.protocol",
     "Parameters": "mixture.parameters",
     "PerplexityReport": "perplexity",
     "Tuning": "tuning",
     "Windowing": "reading",
+    "attach": "attachment",
     "build": "datastore.build",
     "compact": "datastore.maintenance",
     "explain": "attribution",

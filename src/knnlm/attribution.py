@@ -1,27 +1,32 @@
 """Which entries of which documents spoke for each token of a text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from knnlm.corpus import Document
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
+from knnlm.language_model import LanguageModel
+from knnlm.memory import Memory
 from knnlm.mixture.interpolation import neighbor_log_weights
 from knnlm.perplexity import evaluation_scores
-from knnlm.scoring import Scores, mixed_log_probs, votes_for_targets
+from knnlm.scoring import Scores, mixed_log_probs
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """One neighbor of a token.
 
-    weight: its share of p_kNN. position: of the entry in its document, in tokens. value: the token
-    that it votes for, in the passage before + value + after.
+    store: the path of its datastore. weight: its share of p_kNN. position: of the entry in its
+    document, in tokens. value: the token that it votes for, in the passage before + value + after.
     """
 
+    store: str
     row: int
     document: str
     position: int
@@ -36,8 +41,8 @@ class Source:
 class Explanation:
     """What the LM and the datastore gave to one token of a text; log-probabilities in nats.
 
-    knn_prob: p_kNN of the token. sources: the neighbors with the greatest weight, whatever they
-    vote for.
+    knn_prob: p_kNN of the token; of several datastores, their mean by λ. sources: the neighbors
+    with the greatest weight, whatever they vote for.
     """
 
     token: int
@@ -65,60 +70,98 @@ def explain(
     sources: neighbors named for each token. before, after: tokens of their passages. Raises
     InvalidArgumentError for a text without tokens and a datastore without entries.
     """
-    if len(model.store) == 0:
+    memories = [memory for memory in model.memories if len(memory.store) > 0]
+    if not memories:
         raise InvalidArgumentError(
-            f"{model.store.path} must have entries to explain with, got none"
+            f"{model.memories[0].store.path} must have entries to explain with, got none"
         )
     for name, number in [("sources", sources), ("before", before), ("after", after)]:
         if number < 0:
             raise InvalidArgumentError(f"{name} must be at least 0, got {number}")
     explanations: list[Explanation] = []
-    for scores in evaluation_scores(
-        model.lm,
-        model.index,
-        model.parameters.k,
-        [Document("text", text)],
-        model.store.windowing,
-    ):
-        explanations += _explain_scores(model, scores, sources, before, after)
+    for scores in evaluation_scores(model.lm, memories, [Document("text", text)], model.windowing):
+        explanations += _explain_scores(model.lm, memories, scores, sources, before, after)
     if not explanations:
         raise InvalidArgumentError("the text to explain must have a token, got none")
     return explanations
 
 
 def _explain_scores(
-    model: KNNLM, scores: Scores, sources: int, before: int, after: int
+    lm: LanguageModel,
+    memories: Sequence[Memory],
+    scores: Scores,
+    sources: int,
+    before: int,
+    after: int,
 ) -> Iterator[Explanation]:
-    assert scores.neighbors is not None
-    neighbors = scores.neighbors
-    weights = neighbor_log_weights(neighbors.squared_distances, model.parameters.temperature).exp()
-    votes = votes_for_targets(model.store, neighbors, scores.targets)
-    knn_probs = (weights * votes).sum(dim=1).tolist()
-    mixed = mixed_log_probs(scores, model.store, model.parameters).tolist()
-    lm_log_probs = scores.lm_log_probs.tolist()
+    weights = _weights(memories, scores)
+    knn_probs = sum(
+        (of_memory * memory.votes_for_targets(neighbors, scores.targets)).sum(dim=1)
+        for of_memory, memory, neighbors in zip(weights, memories, scores.neighbors, strict=True)
+    )
+    assert isinstance(knn_probs, Tensor)
+    mixed = mixed_log_probs(scores, memories).tolist()
+    all_weights = torch.cat(list(weights), dim=1)
+    strongest = all_weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
     for number, token in enumerate(scores.targets.tolist()):
         named = []
-        # ascending distance is descending weight
-        for place in torch.nonzero(neighbors.present[number])[:sources, 0].tolist():
-            row = int(neighbors.rows[number, place])
-            passage = model.store.passage(row, before, after)
-            named.append(
-                Source(
-                    row=row,
-                    document=passage.document.name,
-                    position=row - passage.document.start,
-                    weight=float(weights[number, place]),
-                    squared_distance=float(neighbors.squared_distances[number, place]),
-                    before=model.lm.decode(passage.before),
-                    value=model.lm.decode([passage.value]),
-                    after=model.lm.decode(passage.after),
-                )
-            )
+        for weight, place in zip(
+            strongest.values[number, :sources].tolist(),
+            strongest.indices[number, :sources].tolist(),
+            strict=True,
+        ):
+            which = 0
+            while place >= scores.neighbors[which].rows.shape[1]:
+                place -= scores.neighbors[which].rows.shape[1]
+                which += 1
+            neighbors = scores.neighbors[which]
+            if neighbors.rows[number, place] >= 0:
+                row = int(neighbors.rows[number, place])
+                distance = float(neighbors.squared_distances[number, place])
+                named.append(_source(lm, memories[which], row, weight, distance, before, after))
         yield Explanation(
             token=token,
-            text=model.lm.decode([token]),
-            lm_log_prob=lm_log_probs[number],
-            knn_prob=knn_probs[number],
+            text=lm.decode([token]),
+            lm_log_prob=float(scores.lm_log_probs[number]),
+            knn_prob=float(knn_probs[number]),
             log_prob=mixed[number],
             sources=tuple(named),
         )
+
+
+def _weights(memories: Sequence[Memory], scores: Scores) -> list[Float[Tensor, "query k"]]:
+    """Return each neighbor's share of p_kNN; the datastores share in it by their λ."""
+    lmbdas = torch.tensor([memory.parameters.lmbda for memory in memories])
+    if float(lmbdas.sum()) == 0.0:
+        lmbdas = torch.ones_like(lmbdas)
+    present = torch.stack([n.present.any(dim=1) for n in scores.neighbors], dim=1)
+    shares = lmbdas * present
+    shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-30)
+    return [
+        neighbor_log_weights(neighbors.squared_distances, memory.parameters.temperature).exp()
+        * shares[:, which, None]
+        for which, (memory, neighbors) in enumerate(zip(memories, scores.neighbors, strict=True))
+    ]
+
+
+def _source(
+    lm: LanguageModel,
+    memory: Memory,
+    row: int,
+    weight: float,
+    squared_distance: float,
+    before: int,
+    after: int,
+) -> Source:
+    passage = memory.store.passage(row, before, after)
+    return Source(
+        store=str(memory.store.path),
+        row=row,
+        document=passage.document.name,
+        position=row - passage.document.start,
+        weight=weight,
+        squared_distance=squared_distance,
+        before=lm.decode(passage.before),
+        value=lm.decode([passage.value]),
+        after=lm.decode(passage.after),
+    )

@@ -57,6 +57,10 @@ class DatastoreChangedError(KNNLMError, RuntimeError):
     """The datastore was compacted since it was opened; open it again."""
 
 
+class AttachmentError(KNNLMError, RuntimeError):
+    """A datastore is attached to a model that has one, or detached from one that has none."""
+
+
 class MissingDependencyError(KNNLMError, ImportError):
     """An optional package is not installed; the message has the `pip install` line."""
 

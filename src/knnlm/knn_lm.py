@@ -1,27 +1,23 @@
-"""KNNLM: a language model and a datastore that together predict the next token."""
+"""KNNLM: a language model and its datastores, which together predict the next token."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
+from knnlm.attachment import Attachment
 from knnlm.corpus import Document
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
-from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index
 from knnlm.language_model import LanguageModel
-from knnlm.mixture.interpolation import dense_knn_log_probs, interpolate, neighbor_log_weights
-from knnlm.mixture.parameters import Parameters
+from knnlm.memory import ForEach, Memory, mix, open_memories
 from knnlm.perplexity import PerplexityReport, evaluate
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import Windowing
-
-_DENSE_ROWS = 256  # of the vocabulary-wide mixture made at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +32,37 @@ class Generation:
 class KNNLM:
     """p(y|x) = λ p_kNN(y|x) + (1 − λ) p_LM(y|x) (Khandelwal et al. 2020, eq. 3).
 
+    store: one datastore, or several, each with a λ of its own: p = Σ λ_i p_kNN,i + (1 − Σ λ_i)
+    p_LM. Then k, lmbda, temperature and index are one value for all or a sequence with one for
+    each.
     k, lmbda, temperature: by default what `tune` stored with the datastore, else the paper's
     1024, 0.25 and 1, with k at most the number of entries.
     index: what finds the neighbors; by default the datastore's.
 
     Raises DatastoreMismatchError if the datastore was built with another model, and
-    InvalidArgumentError for parameters outside their rules.
+    InvalidArgumentError for parameters outside their rules, such as λ that add up to more than 1.
     """
 
     def __init__(
         self,
         lm: LanguageModel,
-        store: Datastore,
+        store: Datastore | Sequence[Datastore],
         *,
-        k: int | None = None,
-        lmbda: float | None = None,
-        temperature: float | None = None,
-        index: Index | None = None,
+        k: ForEach[int] = None,
+        lmbda: ForEach[float] = None,
+        temperature: ForEach[float] = None,
+        index: ForEach[Index] = None,
     ) -> None:
-        store.check_model(lm)
         self.lm = lm
-        self.store = store
-        self.parameters = choose_parameters(store, k, lmbda, temperature)
-        self.index = open_index(store, device=str(lm.device)) if index is None else index
+        self.memories: tuple[Memory, ...] = open_memories(
+            lm, store, k=k, lmbda=lmbda, temperature=temperature, index=index
+        )
+        """The datastores, each with its index and its parameters."""
+
+    @property
+    def windowing(self) -> Windowing:
+        """How the first datastore's text was cut into windows; held-out text is cut likewise."""
+        return self.memories[0].store.windowing
 
     def log_probs(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Return log p of every next token after each position, float32.
@@ -68,32 +72,8 @@ class KNNLM:
         """
         reading = self.lm.keys_and_logits(tokens)
         log_probs = torch.log_softmax(reading.logits, dim=-1)
-        mixed = self._mix(reading.keys.flatten(0, 1), log_probs.flatten(0, 1))
+        mixed = mix(self.memories, reading.keys.flatten(0, 1), log_probs.flatten(0, 1))
         return mixed.reshape(log_probs.shape)
-
-    @property
-    def _is_lm_alone(self) -> bool:
-        return self.parameters.lmbda == 0.0 or len(self.store) == 0
-
-    def _mix(
-        self, keys: Float[Tensor, "query dim"], lm_log_probs: Float[Tensor, "query vocab"]
-    ) -> Float[Tensor, "query vocab"]:
-        if self._is_lm_alone:
-            return lm_log_probs
-        neighbors = self.index.search(keys.float(), self.parameters.k)
-        values = self.store.values[neighbors.rows.clamp_min(0).cpu()].to(keys.device)
-        weights = neighbor_log_weights(neighbors.squared_distances, self.parameters.temperature)
-        present = neighbors.present.any(dim=1)
-        mixed = [
-            interpolate(
-                lm_log_probs[rows],
-                dense_knn_log_probs(weights[rows], values[rows], lm_log_probs.shape[1]),
-                self.parameters.lmbda,
-                present[rows],
-            )
-            for rows in torch.split(torch.arange(len(keys), device=keys.device), _DENSE_ROWS)
-        ]
-        return torch.cat(mixed)
 
     def perplexity(
         self,
@@ -106,11 +86,9 @@ class KNNLM:
         """Score held-out documents; every token once, in the datastore's windows by default."""
         return evaluate(
             self.lm,
-            self.store,
-            self.index,
-            self.parameters,
+            self.memories,
             documents,
-            windowing or self.store.windowing,
+            windowing or self.windowing,
             max_tokens,
             progress,
         )
@@ -145,57 +123,24 @@ class KNNLM:
         padding = lm.tokenizer.pad_token_id
         options.setdefault("pad_token_id", lm.start_token if padding is None else padding)
         devices = [lm.device] if lm.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=seed is not None), self._mixing_in_model():
-            if seed is not None:
-                torch.manual_seed(seed)
-            output = lm.model.generate(
-                input_ids=tokens,
-                attention_mask=torch.ones_like(tokens),
-                max_new_tokens=max_new_tokens,
-                **options,
-            )
+        training = lm.model.training
+        lm.model.eval()
+        try:
+            with (
+                torch.random.fork_rng(devices, enabled=seed is not None),
+                Attachment(lm, self.memories),
+            ):
+                if seed is not None:
+                    torch.manual_seed(seed)
+                output = lm.model.generate(
+                    input_ids=tokens,
+                    attention_mask=torch.ones_like(tokens),
+                    max_new_tokens=max_new_tokens,
+                    **options,
+                )
+        finally:
+            lm.model.train(training)
         new = output[0, length:].tolist()
         end = lm.tokenizer.eos_token_id
         text = lm.decode(new[:-1] if new and new[-1] == end else new)
         return Generation(prompt, text, new)
-
-    @contextmanager
-    def _mixing_in_model(self) -> Iterator[None]:
-        """Let the model answer with the mixture, so that whatever reads its logits reads that."""
-        model = self.lm.model
-        training = model.training
-        with self.lm.capture() as captured:
-
-            def mix(module: nn.Module, inputs: Any, output: Any) -> Any:
-                if not self._is_lm_alone:
-                    kept = output.logits.shape[1]  # while generating, only the last positions'
-                    log_probs = torch.log_softmax(output.logits.float(), dim=-1)
-                    keys = captured.keys[:, -kept:].to(log_probs.device)
-                    mixed = self._mix(keys.flatten(0, 1), log_probs.flatten(0, 1))
-                    output.logits = mixed.reshape(log_probs.shape)
-                return output
-
-            hook = model.register_forward_hook(mix)
-            model.eval()
-            try:
-                yield
-            finally:
-                hook.remove()
-                model.train(training)
-
-
-def choose_parameters(
-    store: Datastore, k: int | None, lmbda: float | None, temperature: float | None
-) -> Parameters:
-    """Fill in what was not asked for: the datastore's tuned values, else the paper's."""
-    default = store.parameters or Parameters()
-    default = replace(default, k=min(default.k, max(len(store), 1)))
-    if k is not None and k > len(store):
-        raise InvalidArgumentError(
-            f"k must be at most the number of entries, {len(store)}, got {k}: ask for fewer"
-        )
-    return Parameters(
-        k=default.k if k is None else k,
-        lmbda=default.lmbda if lmbda is None else lmbda,
-        temperature=default.temperature if temperature is None else temperature,
-    )

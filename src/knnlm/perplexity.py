@@ -2,17 +2,16 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from knnlm.corpus import Document
-from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
-from knnlm.index.protocol import Index
 from knnlm.language_model import LanguageModel
+from knnlm.memory import Memory
 from knnlm.mixture.parameters import Parameters
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import EncodedDocument, Windowing, cut_windows, encode_documents, total_bytes
@@ -62,7 +61,8 @@ class Seconds:
 class PerplexityReport:
     """The LM and the kNN-LM on one text.
 
-    tokens_helped, tokens_hurt: tokens to which the mixture gives more, or less, than the LM alone.
+    parameters: of each datastore. tokens_helped, tokens_hurt: tokens to which the mixture gives
+    more, or less, than the LM alone.
     """
 
     documents: int
@@ -71,20 +71,25 @@ class PerplexityReport:
     size_bytes: int
     lm: Measure
     knn: Measure
-    parameters: Parameters
+    parameters: tuple[Parameters, ...]
     tokens_helped: int
     tokens_hurt: int
     seconds: Seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return asdict(self)
+        """Return everything as plain values, for JSON.
+
+        `parameters` is one object for one datastore, a list for several.
+        """
+        plain = asdict(self)
+        if len(self.parameters) == 1:
+            plain["parameters"] = plain["parameters"][0]
+        return plain
 
 
 def evaluation_scores(
     lm: LanguageModel,
-    index: Index | None,
-    k: int,
+    memories: Sequence[Memory],
     documents: Iterable[Document],
     windowing: Windowing,
     max_tokens: int | None = None,
@@ -92,7 +97,7 @@ def evaluation_scores(
     description: str = "eval",
     met: dict[int, EncodedDocument] | None = None,
 ) -> Iterator[Scores]:
-    """Yield the scores of a held-out text, every token once.
+    """Yield the scores of a held-out text, every token once; every memory is searched.
 
     max_tokens: stop after so many. met: filled with the documents read, by their number.
     """
@@ -109,7 +114,7 @@ def evaluation_scores(
     windows = limit_windows(cut_windows(meeting(), lm.start_token, windowing), max_tokens)
     corpus_bytes = total_bytes(documents)
     with progress.task(description, max_tokens, "tokens") as advance:
-        for scores in score_windows(lm, windows, index, k):
+        for scores in score_windows(lm, windows, memories):
             total: float | None = max_tokens
             if corpus_bytes is not None:
                 tokens = sum(document.tokens for document in met.values())
@@ -121,9 +126,7 @@ def evaluation_scores(
 
 def evaluate(
     lm: LanguageModel,
-    store: Datastore,
-    index: Index,
-    parameters: Parameters,
+    memories: Sequence[Memory],
     documents: Iterable[Document],
     windowing: Windowing,
     max_tokens: int | None = None,
@@ -140,18 +143,17 @@ def evaluate(
     scored: dict[int, int] = {}
     last_targets: list[np.ndarray] = []
     met: dict[int, EncodedDocument] = {}
-    searched = index if parameters.lmbda > 0 and len(store) > 0 else None
+    counting = [memory for memory in memories if memory.counts]
     for scores in evaluation_scores(
         lm,
-        searched,
-        parameters.k,
+        counting,
         documents,
         windowing,
         max_tokens,
         progress,
         met=met,
     ):
-        mixed = mixed_log_probs(scores, store, parameters)
+        mixed = mixed_log_probs(scores, counting)
         lm_nats -= float(scores.lm_log_probs.double().sum())
         knn_nats -= float(mixed.double().sum())
         tokens += len(mixed)
@@ -187,7 +189,7 @@ def evaluate(
         size_bytes=size_bytes,
         lm=Measure.of(lm_nats, tokens, words, size_bytes),
         knn=Measure.of(knn_nats, tokens, words, size_bytes),
-        parameters=parameters,
+        parameters=tuple(memory.parameters for memory in memories),
         tokens_helped=helped,
         tokens_hurt=hurt,
         seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -10,13 +10,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from knnlm.corpus import Document
+from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
+from knnlm.mixture.interpolation import neighbor_log_weights, target_knn_log_probs
 from knnlm.mixture.parameters import Parameters
 from knnlm.perplexity import evaluation_scores
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import Windowing
-from knnlm.scoring import votes_for_targets
 
 MAX_K = 1024
 _COARSE_TEMPERATURES = tuple(m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5))
@@ -24,6 +25,8 @@ _FURTHER = 24  # doublings or halvings beyond them, while the best lies at the e
 _FINER = (0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 1.75)
 _COARSE_LMBDAS = tuple(step / 20 for step in range(1, 20))
 _FINE_LMBDAS = tuple(step / 100 for step in range(1, 100))
+_EM_STEPS = 300
+_LARGEST_LOG_RATIO = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +52,8 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
-class Tuning:
-    """The best parameters and how perplexity depends on each.
+class Sweep:
+    """The best parameters of one datastore and how perplexity depends on each.
 
     by_k, by_lmbda, by_temperature: the best trial for each value of that parameter, the other two
     free. Where no setting beats the LM alone, parameters.lmbda is 0.
@@ -64,18 +67,46 @@ class Tuning:
     by_lmbda: tuple[Trial, ...]
     by_temperature: tuple[Trial, ...]
 
-    def origin(self, text: Sequence[str]) -> dict[str, Any]:
-        """Return what is stored beside the parameters: the text's names, and what they gave."""
-        return {
-            "text": list(text),
-            "tokens": self.tokens,
-            "lm_perplexity": self.lm_perplexity,
-            "knn_perplexity": self.knn_perplexity,
-        }
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What predicts a held-out text best.
+
+    parameters: of each datastore. sweeps: of each datastore alone; where there are several, k and
+    T are those of its sweep, and the λ are fitted together.
+    """
+
+    parameters: tuple[Parameters, ...]
+    tokens: int
+    lm_perplexity: float
+    knn_perplexity: float
+    sweeps: tuple[Sweep, ...]
+
+    def save(self, stores: Sequence[Datastore], text: Sequence[str]) -> None:
+        """Store each datastore's parameters as its defaults, with where they come from.
+
+        text: the names of the tuning text.
+        """
+        for store, parameters in zip(stores, self.parameters, strict=True):
+            others = [str(other.path) for other in stores if other is not store]
+            origin = {
+                "text": list(text),
+                "tokens": self.tokens,
+                "lm_perplexity": self.lm_perplexity,
+                "knn_perplexity": self.knn_perplexity,
+                "together_with": others,
+            }
+            store.save_parameters(parameters, origin)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return asdict(self)
+        """Return everything as plain values, for JSON.
+
+        `parameters` is one object for one datastore, a list for several.
+        """
+        plain = asdict(self)
+        if len(self.parameters) == 1:
+            plain["parameters"] = plain["parameters"][0]
+        return plain
 
 
 def cache_neighbors(
@@ -85,28 +116,37 @@ def cache_neighbors(
     windowing: Windowing | None = None,
     max_tokens: int | None = None,
     progress: Progress = SILENT,
-) -> CachedNeighbors:
-    """Read a held-out text and search once, for the k nearest of every token.
+) -> list[CachedNeighbors]:
+    """Read a held-out text and search each datastore once, for the k nearest of every token.
 
-    Takes 5·k bytes a token. Raises InvalidArgumentError for a text without tokens.
+    k: of a datastore with fewer entries, all of them. Takes 5·k bytes a token and datastore. Raises
+    InvalidArgumentError for a text without tokens.
     """
-    parts = []
+    memories = [
+        replace(m, parameters=replace(m.parameters, k=min(k, len(m.store)))) for m in model.memories
+    ]
+    lm_log_probs: list[Tensor] = []
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in memories]
     for scores in evaluation_scores(
         model.lm,
-        model.index,
-        k,
+        memories,
         documents,
-        windowing or model.store.windowing,
+        windowing or model.windowing,
         max_tokens,
         progress,
         "tune",
     ):
-        assert scores.neighbors is not None
-        votes = votes_for_targets(model.store, scores.neighbors, scores.targets)
-        parts.append((scores.lm_log_probs, scores.neighbors.squared_distances, votes))
-    if not parts:
+        lm_log_probs.append(scores.lm_log_probs)
+        for memory, neighbors, parts in zip(memories, scores.neighbors, found, strict=True):
+            votes = memory.votes_for_targets(neighbors, scores.targets)
+            parts.append((neighbors.squared_distances, votes))
+    if not lm_log_probs:
         raise InvalidArgumentError("the text to tune on must have a token, got none")
-    return CachedNeighbors(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    together = torch.cat(lm_log_probs)
+    return [
+        CachedNeighbors(together, *(torch.cat(column) for column in zip(*parts, strict=True)))
+        for parts in found
+    ]
 
 
 def tune(
@@ -118,16 +158,56 @@ def tune(
     max_tokens: int | None = None,
     progress: Progress = SILENT,
 ) -> Tuning:
-    """Find the k ≤ max_k (1,024), λ and temperature that predict a held-out text best."""
-    if len(model.store) == 0:
-        raise InvalidArgumentError(f"{model.store.path} must have entries to tune on, got none")
+    """Find the k ≤ max_k (1,024), λ and temperature that predict a held-out text best.
+
+    Of several datastores, k and temperature of each alone, then all λ together.
+    """
+    for memory in model.memories:
+        if len(memory.store) == 0:
+            raise InvalidArgumentError(
+                f"{memory.store.path} must have entries to tune on, got none"
+            )
     if max_k is not None and max_k < 1:
         raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
-    k = min(max_k or MAX_K, len(model.store))
-    return sweep(cache_neighbors(model, documents, k, windowing, max_tokens, progress), progress)
+    cached = cache_neighbors(model, documents, max_k or MAX_K, windowing, max_tokens, progress)
+    sweeps = tuple(sweep(of_one, progress) for of_one in cached)
+    first = sweeps[0]
+    parameters, knn_perplexity = tuple(one.parameters for one in sweeps), first.knn_perplexity
+    if len(sweeps) > 1:
+        parameters, knn_perplexity = fit_lmbdas(cached, parameters)
+    return Tuning(parameters, first.tokens, first.lm_perplexity, knn_perplexity, sweeps)
 
 
-def sweep(cached: CachedNeighbors, progress: Progress = SILENT) -> Tuning:
+def fit_lmbdas(
+    cached: Sequence[CachedNeighbors], parameters: Sequence[Parameters]
+) -> tuple[tuple[Parameters, ...], float]:
+    """Return the parameters with the λ that together fit best, in steps of 0.001; the perplexity.
+
+    Likelihood is concave in the weights of a mixture, so expectation-maximization finds the best.
+    """
+    lm_log_probs = cached[0].lm_log_probs.double()
+    ratios = [torch.ones(len(lm_log_probs), dtype=torch.float64)]
+    for of_one, given in zip(cached, parameters, strict=True):
+        distances, votes = of_one.squared_distances[:, : given.k], of_one.votes[:, : given.k]
+        log_probs = target_knn_log_probs(neighbor_log_weights(distances, given.temperature), votes)
+        ratio = (log_probs.double() - lm_log_probs).clamp_max(_LARGEST_LOG_RATIO).exp()
+        present = distances[:, 0].isfinite()
+        ratios.append(torch.where(present, ratio, torch.ones_like(ratio)))
+    relative = torch.stack(ratios, dim=1)  # p / p_LM of every part
+    weights = torch.full((relative.shape[1],), 1 / relative.shape[1], dtype=torch.float64)
+    for _ in range(_EM_STEPS):
+        shares = relative * weights
+        weights = (shares / shares.sum(dim=1, keepdim=True)).mean(dim=0)
+    lmbdas = (weights[1:] * 1000).floor() / 1000
+    gain = torch.log1p(((relative[:, 1:] - 1) * lmbdas).sum(dim=1)).mean()
+    chosen = tuple(
+        replace(given, lmbda=float(lmbda))
+        for given, lmbda in zip(parameters, lmbdas.tolist(), strict=True)
+    )
+    return chosen, math.exp(-float(lm_log_probs.mean() + gain))
+
+
+def sweep(cached: CachedNeighbors, progress: Progress = SILENT) -> Sweep:
     """Try powers of two for k, temperatures from coarse to fine, and λ in steps of 0.01."""
     most = cached.squared_distances.shape[1]
     ks = sorted({most, *(2**power for power in range(int(math.log2(most)) + 1))})
@@ -164,7 +244,7 @@ def sweep(cached: CachedNeighbors, progress: Progress = SILENT) -> Tuning:
             for _, (k, temperature, lmbda) in sorted(winners.items())
         )
 
-    return Tuning(
+    return Sweep(
         parameters=Parameters(k, lmbda if helps else 0.0, temperature),
         tokens=len(cached.lm_log_probs),
         lm_perplexity=math.exp(lm_nats),

@@ -138,7 +138,7 @@ def test_tune_stores_the_defaults_and_a_picture(work: Path) -> None:
     parameters = tuned["parameters"]
     assert Path(tuned["plot"]) == Path("docs.store/tuning.png")
     assert Path(tuned["plot"]).read_bytes().startswith(b"\x89PNG")
-    assert [trial["k"] for trial in tuned["by_k"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert [trial["k"] for trial in tuned["sweeps"][0]["by_k"]] == [1, 2, 4, 8, 16, 32, 64]
     assert tuned["knn_perplexity"] < tuned["lm_perplexity"]
     info = ok_json("info", "docs.store")
     assert info["parameters"] == parameters
@@ -153,6 +153,32 @@ def test_tune_stores_the_defaults_and_a_picture(work: Path) -> None:
     assert "stored k" in out
     assert Path("elsewhere.png").exists()
     assert "not tuned" not in ok("info", "docs.store")
+
+
+def test_several_datastores_in_every_command_that_predicts(work: Path, models: Path) -> None:
+    ok("build", "other.store", "strange.txt", "--model", str(models / "tiny"))
+    both = ("docs.store", "--also", "other.store")
+    weights = ("--lmbda", "0.3", "--lmbda", "0.1", "--k", "8")
+    report = ok_json("eval", both[0], "held.txt", *both[1:], *weights)
+    assert [(p["lmbda"], p["k"]) for p in report["parameters"]] == [(0.3, 8), (0.1, 8)]
+    first = ok_json("eval", "docs.store", "held.txt", "--lmbda", "0.3", "--k", "8")
+    unused = ok_json(
+        "eval", both[0], "held.txt", *both[1:], "--lmbda", "0.3", "--lmbda", "0", "--k", "8"
+    )
+    assert unused["knn"] == first["knn"] != report["knn"]
+    assert ok_json("generate", both[0], "The", *both[1:], *weights)["tokens"]
+    explained = ok_json("explain", both[0], "The nearest QZ9", *both[1:], *weights)
+    named = {source["store"] for token in explained["tokens"] for source in token["sources"]}
+    assert named == {"docs.store", "other.store"}
+    tuned = ok_json("tune", both[0], "held.txt", *both[1:], "--max-k", "8")
+    for path, parameters in zip(both[::2], tuned["parameters"], strict=True):
+        assert ok_json("info", path)["parameters"] == parameters
+    assert "together with other.store" in " ".join(ok("info", "docs.store").split())
+    assert_refused(
+        work,
+        ("eval", both[0], "held.txt", *both[1:], "--lmbda", "0.7"),
+        "(λ) of several datastores must add up to at most 1, got 0.7 + 0.7 = 1.4",
+    )
 
 
 def test_tune_says_so_where_nothing_helps(work: Path, models: Path) -> None:

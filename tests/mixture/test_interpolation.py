@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from knnlm.mixture.interpolation import (
+    Component,
     dense_knn_log_probs,
     interpolate,
     neighbor_log_weights,
@@ -59,7 +60,7 @@ def test_sparse_scores_equal_the_originals(
     lm = oracle["lm_log_probs"].gather(1, targets[:, None])[:, 0]
     present = torch.ones(len(targets), dtype=torch.bool)
     for lmbda in (0.25, 0.65):
-        mixed = interpolate(lm, knn, lmbda, present)
+        mixed = interpolate(lm, [Component(knn, lmbda, present)])
         expected = oracle[f"combined_{precision}_{function}_lambda{lmbda}"]
         torch.testing.assert_close(mixed[scored], expected[scored], atol=1e-5, rtol=1e-5)
 
@@ -80,7 +81,7 @@ def test_dense_scores_equal_knn_transformers(
     torch.testing.assert_close(as_log_zero(knn), expected, atol=1e-5, rtol=1e-5)
 
     present = torch.ones(len(values), dtype=torch.bool)
-    mixed = interpolate(oracle["lm_log_probs"], knn, 0.25, present)
+    mixed = interpolate(oracle["lm_log_probs"], [Component(knn, 0.25, present)])
     expected = oracle[f"full_interpolated_T{temperature}_lambda0.25"]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
 
@@ -131,7 +132,7 @@ def test_probabilities_sum_to_one() -> None:
     ones = torch.ones(len(lm))
     torch.testing.assert_close(knn.exp().sum(dim=1)[present], ones[present], atol=1e-5, rtol=0)
     for lmbda in (0.0, 0.3, 1.0):
-        total = interpolate(lm, knn, lmbda, present).exp().sum(dim=1)
+        total = interpolate(lm, [Component(knn, lmbda, present)]).exp().sum(dim=1)
         torch.testing.assert_close(total, ones, atol=1e-5, rtol=0)
 
 
@@ -139,8 +140,8 @@ def test_the_ends_of_lmbda_are_exact() -> None:
     distances, values, lm, vocab_size = random_neighbors(3)
     present = distances.isfinite().any(dim=1)
     knn = dense_knn_log_probs(neighbor_log_weights(distances, 1.0), values, vocab_size)
-    assert torch.equal(interpolate(lm, knn, 0.0, present), lm)
-    at_one = interpolate(lm, knn, 1.0, present)
+    assert torch.equal(interpolate(lm, [Component(knn, 0.0, present)]), lm)
+    at_one = interpolate(lm, [Component(knn, 1.0, present)])
     assert torch.equal(at_one[present], knn[present])
     assert torch.equal(at_one[~present], lm[~present]), "without a neighbor, p is p_LM"
 
@@ -150,12 +151,40 @@ def test_lmbda_may_differ_by_query() -> None:
     present = distances.isfinite().any(dim=1)
     knn = dense_knn_log_probs(neighbor_log_weights(distances, 1.0), values, vocab_size)
     lmbda = torch.linspace(0, 1, len(lm))
-    mixed = interpolate(lm, knn, lmbda, present)
+    mixed = interpolate(lm, [Component(knn, lmbda, present)])
     for query, weight in enumerate(lmbda.tolist()):
-        alone = interpolate(
-            lm[query : query + 1], knn[query : query + 1], weight, present[query : query + 1]
-        )
+        one = slice(query, query + 1)
+        alone = interpolate(lm[one], [Component(knn[one], weight, present[one])])
         torch.testing.assert_close(mixed[query], alone[0])
+
+
+def test_several_components_equal_float64_arithmetic() -> None:
+    distances, values, lm, vocab_size = random_neighbors(5)
+    other_distances, other_values, _, _ = random_neighbors(6)
+    other_distances = other_distances.roll(7, dims=0)  # absent elsewhere
+    parts = []
+    expected = lm.double().exp()
+    for d, v, lmbda in [(distances, values, 0.3), (other_distances, other_values, 0.5)]:
+        knn = dense_knn_log_probs(neighbor_log_weights(d, 2.0), v, vocab_size)
+        present = d.isfinite().any(dim=1)
+        parts.append(Component(knn, lmbda, present))
+        weight = lmbda * present[:, None].double()
+        expected = expected + weight * (knn.double().exp() - lm.double().exp())
+    mixed = interpolate(lm, parts)
+    torch.testing.assert_close(mixed.double().exp(), expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(mixed, interpolate(lm, parts[::-1]), atol=1e-5, rtol=1e-5)
+    assert torch.equal(interpolate(lm, []), lm)
+    none = [part._replace(lmbda=0.0) for part in parts]
+    assert torch.equal(interpolate(lm, none), lm)
+
+
+def test_lmbdas_that_add_up_to_one_but_for_a_rounding() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lm = torch.log_softmax(torch.randn(3, 50, generator=generator), dim=-1)
+    present = torch.ones(3, dtype=torch.bool)
+    part = Component(lm, 0.1, present)
+    mixed = interpolate(lm, [part._replace(lmbda=0.7), part, part, part])
+    torch.testing.assert_close(mixed, lm, atol=1e-6, rtol=1e-6)
 
 
 def test_a_small_temperature_keeps_the_digits_of_large_distances() -> None:

@@ -23,6 +23,7 @@ from knnlm.progress import Advance
 if TYPE_CHECKING:
     from knnlm.attribution import Explanation
     from knnlm.datastore.datastore import Datastore
+    from knnlm.mixture.parameters import Parameters
     from knnlm.perplexity import PerplexityReport
     from knnlm.tuning import Tuning
 
@@ -105,10 +106,9 @@ def _finite(value: Any) -> Any:
 
 def print_perplexity(report: "PerplexityReport") -> None:
     """Print the LM and the kNN-LM side by side."""
-    parameters = report.parameters
     OUT.print(
         f"{report.tokens:,} tokens of {report.documents:,} documents, "
-        f"k {parameters.k}, λ {parameters.lmbda:g}, T {parameters.temperature:g}"
+        f"{_settings(report.parameters)}"
     )
     table = Table()
     for heading in ("", "LM", "kNN-LM", "change"):
@@ -130,31 +130,37 @@ def print_perplexity(report: "PerplexityReport") -> None:
     )
 
 
+def _settings(parameters: "Sequence[Parameters]") -> str:
+    """Return k, λ and T; of each, where there are several datastores."""
+    return "; ".join(f"k {p.k}, λ {p.lmbda:g}, T {p.temperature:g}" for p in parameters)
+
+
 def print_tuning(tuning: "Tuning") -> None:
     """Print what was chosen, and how perplexity depends on k."""
-    chosen = tuning.parameters
     OUT.print(f"{tuning.tokens:,} tokens to tune on")
-    table = Table()
-    for heading in ("k", "best λ", "best T", "perplexity"):
-        table.add_column(heading, justify="right")
-    for trial in tuning.by_k:
-        table.add_row(
-            str(trial.k),
-            f"{trial.lmbda:g}",
-            f"{trial.temperature:g}",
-            f"{trial.perplexity:.4f}",
-            style="bold green" if trial.k == chosen.k and chosen.lmbda else None,
-        )
-    table.add_row("–", "0", "–", f"{tuning.lm_perplexity:.4f}", style="dim")
-    OUT.print(table)
-    if chosen.lmbda == 0.0:
+    for number, (sweep, chosen) in enumerate(zip(tuning.sweeps, tuning.parameters, strict=True)):
+        several = len(tuning.sweeps) > 1
+        table = Table(title=f"datastore {number + 1} alone" if several else None)
+        for heading in ("k", "best λ", "best T", "perplexity"):
+            table.add_column(heading, justify="right")
+        for trial in sweep.by_k:
+            table.add_row(
+                str(trial.k),
+                f"{trial.lmbda:g}",
+                f"{trial.temperature:g}",
+                f"{trial.perplexity:.4f}",
+                style="bold green" if trial.k == chosen.k and chosen.lmbda else None,
+            )
+        table.add_row("–", "0", "–", f"{tuning.lm_perplexity:.4f}", style="dim")
+        OUT.print(table)
+    if not any(parameters.lmbda for parameters in tuning.parameters):
         OUT.print(
             "No setting beats the language model alone on this text: stored λ = 0, which leaves "
             "the model as it is. The datastore may hold text of another kind."
         )
     else:
         OUT.print(
-            f"stored k {chosen.k}, λ {chosen.lmbda:g}, T {chosen.temperature:g}: perplexity "
+            f"stored {_settings(tuning.parameters)}: perplexity "
             f"{tuning.lm_perplexity:.3f} → {tuning.knn_perplexity:.3f}"
         )
 
@@ -286,6 +292,7 @@ def print_store(store: "Datastore") -> None:
             f"k {parameters.k}, λ {parameters.lmbda:g}, T {parameters.temperature:g}: perplexity "
             f"{tuning['lm_perplexity']:.3f} → {tuning['knn_perplexity']:.3f} on "
             f"{tuning['tokens']:,} tuning tokens"
+            + "".join(f", together with {other}" for other in tuning.get("together_with", []))
         )
     OUT.print(str(store.path), style="bold", markup=False)
     table = Table(show_header=False)

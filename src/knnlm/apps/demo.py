@@ -44,7 +44,7 @@ def run(folder: Path, model: str | None) -> None:
     tuning = knnlm.tune(knnlm.KNNLM(lm, store), held_out, progress=progress)
     plot_tuning(tuning, store.path / "tuning.png")
     names = [document.name for document in held_out]
-    store.save_parameters(tuning.parameters, tuning.origin(names))
+    tuning.save([store], names)
     console.print_tuning(tuning)
 
     _step(4, f"the exam: {len(test)} other files that it has not seen")

@@ -94,15 +94,25 @@ BoundaryOption = Annotated[
 MaxTokens = Annotated[
     int | None, typer.Option(help="Stop after so many tokens.", show_default=False)
 ]
+Also = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--also",
+        help="Another datastore of the same model, mixed in with a λ of its own; may be repeated, "
+        "and then --k, --lmbda and --temperature too, once for each datastore.",
+        show_default=False,
+    ),
+]
 K = Annotated[
-    int | None, typer.Option("--k", help="Neighbors; by default as tuned.", show_default=False)
+    list[int] | None,
+    typer.Option("--k", help="Neighbors; by default as tuned.", show_default=False),
 ]
 Lmbda = Annotated[
-    float | None,
+    list[float] | None,
     typer.Option("--lmbda", help="Weight λ of p_kNN; by default as tuned.", show_default=False),
 ]
 Temperature = Annotated[
-    float | None,
+    list[float] | None,
     typer.Option("--temperature", help="Of the distances; default as tuned.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 from knnlm.apps import console
 from knnlm.apps.options import (
     DEFAULT_MODEL,
+    Also,
     Boundary,
     BoundaryOption,
     Context,
@@ -53,23 +55,37 @@ def _load(store: "Datastore", model: str | None, dtype: Dtype, device: str) -> "
     )
 
 
-def _open(
+def open_model(
     path: Path,
+    also: Sequence[Path] | None,
     model: str | None,
     dtype: Dtype,
     device: str,
-    k: int | None = None,
-    lmbda: float | None = None,
-    temperature: float | None = None,
+    k: list[int] | None = None,
+    lmbda: list[float] | None = None,
+    temperature: list[float] | None = None,
 ) -> "KNNLM":
-    """Open datastore and model; parameters are refused before the model is loaded."""
+    """Open datastores and model; parameters are refused before the model is loaded."""
     from knnlm.datastore.datastore import Datastore
-    from knnlm.knn_lm import KNNLM, choose_parameters
+    from knnlm.knn_lm import KNNLM
+    from knnlm.memory import choose_parameters
 
-    store = Datastore(path)
-    choose_parameters(store, k, lmbda, temperature)
-    lm = _load(store, model, dtype, device)
-    return KNNLM(lm, store, k=k, lmbda=lmbda, temperature=temperature)
+    stores = [Datastore(one) for one in (path, *(also or ()))]
+    given = {
+        "k": _one_or_each(k), "lmbda": _one_or_each(lmbda), "temperature": _one_or_each(temperature)
+    }  # fmt: skip
+    choose_parameters(stores, **given)
+    for store in stores:
+        console.warn_of_poor_recall(store)
+    lm = _load(stores[0], model, dtype, device)
+    return KNNLM(lm, stores, **given)
+
+
+def _one_or_each(values: list[Any] | None) -> Any:
+    """Return an option that was given once as the value for every datastore."""
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else values
 
 
 def _check_writable(folder: Path) -> None:
@@ -87,8 +103,8 @@ def _windowing(
 ) -> "Windowing":
     from knnlm.reading import choose_windowing
 
-    stored = model.store.windowing
-    return choose_windowing(model.lm, window, context, boundary.value if boundary else None, stored)
+    given = boundary.value if boundary else None
+    return choose_windowing(model.lm, window, context, given, model.windowing)
 
 
 def build(
@@ -191,6 +207,7 @@ def build(
 def tune(
     store: Store,
     text: Texts,
+    also: Also = None,
     model: Model = None,
     max_k: Annotated[int, typer.Option(help="The largest k to try.")] = 1024,
     max_tokens: MaxTokens = None,
@@ -219,8 +236,7 @@ def tune(
     documents = knnlm.read_documents(*text, text_column=text_column)
     if max_k < 1:
         raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
-    opened = _open(store, model, dtype, device)
-    console.warn_of_poor_recall(opened.store)
+    opened = open_model(store, also, model, dtype, device)
     picture = plot or store / "tuning.png"
     for folder in (store, picture.parent):
         _check_writable(folder)  # before the work
@@ -233,7 +249,7 @@ def tune(
         progress=console.RichProgress(),
     )
     plot_tuning(tuning, picture)
-    opened.store.save_parameters(tuning.parameters, tuning.origin(text))
+    tuning.save([memory.store for memory in opened.memories], text)
     if as_json:
         console.print_json(tuning.to_dict() | {"plot": str(picture)})
         return
@@ -244,6 +260,7 @@ def tune(
 def evaluate(
     store: Store,
     text: Texts,
+    also: Also = None,
     model: Model = None,
     k: K = None,
     lmbda: Lmbda = None,
@@ -266,8 +283,7 @@ def evaluate(
     import knnlm
 
     documents = knnlm.read_documents(*text, text_column=text_column)
-    opened = _open(store, model, dtype, device, k, lmbda, temperature)
-    console.warn_of_poor_recall(opened.store)
+    opened = open_model(store, also, model, dtype, device, k, lmbda, temperature)
     report = opened.perplexity(
         documents,
         windowing=_windowing(opened, window, context, boundary),
@@ -283,6 +299,7 @@ def evaluate(
 def generate(
     store: Store,
     prompt: Annotated[str, typer.Argument(help="The text to continue.", show_default=False)],
+    also: Also = None,
     model: Model = None,
     k: K = None,
     lmbda: Lmbda = None,
@@ -304,7 +321,7 @@ def generate(
 
         knnlm generate docs.store "The nearest neighbors"
     """
-    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    opened = open_model(store, also, model, dtype, device, k, lmbda, temperature)
     options: dict[str, Any] = (
         {"do_sample": True, "temperature": sampling_temperature, "top_p": top_p, "top_k": 0}
         if sample
@@ -323,6 +340,7 @@ def explain(
     text: Annotated[
         str, typer.Argument(help="A text, or the path of a UTF-8 file.", show_default=False)
     ],
+    also: Also = None,
     model: Model = None,
     k: K = None,
     lmbda: Lmbda = None,
@@ -345,7 +363,7 @@ def explain(
 
     if _is_file(text):
         text = "".join(block for d in knnlm.read_documents(text) for block in d.blocks())
-    opened = _open(store, model, dtype, device, k, lmbda, temperature)
+    opened = open_model(store, also, model, dtype, device, k, lmbda, temperature)
     explanations = knnlm.explain(opened, text, sources=sources)
     if as_json:
         console.print_json({"tokens": [explanation.to_dict() for explanation in explanations]})

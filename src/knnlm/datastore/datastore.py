@@ -22,6 +22,7 @@ from knnlm.errors import (
     DatastoreMismatchError,
     InvalidArgumentError,
 )
+from knnlm.keyed_model import KeyedModel
 from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
 from knnlm.reading import Windowing
@@ -216,25 +217,29 @@ class Datastore:
             self.catalog.set("parameters", asdict(parameters))
             self.catalog.set("tuning", tuning)
 
-    def check_model(self, lm: LanguageModel) -> None:
-        """Refuse a language model whose keys are not comparable with the stored ones.
+    def check_model(self, model: KeyedModel) -> None:
+        """Refuse a language model whose keys or tokens are not comparable with the stored ones.
 
-        Raises DatastoreMismatchError, naming both.
+        Of a model without tokenizer, all but the tokens is checked. Raises DatastoreMismatchError,
+        naming both.
         """
         ours = self.settings
-        pairs = [
-            ("vocabulary size", ours.vocab_size, lm.vocab_size),
-            ("key dimension", ours.dimension, lm.dimension),
-            ("key", ours.key, lm.key),
-            ("tokenizer", ours.tokenizer_fingerprint[:12], lm.tokenizer_fingerprint[:12]),
-            ("start token", ours.start_token, lm.start_token),
-            ("weights", ours.weights_fingerprint[:12], lm.weights_fingerprint[:12]),
+        pairs: list[tuple[str, object, object]] = [
+            ("vocabulary size", ours.vocab_size, model.vocab_size),
+            ("key dimension", ours.dimension, model.dimension),
+            ("key", ours.key, model.key),
         ]
+        if isinstance(model, LanguageModel):
+            pairs += [
+                ("tokenizer", ours.tokenizer_fingerprint[:12], model.tokenizer_fingerprint[:12]),
+                ("start token", ours.start_token, model.start_token),
+            ]
+        pairs.append(("weights", ours.weights_fingerprint[:12], model.weights_fingerprint[:12]))
         for what, stored, given in pairs:
             if stored != given:
                 raise DatastoreMismatchError(
                     f"{self.path} was built with {ours.model} ({what} {stored}), not with "
-                    f"{lm.name} ({what} {given}); load that model or build another datastore"
+                    f"{model.name} ({what} {given}); load that model or build another datastore"
                 )
 
     @contextmanager

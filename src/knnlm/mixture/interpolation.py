@@ -4,18 +4,22 @@ Everything is in natural-log space and float32. Only squared distances enter p_k
 neighbor (distance +inf) weighs nothing, and a query without any neighbor keeps p_LM.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
 def neighbor_log_weights(
-    squared_distances: Float[Tensor, "query k"], temperature: float
+    squared_distances: Float[Tensor, "query k"],
+    temperature: float | Float[Tensor, "query 1"],
 ) -> Float[Tensor, "query k"]:
     """Return each neighbor's log share of the vote, log softmax(−d²/T).
 
-    Khandelwal et al. 2020, eq. 2. Rows sum to one in probability; rows without a neighbor are all
-    −inf.
+    temperature: one T, or one for each query. Khandelwal et al. 2020, eq. 2. Rows sum to one in
+    probability; rows without a neighbor are all −inf.
     """
     # the nearest is subtracted before the division, which would cost digits of large distances
     squared_distances = squared_distances.float()
@@ -52,18 +56,35 @@ def dense_knn_log_probs(
     return torch.zeros_like(heaviest).scatter_add_(1, tokens, relative).log() + heaviest
 
 
-def interpolate(
-    lm_log_probs: Float[Tensor, "query *vocab"],
-    knn_log_probs: Float[Tensor, "query *vocab"],
-    lmbda: float | Float[Tensor, " query"],
-    has_neighbors: Bool[Tensor, " query"],
-) -> Float[Tensor, "query *vocab"]:
-    """Return log(λ p_kNN + (1 − λ) p_LM) (Khandelwal et al. 2020, eq. 3).
+class Component(NamedTuple):
+    """What one datastore says of each query's next token, and how much that counts.
 
-    λ = 0, and a query without neighbors, give `lm_log_probs` to the bit; λ = 1 gives
-    `knn_log_probs` to the bit.
+    log_probs: log p_kNN, of one token a query or of the whole vocabulary. lmbda: its weight λ, of
+    all queries or of each. present: where it has a neighbor, and so a say, at all.
     """
-    weight = torch.as_tensor(lmbda, dtype=lm_log_probs.dtype, device=lm_log_probs.device)
-    weight = torch.where(has_neighbors, weight, torch.zeros_like(weight))
-    weight = weight.reshape(-1, *(1,) * (lm_log_probs.dim() - 1))
-    return torch.logaddexp(lm_log_probs + torch.log1p(-weight), knn_log_probs + weight.log())
+
+    log_probs: Float[Tensor, "query *vocab"]
+    lmbda: float | Float[Tensor, " query"]
+    present: Bool[Tensor, " query"]
+
+
+def interpolate(
+    lm_log_probs: Float[Tensor, "query *vocab"], components: Sequence[Component]
+) -> Float[Tensor, "query *vocab"]:
+    """Return log(Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM) (Khandelwal et al. 2020, eq. 3, for one i).
+
+    Where all λ are 0, or no component is present, `lm_log_probs` come out to the bit; where one λ
+    is 1, that component's. A component that is absent leaves its weight to the LM.
+    """
+    total = lm_log_probs.new_zeros(len(lm_log_probs))
+    weights = []
+    for component in components:
+        lmbda = torch.as_tensor(component.lmbda, dtype=total.dtype, device=total.device)
+        weights.append(torch.where(component.present, lmbda, torch.zeros_like(lmbda)))
+        total = total + weights[-1]
+    shape = (-1, *(1,) * (lm_log_probs.dim() - 1))
+    # the sum of rounded weights may pass 1 by a rounding
+    mixed = lm_log_probs + torch.log1p(-total.clamp_max(1.0)).reshape(shape)
+    for component, weight in zip(components, weights, strict=True):
+        mixed = torch.logaddexp(mixed, component.log_probs + weight.log().reshape(shape))
+    return mixed
