@@ -70,7 +70,7 @@ def slow_log_probs(
     return torch.log(lmbda * knn_probs + (1 - lmbda) * lm_probs)
 
 
-class SlowMixture(LogitsProcessor):
+class SlowMixture(LogitsProcessor):  # type: ignore[misc]
     """Replaces what an unattached model says by the mixture, reading all tokens again each time."""
 
     def __init__(self, lm: LanguageModel, store: Datastore, padding: list[int]) -> None:
