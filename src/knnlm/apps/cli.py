@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from knnlm.apps import console, store_commands, text_commands
+from knnlm.apps import console, serve_command, store_commands, text_commands
 from knnlm.errors import KNNLMError
 
 
@@ -48,6 +48,7 @@ app.command()(text_commands.tune)
 app.command("eval")(text_commands.evaluate)
 app.command()(text_commands.generate)
 app.command()(text_commands.explain)
+app.command()(serve_command.serve)
 app.command()(store_commands.info)
 app.command()(store_commands.forget)
 app.command()(store_commands.compact)

@@ -1,0 +1,1 @@
+"""The completions server: OpenAI's protocol in front of a kNN-LM."""

@@ -1,0 +1,56 @@
+"""What the server counts and times, for Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+
+
+class Metrics:
+    """The metrics of one server; every one of them may be touched from any thread."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.requests = Counter(
+            "knnlm_requests",
+            "Requests answered, by route and HTTP status (499: the client left).",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        self.latency = Histogram(
+            "knnlm_request_seconds",
+            "From a request's arrival to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.first_token = Histogram(
+            "knnlm_first_token_seconds",
+            "From a completion's arrival to its first token.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.prompt_tokens = Counter(
+            "knnlm_prompt_tokens", "Tokens of prompts read.", registry=self._registry
+        )
+        self.generated_tokens = Counter(
+            "knnlm_generated_tokens", "Tokens generated.", registry=self._registry
+        )
+        self.model_seconds = Counter(
+            "knnlm_model_seconds", "Spent in the language model.", registry=self._registry
+        )
+        self.search_seconds = Counter(
+            "knnlm_search_seconds", "Spent in search for neighbors.", registry=self._registry
+        )
+        self.failures = Counter(
+            "knnlm_failures", "Completions that failed in the server.", registry=self._registry
+        )
+        self.waiting = Gauge(
+            "knnlm_waiting", "Completions waiting for a place.", registry=self._registry
+        )
+        self.running = Gauge(
+            "knnlm_running", "Completions being generated.", registry=self._registry
+        )
+
+    def render(self) -> bytes:
+        """Return all of them as Prometheus reads them."""
+        return generate_latest(self._registry)

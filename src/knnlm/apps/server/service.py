@@ -1,0 +1,188 @@
+"""From a datastore to a listening server, and its orderly end."""
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from knnlm.apps.server.app import create_app
+from knnlm.apps.server.engine import Engine, Facts
+from knnlm.apps.server.limits import Limits
+from knnlm.apps.server.metrics import Metrics
+from knnlm.errors import InvalidArgumentError
+from knnlm.knn_lm import KNNLM
+
+_LAST_ANSWERS_SECONDS = 5
+
+
+def check_exposure(host: str, api_key: str | None) -> None:
+    """Refuse to let strangers in; raises InvalidArgumentError."""
+    if api_key is not None and (not api_key.isascii() or not api_key.strip()):
+        raise InvalidArgumentError("api_key must be ASCII and not empty: choose another, or none")
+    if api_key is None and not _is_loopback(host):
+        raise InvalidArgumentError(
+            f"host {host or repr('')} can be reached by others and needs a key: set --api-key or "
+            "KNNLM_API_KEY, or listen on 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Open the port, 0 for any that is free; raises InvalidArgumentError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, OverflowError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InvalidArgumentError(
+            f"cannot listen on host {host}, port {port}: {reason}; choose another --port or --host"
+        ) from error
+    return listener
+
+
+class _Protocol(H11Protocol):
+    """HTTP that waits only so long for the head of a request."""
+
+    head_seconds = 30.0
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        self._watch()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop the clock when the head is there, and start it with the next request."""
+        super().data_received(data)
+        if self.cycle is None or self.cycle.response_complete:
+            self._watch()
+        else:
+            self._unwatch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._unwatch()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if self._deadline is None:
+            self._deadline = self.loop.call_later(self.head_seconds, self._end_if_headless)
+
+    def _unwatch(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    def _end_if_headless(self) -> None:
+        self._deadline = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+
+
+class Service(uvicorn.Server):
+    """An engine behind HTTP.
+
+    Told to stop (SIGTERM, SIGINT, `stop`), it refuses what is new with 503, finishes what it has
+    within the limits' grace, and ends; told again, it ends at once.
+    """
+
+    def __init__(
+        self,
+        open_model: Callable[[], KNNLM],
+        *,
+        name: str,
+        limits: Limits | None = None,
+        api_key: str | None = None,
+        on_start: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.metrics = Metrics()
+        self.engine = Engine(open_model, self.limits, self.metrics)
+        self._name = name
+        self._api_key = api_key
+        self._on_start = on_start
+        self._stop_by: float | None = None
+
+    def open(self) -> Facts:
+        """Open the model; raises what opening it raises."""
+        facts = self.engine.start()
+        app = create_app(
+            self.engine,
+            facts,
+            name=self._name,
+            limits=self.limits,
+            metrics=self.metrics,
+            api_key=self._api_key,
+        )
+        protocol = type("Protocol", (_Protocol,), {"head_seconds": self.limits.request_seconds})
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol,
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+            )
+        )
+        return facts
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._on_start()
+
+    def stop(self) -> None:
+        """End in order; safe in a signal handler and in any thread."""
+        if self._stop_by is None:
+            self._stop_by = time.monotonic() + self.limits.grace_seconds
+            self.engine.drain()
+        else:
+            self._stop_by = 0.0
+            self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look, ten times a second, whether it is time to end."""
+        if self._stop_by is not None and (self.engine.is_idle or time.monotonic() >= self._stop_by):
+            await asyncio.to_thread(self.engine.close)
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Let SIGTERM and SIGINT mean `stop`, and the exit status be 0."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self.stop()
+
+        before: dict[signal.Signals, Any] = {
+            number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
