@@ -51,7 +51,8 @@ class TextStream:
         """Release what was held back: there is no further token."""
         if not self.stopped:
             self._extend(final=True)
-            self.text = self._decoded if not self.stopped else self.text
+        if not self.stopped:
+            self.text = self._decoded
 
     def _extend(self, final: bool) -> None:
         known = self._decode(self._tokens[self._context : self._clean])
@@ -64,13 +65,14 @@ class TextStream:
         self._context, self._clean = self._clean, len(self._tokens)
         longest = max(map(len, self._stop), default=0)
         found = [
-            place
+            (place + len(stop), place)
             for stop in self._stop
             if (place := self._decoded.find(stop, max(0, before - longest + 1))) >= 0
         ]
         if found:
             self.stopped = True
-            self.text = self._decoded[: min(found)]
+            _, place = min(found)  # of the one that is complete first
+            self.text = self._decoded[:place]
         else:
             self.text = self._decoded[: len(self._decoded) - self._held()]
 

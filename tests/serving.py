@@ -1,0 +1,93 @@
+"""A server in a thread, in front of a tiny model and its datastore, and clients for it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import openai
+from conftest import byte_tokenizer, tiny_llama
+from stores import distinct_documents
+
+from knnlm.apps.server.limits import Limits
+from knnlm.apps.server.service import Service, listen
+from knnlm.datastore.build import build
+from knnlm.datastore.datastore import Datastore
+from knnlm.knn_lm import KNNLM
+from knnlm.language_model import LanguageModel
+
+PARAMETERS: dict[str, Any] = {"k": 12, "lmbda": 0.4, "temperature": 10.0}
+
+
+@dataclass
+class Served:
+    """A running server."""
+
+    service: Service
+    url: str
+
+    def openai(self, **options: Any) -> openai.OpenAI:
+        options = {"api_key": "none", "max_retries": 0, "timeout": 60.0} | options
+        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+
+    def http(self, **options: Any) -> httpx2.Client:
+        return httpx2.Client(base_url=self.url, timeout=60.0, **options)
+
+    def complete(self, prompt: Any, **options: Any) -> Any:
+        """Answer one request through the official client, our own fields included."""
+        own = ("lmbda", "k", "knn_temperature", "sources")
+        extra = {name: options.pop(name) for name in own if name in options}
+        with self.openai() as client:
+            return client.completions.create(
+                model="tiny", prompt=prompt, extra_body=extra, **options
+            )
+
+    def wait_until_idle(self) -> None:
+        wait_for(lambda: self.service.engine.is_idle)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+@contextmanager
+def serving(
+    open_model: Callable[[], KNNLM], limits: Limits | None = None, api_key: str | None = None
+) -> Iterator[Served]:
+    """Serve a model as `tiny` on a free port until the end of the block."""
+    service = Service(open_model, name="tiny", limits=limits, api_key=api_key)
+    service.open()
+    listener = listen("127.0.0.1", 0)
+    thread = threading.Thread(target=service.run, args=([listener],))
+    thread.start()
+    try:
+        wait_for(lambda: service.started)
+        yield Served(service, f"http://127.0.0.1:{listener.getsockname()[1]}")
+    finally:
+        service.stop()
+        service.stop()
+        thread.join(30)
+        listener.close()
+        assert not thread.is_alive()
+
+
+def fresh_lm() -> LanguageModel:
+    """Return a tiny model that no other thread uses."""
+    return LanguageModel(tiny_llama(), byte_tokenizer(), name="tiny")
+
+
+def tiny_store(path: Path, documents: int = 5) -> Path:
+    build(path, fresh_lm(), distinct_documents(documents), window=64, context=16)
+    return path
+
+
+def opening(path: Path, **parameters: Any) -> KNNLM:
+    """Open a store made by `tiny_store`."""
+    return KNNLM(fresh_lm(), Datastore(path), **(PARAMETERS | parameters))
