@@ -89,18 +89,15 @@ class Decoder:
     ) -> tuple[Float[Tensor, "row new dim"], Float[Tensor, "row kept vocab"], Any]:
         device = self._lm.device
         options: dict[str, Any] = {self._cache_name: cache}
+        if self.shares_batches:  # rows read one by one have no padding to tell of
+            options["attention_mask"] = mask.to(device)
         if self._takes_positions:
             positions = mask.cumsum(dim=1)[:, -tokens.shape[1] :] - 1
             options["position_ids"] = positions.to(device)
         if self._can_skip_logits:
             options["logits_to_keep"] = keep
         with torch.inference_mode():
-            output = self._lm.model(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                use_cache=True,
-                **options,
-            )
+            output = self._lm.model(input_ids=tokens.to(device), use_cache=True, **options)
         keys = self._captured.keys.to(device).float()
         return keys, output.logits.float(), getattr(output, self._cache_name)
 
