@@ -12,7 +12,6 @@ from stores import distinct_documents, stored_keys
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import knnlm.memory
 from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
@@ -110,16 +109,6 @@ def test_equals_the_slow_mixture(
     slow = lmbda * slow_knn_probs(tiny_lm, store, tokens, K, temperature)
     slow += (1 - lmbda) * lm_log_probs_of(tiny_lm, tokens).double().exp()
     torch.testing.assert_close(probs.double(), slow, atol=1e-4, rtol=1e-3)
-
-
-def test_what_is_mixed_at_once_changes_nothing(
-    tiny_lm: LanguageModel, store: Datastore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokens = tokens_of(tiny_lm, TEXT, TEXT[:9])
-    model = KNNLM(tiny_lm, store, k=K, lmbda=0.4, temperature=3.0)
-    whole = model.log_probs(tokens)
-    monkeypatch.setattr(knnlm.memory, "_DENSE_ROWS", 7)
-    torch.testing.assert_close(model.log_probs(tokens), whole, atol=1e-6, rtol=0)
 
 
 def test_a_text_does_not_depend_on_its_neighbors_in_the_batch(

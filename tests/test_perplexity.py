@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import knnlm.memory
-import knnlm.mixture.interpolation
 import knnlm.reading
 import knnlm.scoring
 from knnlm.corpus import Document, read_documents
@@ -228,8 +227,7 @@ def test_no_distribution_over_the_vocabulary_but_the_lms(
     def refuse(*arguments: object) -> None:
         raise AssertionError("evaluation must not build p_kNN over the vocabulary")
 
-    monkeypatch.setattr(knnlm.mixture.interpolation, "dense_knn_log_probs", refuse)
-    monkeypatch.setattr(knnlm.memory, "dense_knn_log_probs", refuse)
+    monkeypatch.setattr(knnlm.memory, "interpolate_vocabulary", refuse)
     with pytest.raises(AssertionError, match="must not build"):
         model.log_probs(torch.tensor([[0, 5]]))
 

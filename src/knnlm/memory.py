@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
-import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -15,14 +14,13 @@ from knnlm.index.protocol import Index, Neighbors
 from knnlm.keyed_model import KeyedModel
 from knnlm.mixture.interpolation import (
     Component,
-    dense_knn_log_probs,
-    interpolate,
+    Votes,
+    interpolate_vocabulary,
     neighbor_log_weights,
     target_knn_log_probs,
 )
 from knnlm.mixture.parameters import Parameters
 
-_DENSE_ROWS = 256  # of the vocabulary-wide mixture made at once
 Value = TypeVar("Value")
 ForEach: TypeAlias = Value | Sequence[Value | None] | None
 """One value for every datastore, or a sequence with one for each; None for the stored default."""
@@ -65,11 +63,11 @@ class Memory:
             neighbors.present.any(dim=1),
         )
 
-    def dense_component(self, neighbors: Neighbors, vocab_size: int) -> Component:
+    def vocabulary_component(self, neighbors: Neighbors) -> Votes:
         """Return what the neighbors say of the whole vocabulary."""
-        weights = neighbor_log_weights(neighbors.squared_distances, self.parameters.temperature)
-        return Component(
-            dense_knn_log_probs(weights, self.votes(neighbors), vocab_size),
+        return Votes(
+            neighbor_log_weights(neighbors.squared_distances, self.parameters.temperature),
+            self.votes(neighbors),
             self.parameters.lmbda,
             neighbors.present.any(dim=1),
         )
@@ -87,19 +85,8 @@ def mix(
     counting = [memory for memory in memories if memory.counts]
     if not counting or len(keys) == 0:
         return lm_log_probs
-    found = [memory.search(keys) for memory in counting]
-    mixed = []
-    for start in range(0, len(keys), _DENSE_ROWS):
-        rows = slice(start, start + _DENSE_ROWS)
-        components = [
-            memory.dense_component(
-                Neighbors(neighbors.squared_distances[rows], neighbors.rows[rows]),
-                lm_log_probs.shape[1],
-            )
-            for memory, neighbors in zip(counting, found, strict=True)
-        ]
-        mixed.append(interpolate(lm_log_probs[rows], components))
-    return torch.cat(mixed)
+    components = [memory.vocabulary_component(memory.search(keys)) for memory in counting]
+    return interpolate_vocabulary(lm_log_probs, components)
 
 
 def open_memories(

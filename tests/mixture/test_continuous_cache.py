@@ -14,7 +14,7 @@ from knnlm.mixture.continuous_cache import (
     Recollection,
     cache_log_weights,
 )
-from knnlm.mixture.interpolation import dense_knn_log_probs, target_knn_log_probs
+from knnlm.mixture.interpolation import Votes, interpolate_vocabulary, target_knn_log_probs
 
 VOCAB = 12
 DIMENSION = 5
@@ -32,12 +32,12 @@ def brute_force(
 ) -> list[dict[int, float] | None]:
     """p_cache of every position, pair by pair in float64; None where nothing is remembered."""
     answers: list[dict[int, float] | None] = []
-    products, tokens = (keys.double() @ keys.double().T).tolist(), targets.tolist()
+    similarities, tokens = (keys.double() @ keys.double().T).tolist(), targets.tolist()
     for now in range(len(keys)):
         votes: dict[int, float] = {}
         for earlier in range(max(0, now - size), now):
             token = tokens[earlier]
-            votes[token] = votes.get(token, 0.0) + math.exp(theta * products[now][earlier])
+            votes[token] = votes.get(token, 0.0) + math.exp(theta * similarities[now][earlier])
         total = sum(votes.values())
         answers.append({token: vote / total for token, vote in votes.items()} if votes else None)
     return answers
@@ -46,9 +46,11 @@ def brute_force(
 def assert_equal_to_brute_force(
     recalled: Recollection, keys: Tensor, targets: Tensor, size: int, theta: float
 ) -> None:
-    weights = cache_log_weights(recalled.products, theta)
+    weights = cache_log_weights(recalled.similarities, theta)
     present = recalled.values >= 0
-    dense = dense_knn_log_probs(weights, recalled.values.clamp_min(0), VOCAB).exp()
+    nothing = torch.full((len(keys), VOCAB), -torch.inf)
+    component = Votes(weights, recalled.values.clamp_min(0), 1.0, present.any(dim=1))
+    dense = interpolate_vocabulary(nothing, [component]).exp()
     votes = (recalled.values == targets[:, None]) & present
     sparse = target_knn_log_probs(weights, votes).exp()
     expected = torch.zeros(len(keys), VOCAB)
@@ -75,7 +77,7 @@ def in_pieces(
     pad = torch.nn.functional.pad
     return Recollection(
         torch.cat(
-            [pad(p.products, m, value=-torch.inf) for p, m in zip(parts, missing, strict=True)]
+            [pad(p.similarities, m, value=-torch.inf) for p, m in zip(parts, missing, strict=True)]
         ),
         torch.cat([pad(p.values, m, value=-1) for p, m in zip(parts, missing, strict=True)]),
     )
@@ -105,7 +107,7 @@ def test_no_query_sees_its_own_target_or_a_later_one() -> None:
         changed[now + 1 :] = VOCAB + 1
         again = ContinuousCache(40, DIMENSION).recall(changed[None], keys[None])
         assert torch.equal(again.values[: now + 1], recalled.values[: now + 1])
-        assert torch.equal(again.products[: now + 1], recalled.products[: now + 1])
+        assert torch.equal(again.similarities[: now + 1], recalled.similarities[: now + 1])
 
 
 def test_sequences_of_a_batch_never_meet() -> None:
@@ -115,7 +117,9 @@ def test_sequences_of_a_batch_never_meet() -> None:
     together = [cache.recall(inputs[:, :30], keys[:, :30])]
     together += [cache.recall(inputs[:, t : t + 1], keys[:, t : t + 1]) for t in range(30, 50)]
     for row, (_, own_keys, targets) in enumerate(rows):
-        parts = [part.products.reshape(3, -1, part.products.shape[1])[row] for part in together]
+        parts = [
+            part.similarities.reshape(3, -1, part.similarities.shape[1])[row] for part in together
+        ]
         values = [part.values.reshape(3, -1, part.values.shape[1])[row] for part in together]
         recalled = Recollection(torch.cat(parts), torch.cat(values))
         assert_equal_to_brute_force(recalled, own_keys, targets, 20, 0.5)
@@ -134,7 +138,9 @@ def test_padding_on_the_left_is_never_remembered() -> None:
     pad = torch.nn.functional.pad
     missing = (width - recalled.values.shape[1], 0)
     own = Recollection(
-        torch.cat([pad(recalled.products, missing, value=-torch.inf), tail.products])[padding:],
+        torch.cat([pad(recalled.similarities, missing, value=-torch.inf), tail.similarities])[
+            padding:
+        ],
         torch.cat([pad(recalled.values, missing, value=-1), tail.values])[padding:],
     )
     assert_equal_to_brute_force(own, keys, targets, 100, 0.5)
@@ -150,7 +156,7 @@ def test_beams_go_on_from_the_sequence_that_they_continue() -> None:
     for row in range(2):
         expected = torch.cat([other[0][-7:], following[0][row]])
         assert torch.equal(recalled.values[row], expected)
-        torch.testing.assert_close(recalled.products[row], other[1][-8:] @ following[1][row, 0])
+        torch.testing.assert_close(recalled.similarities[row], other[1][-8:] @ following[1][row, 0])
 
 
 def test_memory_is_bounded_by_the_size() -> None:
@@ -167,10 +173,10 @@ def test_the_last_columns_are_a_smaller_cache() -> None:
     large = ContinuousCache(60, DIMENSION).recall(inputs[None], keys[None])
     small = ContinuousCache(9, DIMENSION).recall(inputs[None], keys[None])
     assert torch.equal(large.values[:, -9:], small.values)
-    torch.testing.assert_close(large.products[:, -9:], small.products)
+    torch.testing.assert_close(large.similarities[:, -9:], small.similarities)
 
 
-def test_large_products_keep_their_differences() -> None:
+def test_large_similarities_keep_their_differences() -> None:
     weights = cache_log_weights(torch.tensor([[1e6, 1e6 + 200.0, -torch.inf]]), 1.0)
     torch.testing.assert_close(weights, torch.tensor([[-200.0, 0.0, -torch.inf]]))
 

@@ -10,14 +10,22 @@ from torch import Tensor
 
 from knnlm.mixture.interpolation import (
     Component,
-    dense_knn_log_probs,
+    Votes,
     interpolate,
+    interpolate_vocabulary,
     neighbor_log_weights,
     target_knn_log_probs,
 )
 
 ORACLE = Path(__file__).parents[1] / "data" / "original_scores.npz"
 LOG_ZERO = -10_000.0
+
+
+def dense_knn_log_probs(log_weights: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
+    """log p_kNN over the vocabulary: the mixture at λ = 1, −inf for a query without neighbors."""
+    nothing = torch.full((len(tokens), vocab_size), -torch.inf)
+    everyone = torch.ones(len(tokens), dtype=torch.bool)
+    return interpolate_vocabulary(nothing, [Votes(log_weights, tokens, 1.0, everyone)])
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +89,8 @@ def test_dense_scores_equal_knn_transformers(
     torch.testing.assert_close(as_log_zero(knn), expected, atol=1e-5, rtol=1e-5)
 
     present = torch.ones(len(values), dtype=torch.bool)
-    mixed = interpolate(oracle["lm_log_probs"], [Component(knn, 0.25, present)])
+    component = Votes(weights, values, 0.25, present)
+    mixed = interpolate_vocabulary(oracle["lm_log_probs"], [component])
     expected = oracle[f"full_interpolated_T{temperature}_lambda0.25"]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
 
@@ -128,34 +137,58 @@ def test_sparse_equals_dense() -> None:
 def test_probabilities_sum_to_one() -> None:
     distances, values, lm, vocab_size = random_neighbors(2)
     present = distances.isfinite().any(dim=1)
-    knn = dense_knn_log_probs(neighbor_log_weights(distances, 1.0), values, vocab_size)
+    weights = neighbor_log_weights(distances, 1.0)
+    knn = dense_knn_log_probs(weights, values, vocab_size)
     ones = torch.ones(len(lm))
     torch.testing.assert_close(knn.exp().sum(dim=1)[present], ones[present], atol=1e-5, rtol=0)
     for lmbda in (0.0, 0.3, 1.0):
-        total = interpolate(lm, [Component(knn, lmbda, present)]).exp().sum(dim=1)
-        torch.testing.assert_close(total, ones, atol=1e-5, rtol=0)
+        mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present)])
+        torch.testing.assert_close(mixed.exp().sum(dim=1), ones, atol=1e-5, rtol=0)
 
 
 def test_the_ends_of_lmbda_are_exact() -> None:
     distances, values, lm, vocab_size = random_neighbors(3)
     present = distances.isfinite().any(dim=1)
-    knn = dense_knn_log_probs(neighbor_log_weights(distances, 1.0), values, vocab_size)
-    assert torch.equal(interpolate(lm, [Component(knn, 0.0, present)]), lm)
-    at_one = interpolate(lm, [Component(knn, 1.0, present)])
+    weights = neighbor_log_weights(distances, 1.0)
+    knn = dense_knn_log_probs(weights, values, vocab_size)
+    assert torch.equal(interpolate_vocabulary(lm, [Votes(weights, values, 0.0, present)]), lm)
+    at_one = interpolate_vocabulary(lm, [Votes(weights, values, 1.0, present)])
     assert torch.equal(at_one[present], knn[present])
     assert torch.equal(at_one[~present], lm[~present]), "without a neighbor, p is p_LM"
+    for target in range(vocab_size):
+        alone, own = lm[:, target], knn[:, target]
+        assert torch.equal(interpolate(alone, [Component(own, 0.0, present)]), alone)
+        one = interpolate(alone, [Component(own, 1.0, present)])
+        assert torch.equal(one, own.where(present, alone))
 
 
-def test_lmbda_may_differ_by_query() -> None:
-    distances, values, lm, vocab_size = random_neighbors(4)
+def test_lmbda_and_temperature_may_differ_by_query() -> None:
+    distances, values, lm, _ = random_neighbors(4)
     present = distances.isfinite().any(dim=1)
-    knn = dense_knn_log_probs(neighbor_log_weights(distances, 1.0), values, vocab_size)
-    lmbda = torch.linspace(0, 1, len(lm))
-    mixed = interpolate(lm, [Component(knn, lmbda, present)])
-    for query, weight in enumerate(lmbda.tolist()):
+    lmbda, temperature = torch.linspace(0, 1, len(lm)), torch.linspace(0.5, 9, len(lm))
+    weights = neighbor_log_weights(distances, temperature[:, None])
+    mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present)])
+    for query, (weight, own) in enumerate(zip(lmbda.tolist(), temperature.tolist(), strict=True)):
         one = slice(query, query + 1)
-        alone = interpolate(lm[one], [Component(knn[one], weight, present[one])])
+        own_weights = neighbor_log_weights(distances[one], own)
+        alone = interpolate_vocabulary(
+            lm[one], [Votes(own_weights, values[one], weight, present[one])]
+        )
         torch.testing.assert_close(mixed[query], alone[0])
+
+
+def test_gradients_count_a_token_of_many_votes_once() -> None:
+    distances, values, lm, _ = random_neighbors(7)
+    values = values % 5  # many neighbors vote alike
+    weights, present = neighbor_log_weights(distances, 2.0), distances.isfinite().any(dim=1)
+    knn = dense_knn_log_probs(weights, values, lm.shape[1])
+    logits = lm.clone().requires_grad_()
+    mixed = interpolate_vocabulary(logits, [Votes(weights, values, 0.4, present)])
+    (gradient,) = torch.autograd.grad(mixed.square().sum(), logits)
+    lmbda = 0.4 * present[:, None].float()
+    plain = torch.log(lmbda * knn.exp() + (1 - lmbda) * logits.exp())
+    (expected,) = torch.autograd.grad(plain.square().sum(), logits)
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_several_components_equal_float64_arithmetic() -> None:
@@ -165,23 +198,24 @@ def test_several_components_equal_float64_arithmetic() -> None:
     parts = []
     expected = lm.double().exp()
     for d, v, lmbda in [(distances, values, 0.3), (other_distances, other_values, 0.5)]:
-        knn = dense_knn_log_probs(neighbor_log_weights(d, 2.0), v, vocab_size)
-        present = d.isfinite().any(dim=1)
-        parts.append(Component(knn, lmbda, present))
+        weights, present = neighbor_log_weights(d, 2.0), d.isfinite().any(dim=1)
+        knn = dense_knn_log_probs(weights, v, vocab_size)
+        parts.append(Votes(weights, v, lmbda, present))
         weight = lmbda * present[:, None].double()
         expected = expected + weight * (knn.double().exp() - lm.double().exp())
-    mixed = interpolate(lm, parts)
+    mixed = interpolate_vocabulary(lm, parts)
     torch.testing.assert_close(mixed.double().exp(), expected, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(mixed, interpolate(lm, parts[::-1]), atol=1e-5, rtol=1e-5)
-    assert torch.equal(interpolate(lm, []), lm)
+    reversed_mixed = interpolate_vocabulary(lm, parts[::-1])
+    torch.testing.assert_close(mixed, reversed_mixed, atol=1e-5, rtol=1e-5)
+    assert torch.equal(interpolate_vocabulary(lm, []), lm)
     none = [part._replace(lmbda=0.0) for part in parts]
-    assert torch.equal(interpolate(lm, none), lm)
+    assert torch.equal(interpolate_vocabulary(lm, none), lm)
 
 
 def test_lmbdas_that_add_up_to_one_but_for_a_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
-    lm = torch.log_softmax(torch.randn(3, 50, generator=generator), dim=-1)
-    present = torch.ones(3, dtype=torch.bool)
+    lm = torch.log_softmax(torch.randn(30, 50, generator=generator), dim=-1)[:, 0]
+    present = torch.ones(30, dtype=torch.bool)
     part = Component(lm, 0.1, present)
     mixed = interpolate(lm, [part._replace(lmbda=0.7), part, part, part])
     torch.testing.assert_close(mixed, lm, atol=1e-6, rtol=1e-6)

@@ -1,4 +1,4 @@
-"""Neighbors → log p_kNN → mixture, sparse (one target a query) and dense (whole vocabulary).
+"""Neighbors → log p_kNN → mixture, of one target a query and of the whole vocabulary.
 
 Everything is in natural-log space and float32. Only squared distances enter p_kNN; an absent
 neighbor (distance +inf) weighs nothing, and a query without any neighbor keeps p_LM.
@@ -38,53 +38,92 @@ def target_knn_log_probs(
     return log_weights.masked_fill(~votes_for_target, -torch.inf).logsumexp(dim=1)
 
 
-def dense_knn_log_probs(
-    log_weights: Float[Tensor, "query k"],
-    neighbor_values: Int[Tensor, "query k"],
-    vocab_size: int,
-) -> Float[Tensor, "query vocab"]:
-    """Return log p_kNN over the vocabulary; −inf for every token that no neighbor voted for.
-
-    A log-sum-exp for each token, so that a vote too small for float32 still has its logarithm.
-    """
-    tokens = neighbor_values.long()
-    shape = (log_weights.shape[0], vocab_size)
-    heaviest = log_weights.new_full(shape, -torch.inf)
-    heaviest.scatter_reduce_(1, tokens, log_weights, reduce="amax")
-    own_heaviest = heaviest.gather(1, tokens)  # (query, k)
-    relative = torch.where(log_weights.isneginf(), log_weights, log_weights - own_heaviest).exp()
-    return torch.zeros_like(heaviest).scatter_add_(1, tokens, relative).log() + heaviest
-
-
 class Component(NamedTuple):
-    """What one datastore says of each query's next token, and how much that counts.
+    """What one datastore says of a target for each query, and how much that counts.
 
-    log_probs: log p_kNN, of one token a query or of the whole vocabulary. lmbda: its weight λ, of
-    all queries or of each. present: where it has a neighbor, and so a say, at all.
+    lmbda: its weight λ, of all queries or of each. present: where it has a neighbor, and so a say,
+    at all.
     """
 
-    log_probs: Float[Tensor, "query *vocab"]
+    log_probs: Float[Tensor, " query"]
+    lmbda: float | Float[Tensor, " query"]
+    present: Bool[Tensor, " query"]
+
+
+class Votes(NamedTuple):
+    """What the neighbors in one datastore vote for, and how much that counts; see `Component`.
+
+    log_weights: of `neighbor_log_weights`. tokens: what each votes for, any where it is absent.
+    """
+
+    log_weights: Float[Tensor, "query k"]
+    tokens: Int[Tensor, "query k"]
     lmbda: float | Float[Tensor, " query"]
     present: Bool[Tensor, " query"]
 
 
 def interpolate(
-    lm_log_probs: Float[Tensor, "query *vocab"], components: Sequence[Component]
-) -> Float[Tensor, "query *vocab"]:
-    """Return log(Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM) (Khandelwal et al. 2020, eq. 3, for one i).
+    lm_log_probs: Float[Tensor, " query"], components: Sequence[Component]
+) -> Float[Tensor, " query"]:
+    """Return log(Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM) of each query's target.
 
-    Where all λ are 0, or no component is present, `lm_log_probs` come out to the bit; where one λ
-    is 1, that component's. A component that is absent leaves its weight to the LM.
+    Khandelwal et al. 2020, eq. 3, for one i. Where all λ are 0, or no component is present,
+    `lm_log_probs` come out to the bit; where one λ is 1, that component's. A component that is
+    absent leaves its weight to the LM.
     """
+    log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
+    mixed = lm_log_probs + log_rest
+    for component, log_lmbda in zip(components, log_lmbdas, strict=True):
+        mixed = torch.logaddexp(mixed, component.log_probs + log_lmbda)
+    return mixed
+
+
+def interpolate_vocabulary(
+    lm_log_probs: Float[Tensor, "query vocab"], components: Sequence[Votes]
+) -> Float[Tensor, "query vocab"]:
+    """Return what `interpolate` does, of every token.
+
+    Beyond one pass over the vocabulary, only tokens that were voted for are computed.
+    """
+    log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
+    mixed = lm_log_probs + log_rest[:, None]
+    for votes, log_lmbda in zip(components, log_lmbdas, strict=True):
+        queries, tokens, log_probs = _sum_by_token(votes.log_weights, votes.tokens)
+        own = mixed[queries, tokens]
+        mixed[queries, tokens] = torch.logaddexp(own, log_probs + log_lmbda[queries])
+    return mixed
+
+
+def _log_shares(
+    lm_log_probs: Float[Tensor, "query *vocab"], components: Sequence[Component] | Sequence[Votes]
+) -> tuple[list[Float[Tensor, " query"]], Float[Tensor, " query"]]:
+    """Return log λ of each component, −inf where it is absent, and the logarithm of the rest."""
     total = lm_log_probs.new_zeros(len(lm_log_probs))
-    weights = []
+    log_lmbdas = []
     for component in components:
         lmbda = torch.as_tensor(component.lmbda, dtype=total.dtype, device=total.device)
-        weights.append(torch.where(component.present, lmbda, torch.zeros_like(lmbda)))
-        total = total + weights[-1]
-    shape = (-1, *(1,) * (lm_log_probs.dim() - 1))
-    # the sum of rounded weights may pass 1 by a rounding
-    mixed = lm_log_probs + torch.log1p(-total.clamp_max(1.0)).reshape(shape)
-    for component, weight in zip(components, weights, strict=True):
-        mixed = torch.logaddexp(mixed, component.log_probs + weight.log().reshape(shape))
-    return mixed
+        lmbda = torch.where(component.present, lmbda, torch.zeros_like(lmbda))
+        log_lmbdas.append(lmbda.log())
+        total = total + lmbda
+    return log_lmbdas, torch.log1p(-total.clamp_max(1.0))  # rounded weights may add up to more
+
+
+def _sum_by_token(
+    log_weights: Float[Tensor, "query k"], tokens: Int[Tensor, "query k"]
+) -> tuple[Int[Tensor, " vote"], Int[Tensor, " vote"], Float[Tensor, " vote"]]:
+    """Return (query, token, log of the summed weights), each pair once; none without weight.
+
+    A log-sum-exp for each token, so that a vote too small for float32 still has its logarithm.
+    """
+    tokens, order = tokens.long().sort(dim=1)
+    log_weights = log_weights.gather(1, order)
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    group = first.cumsum(dim=1) - 1
+    heaviest = torch.full_like(log_weights, -torch.inf)
+    heaviest.scatter_reduce_(1, group, log_weights, reduce="amax")
+    relative = (log_weights - heaviest.gather(1, group)).nan_to_num(nan=-torch.inf).exp()
+    summed = torch.zeros_like(log_weights).scatter_add_(1, group, relative).log() + heaviest
+    log_probs = summed.gather(1, group)
+    queries, places = torch.nonzero(first & (log_probs > -torch.inf), as_tuple=True)
+    return queries, tokens[queries, places], log_probs[queries, places]

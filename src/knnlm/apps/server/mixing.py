@@ -17,7 +17,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Neighbors
 from knnlm.language_model import LanguageModel
 from knnlm.memory import Memory
-from knnlm.mixture.interpolation import interpolate
+from knnlm.mixture.interpolation import interpolate_vocabulary
 from knnlm.mixture.parameters import Parameters
 from knnlm.scoring import Scores
 
@@ -112,10 +112,9 @@ def mix_step(memories: Sequence[Memory], step: Step) -> Mixture:
     seconds = time.perf_counter() - started
     log_probs = step.log_probs
     if searched:
-        vocab_size = log_probs.shape[1]
         components = [
-            memory.dense_component(of_memory, vocab_size)
+            memory.vocabulary_component(of_memory)
             for memory, of_memory in zip(searched, neighbors, strict=True)
         ]
-        log_probs = interpolate(log_probs, components)
+        log_probs = interpolate_vocabulary(log_probs, components)
     return Mixture(log_probs, step.log_probs, searched, neighbors, seconds)

@@ -1,0 +1,109 @@
+"""What remembering costs while generating: time per new token, attached against alone.
+
+    python benchmarks/generation.py STORE TEXT… --k 1024
+
+The same model generates greedily from the same prompts (the beginnings of the texts), without a
+datastore and with STORE attached (searched with its own index), in turn in one process; one
+sequence at a time and in a batch. A ratio is the median of the ratios of neighbouring runs.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+import knnlm
+from knnlm.index.policy import describe_index
+from knnlm.provenance import write_results
+
+RESULTS = Path(__file__).parent / "results" / "generation.json"
+
+
+def main() -> None:
+    """Measure, print and write `benchmarks/results/generation.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path)
+    parser.add_argument("text", nargs="+")
+    parser.add_argument("--k", type=int, nargs="+", default=[1024, 128])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+
+    store = knnlm.Datastore(arguments.store)
+    lm = knnlm.LanguageModel.load(
+        store.settings.model,
+        key=store.settings.key,
+        dtype=store.settings.model_dtype,
+        device=arguments.device,
+    )
+    prompts = []
+    for document in knnlm.read_documents(*arguments.text):
+        tokens = lm.encode(["".join(document.blocks())])[0][: arguments.prompt_tokens - 1]
+        if len(tokens) == arguments.prompt_tokens - 1:
+            prompts.append([lm.start_token, *tokens.tolist()])
+    if len(prompts) < max(arguments.batch):
+        parser.error(f"TEXT must have {max(arguments.batch)} documents that are long enough")
+
+    def seconds_per_step(batch: list[list[int]]) -> float:
+        inputs = torch.tensor(batch, device=lm.device)
+        started = time.perf_counter()
+        output = lm.model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            min_new_tokens=arguments.new_tokens,
+            max_new_tokens=arguments.new_tokens,
+            pad_token_id=lm.start_token,
+        )
+        seconds: float = time.perf_counter() - started
+        assert output.shape[1] == inputs.shape[1] + arguments.new_tokens
+        return seconds / int(arguments.new_tokens)
+
+    measured = []
+    for size in arguments.batch:
+        for k in arguments.k:
+            alone: list[float] = []
+            attached: list[float] = []
+            for repetition in range(arguments.repetitions + 1):
+                first = repetition * size % (len(prompts) - size + 1)
+                batch = prompts[first : first + size]
+                pair = [seconds_per_step(batch)]
+                with knnlm.attach(lm.model, store, k=k):
+                    pair.append(seconds_per_step(batch))
+                if repetition > 0:  # the first compiles and reads the index into memory
+                    alone.append(pair[0])
+                    attached.append(pair[1])
+            ratio = statistics.median(b / a for a, b in zip(alone, attached, strict=True))
+            one = {
+                "batch": size,
+                "k": k,
+                "ratio": ratio,
+                "alone_milliseconds": statistics.median(alone) * 1e3,
+                "attached_milliseconds": statistics.median(attached) * 1e3,
+            }
+            measured.append(one)
+            print(
+                f"batch {size}, k {k}: {one['alone_milliseconds']:.2f} ms a step alone, "
+                f"{one['attached_milliseconds']:.2f} attached: {ratio:.3f}×",
+                flush=True,
+            )
+    write_results(
+        RESULTS,
+        {
+            "entries": len(store),
+            "device": str(lm.device),
+            "index": describe_index(store),
+            "prompt_tokens": arguments.prompt_tokens,
+            "new_tokens": arguments.new_tokens,
+            "measured": measured,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()
