@@ -30,21 +30,24 @@ class Served:
     service: Service
     url: str
 
-    def openai(self, **options: Any) -> openai.OpenAI:
-        options = {"api_key": "none", "max_retries": 0, "timeout": 60.0} | options
-        return openai.OpenAI(base_url=f"{self.url}/v1", **options)
+    def openai(self, api_key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60.0
+        )
 
     def http(self, **options: Any) -> httpx2.Client:
-        return httpx2.Client(base_url=self.url, timeout=60.0, **options)
+        headers = {"Content-Type": "application/json"}
+        return httpx2.Client(base_url=self.url, timeout=60.0, headers=headers, **options)
 
     def complete(self, prompt: Any, **options: Any) -> Any:
-        """Answer one request through the official client, our own fields included."""
+        """Answer one request through the official client; a stream comes as all its chunks."""
         own = ("lmbda", "k", "knn_temperature", "sources")
         extra = {name: options.pop(name) for name in own if name in options}
         with self.openai() as client:
-            return client.completions.create(
+            answer = client.completions.create(
                 model="tiny", prompt=prompt, extra_body=extra, **options
             )
+            return list(answer) if options.get("stream") else answer
 
     def wait_until_idle(self) -> None:
         wait_for(lambda: self.service.engine.is_idle)

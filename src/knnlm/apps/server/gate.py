@@ -69,6 +69,8 @@ class Gate:
                 self._check_key(scope)
             if self._is_stopping() and scope["method"] == "POST":
                 raise RefusalError(503, "the server is stopping", headers={"Retry-After": "5"})
+            if scope["method"] == "POST":
+                _check_content_type(scope)
             body = await self._read(scope, receive)
         except RefusalError as refusal:
             await refusal.response()(scope, receive, send)
@@ -125,6 +127,13 @@ class Gate:
                 headers={"Connection": "close"},
             )
         return b"".join(parts)
+
+
+def _check_content_type(scope: Scope) -> None:
+    """Take nothing but JSON, which a web page of somebody else cannot send to this machine."""
+    given = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if given != b"application/json":
+        raise RefusalError(415, "the request must have the header Content-Type: application/json")
 
 
 class _ClientLeftError(Exception):

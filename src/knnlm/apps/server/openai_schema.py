@@ -5,7 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Text = Annotated[str, Field(max_length=1 << 20)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)
+]
 Prompt = (
     Text
     | Annotated[list[Text], Field(min_length=1, fail_fast=True)]
@@ -45,7 +47,7 @@ class CompletionRequest(_Request):
     """A prompt, or several, and how to continue them."""
 
     prompt: Prompt = Field(description="A text, token ids, or a list of texts or of token ids.")
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = Field(
         None, description="Tokens to generate at most; by default 16."
     )
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
@@ -75,7 +77,7 @@ class CompletionRequest(_Request):
         description="Name the strongest neighbors of each generated token: so many, or true for 3.",
     )
     # of the protocol, accepted where they change nothing
-    best_of: Annotated[int, Field(ge=1)] | None = Field(None, description="Not above n.")
+    best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Not above n.")
     suffix: Literal[""] | None = Field(None, description="Not supported.")
     presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Field(
         None, description="Not supported."
