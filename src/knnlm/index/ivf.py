@@ -210,9 +210,10 @@ class IVFIndex:
         check_search(queries, k, self.store.settings.dimension)
         self._follow()
         size = max(1, min(_QUERIES_AT_ONCE, _CANDIDATES_AT_ONCE // k))
+        if len(queries) <= size:
+            one = self._search(queries.detach(), k)
+            return Neighbors(one.squared_distances.to(queries.device), one.rows.to(queries.device))
         found = [self._search(chunk, k) for chunk in torch.split(queries.detach(), size)]
-        if len(found) == 1 and found[0].rows.device == queries.device:
-            return found[0]
         return Neighbors(
             torch.cat([neighbors.squared_distances for neighbors in found]).to(queries.device),
             torch.cat([neighbors.rows for neighbors in found]).to(queries.device),

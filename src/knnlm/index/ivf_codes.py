@@ -6,8 +6,8 @@ step of its own. Half a squared distance, less half of |query − center|², is 
 half_norm − query_step · key_step · ⟨query code, key code⟩.
 """
 
+import math
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int8
@@ -18,7 +18,10 @@ LEAST_STEP = torch.finfo(torch.float32).tiny * 256 / LARGEST_CODE
 ALIKENESS_OF_RESTS = 0.3  # the rests of neighbors are somewhat alike: their product is not 0
 _SAMPLE = 65_536
 _KEPT_VARIANCE = 0.95
-_ROUNDING_DEVIATIONS = 3.0
+# How far a query's scores may be off because codes are rounded, in its step · √half_norm. Rounding
+# to a step is off by step / √12 on average; here that of query and key, taken to be about as long,
+# both count, and three standard deviations.
+MARGIN = 3.0 / math.sqrt(3)
 _LARGEST_CODE_DIM = 1024
 
 
@@ -32,19 +35,7 @@ class Codes:
 
     def margins(self) -> Float[Tensor, " n"]:
         """Return how far queries' scores may be off because codes are rounded."""
-        return margin(self.steps, self.half_norms)
-
-
-Number = TypeVar("Number", Tensor, float)
-
-
-def margin(step: Number, half_norm: Number) -> Number:
-    """Return how far a query's scores may be off because codes are rounded.
-
-    Rounding to a step is off by step / √12 on average; here that of query and key, taken to be
-    about as long, both count.
-    """
-    return _ROUNDING_DEVIATIONS * step * (half_norm / 3) ** 0.5
+        return MARGIN * self.steps * self.half_norms.sqrt()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ takes longer than the half that it would do.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +22,15 @@ from knnlm.index.ivf_codes import (
     ALIKENESS_OF_RESTS,
     LARGEST_CODE,
     LEAST_STEP,
+    MARGIN,
     Effort,
-    margin,
 )
 from knnlm.index.ivf_workers import workers
 from knnlm.index.protocol import Neighbors
 
 _SPARE_CANDIDATES = 32
+_SPARE_LISTS = 8
+_ONLY = np.zeros(1, np.int64)  # the only list, query or run
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +38,25 @@ class QueryCode:
     """The code of one query; see `Codes`."""
 
     code: NDArray[np.int8]
-    step: float
-    half_norm: float
+    step: np.float32
+    half_norm: np.float32
+
+    def candidates(
+        self,
+        wanted: int,
+        bound: float,
+        lists: Integers,
+        starts: Integers,
+        codes: NDArray[np.int8],
+        steps: Floats,
+        half_norms: Floats,
+    ) -> tuple[float, Integers, Floats]:
+        """Return the positions and scores of the best keys of some lists, and a smaller bound."""
+        margin = MARGIN * self.step * np.sqrt(self.half_norm)
+        found: tuple[float, Integers, Floats] = few_kernels.candidates(
+            self.code, self.step, wanted, margin, bound, lists, starts, codes, steps, half_norms
+        )  # fmt: skip
+        return found
 
 
 class ListArrays:
@@ -44,16 +64,13 @@ class ListArrays:
 
     def __init__(self, lists: Lists) -> None:
         self.centroids = lists.centroids.numpy()
-        self.squared_norms = lists.squared_norms.numpy()
         self.center = lists.coder.center.numpy()
         self.projection = lists.coder.projection.numpy()
         self.rest = lists.coder.rest.numpy()
-
-    def nearest_lists(self, query: Floats, count: int) -> Integers:
-        """Return the numbers of the lists with the nearest centroids, ascending."""
-        numbers = np.empty(count, np.int64)
-        few_kernels.nearest_lists(query, self.centroids, self.squared_norms, numbers)
-        return numbers
+        codes = lists.coder.encode(lists.centroids)
+        self._codes = codes.codes.numpy()
+        self._steps, self._half_norms = codes.steps.numpy(), codes.half_norms.numpy()
+        self._all = np.array([0, len(self.centroids)])
 
     def encode(self, query: Floats) -> QueryCode:
         """Return the code of a query, as `Coder.encode` does."""
@@ -62,7 +79,18 @@ class ListArrays:
             query, self.center, self.projection, self.rest, np.float32(ALIKENESS_OF_RESTS),
             LARGEST_CODE, np.float32(LEAST_STEP), code,
         )  # fmt: skip
-        return QueryCode(code, step, squared_norm / 2)
+        return QueryCode(code, np.float32(step), np.float32(squared_norm / 2))
+
+    def nearest_lists(self, query: Floats, code: QueryCode, count: int) -> Integers:
+        """Return the numbers of the lists with the nearest centroids, ascending."""
+        _, numbers, _ = code.candidates(
+            count + count // 4 + _SPARE_LISTS, UNBOUNDED, _ONLY, self._all, self._codes,
+            self._steps, self._half_norms,
+        )  # fmt: skip
+        if len(numbers) > count:
+            distances = _exact(query, self.centroids, numbers)
+            numbers = numbers[np.argpartition(distances, count - 1)[:count]]
+        return np.sort(numbers)
 
 
 def search_few(
@@ -75,8 +103,8 @@ def search_few(
     effort: Effort,
 ) -> Neighbors:
     """Return the k nearest in the `nprobe` nearest lists. rows: the datastore's, by position."""
-    nearest = Neighbors(torch.full((len(queries), k), torch.inf), torch.full((len(queries), k), -1))
-    distances, nearest_rows = nearest.squared_distances.numpy(), nearest.rows.numpy()
+    distances = np.empty((len(queries), k), np.float32)
+    nearest_rows = np.empty((len(queries), k), np.int64)
     arrays, row_of_position = queries.float().contiguous().numpy(), rows.numpy()
 
     def search(number: int) -> None:
@@ -85,12 +113,14 @@ def search_few(
             found = slice(number, number + 1)
             runs = _candidates(query, lists, nprobe, parts, k, effort)
             nearest_in(runs, row_of_position, 0, distances[found], nearest_rows[found])
+        else:
+            distances[number], nearest_rows[number] = np.inf, -1
 
     if len(queries) == 1:
         search(0)
     else:
         workers().map(search, range(len(queries)))
-    return nearest
+    return Neighbors(torch.from_numpy(distances), torch.from_numpy(nearest_rows))
 
 
 def _candidates(
@@ -102,33 +132,30 @@ def _candidates(
     effort: Effort,
 ) -> Runs:
     """Return exact distances of the candidates with the best scores."""
-    probes, code = lists.nearest_lists(query, nprobe), lists.encode(query)
-    scored = [int((part.starts[probes + 1] - part.starts[probes]).sum()) for part in parts]
-    ends = np.cumsum([0, *scored])
-    scores = np.empty(ends[-1], np.float32)
-    for part, start, stop in zip(parts, ends[:-1], ends[1:], strict=True):
-        few_kernels.score_lists(
-            code.code, np.float32(code.step), probes, part.starts, part.codes_array, part.steps,
-            part.half_norms, scores[start:stop],
-        )  # fmt: skip
+    code = lists.encode(query)
+    probes = lists.nearest_lists(query, code, nprobe)
     wanted = int(effort.oversampling * k) + _SPARE_CANDIDATES
     bound = UNBOUNDED
-    if wanted < len(scores):
-        limit = kernels.select(scores.copy(), wanted - 1)
-        bound = min(bound, limit + margin(code.step, code.half_norm))
-    distances, positions, found = np.empty_like(scores), np.empty(len(scores), np.int64), 0
-    for part, start, stop in zip(parts, ends[:-1], ends[1:], strict=True):
-        count = few_kernels.within(
-            scores[start:stop], bound, probes, part.starts, positions[found:], distances[found:]
+    found = []
+    for part in parts:
+        bound, positions, scores = code.candidates(
+            wanted, bound, probes, part.starts, part.codes_array, part.steps, part.half_norms
         )
-        near = slice(found, found + count)
         if part.keys is None:
-            distances[near] = np.maximum(2 * (distances[near] + np.float32(code.half_norm)), 0)
+            distances = np.maximum(2 * (scores + code.half_norm), 0)
         else:
-            kernels.exact(
-                query[None], np.zeros(1, np.int64), part.keys, positions[near], np.array([count]),
-                distances[near],
-            )  # fmt: skip
-        positions[near] += part.first
-        found += count
-    return Runs(distances, positions, np.zeros((1, 1), np.int64), np.array([[found]]))
+            distances = _exact(query, part.keys, positions)
+        positions += part.first
+        found.append((distances, positions))
+    if len(found) == 1:
+        distances, positions = found[0]
+    else:
+        distances = np.concatenate([distances for distances, _ in found])
+        positions = np.concatenate([positions for _, positions in found])
+    return Runs(distances, positions, _ONLY[None], np.array([[len(positions)]]))
+
+
+def _exact(query: Floats, keys: NDArray[Any], positions: Integers) -> Floats:
+    distances = np.empty(len(positions), np.float32)
+    kernels.exact(query[None], _ONLY, keys, positions, np.array([len(positions)]), distances)
+    return distances

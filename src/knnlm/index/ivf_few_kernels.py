@@ -34,27 +34,6 @@ def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
 dot_rows = compiled(_dot_rows)
 
 
-def _nearest_lists(query: Array, centroids: Array, squared_norms: Array, out: Array) -> None:
-    """Write the numbers of the lists with the nearest centroids, ascending."""
-    scores = np.empty(len(centroids), np.float32)
-    dot_rows(query, centroids, scores)
-    for i in range(len(scores)):
-        scores[i] = squared_norms[i] - np.float32(2.0) * scores[i]
-    limit = select(scores.copy(), len(out) - 1)
-    ties = len(out)
-    for i in range(len(scores)):
-        ties -= scores[i] < limit
-    found = 0
-    for i in range(len(scores)):
-        if scores[i] < limit or (scores[i] == limit and ties > 0):
-            ties -= scores[i] == limit
-            out[found] = i
-            found += 1
-
-
-nearest_lists = compiled(_nearest_lists)
-
-
 def _encode(
     query: Array,
     center: Array,
@@ -64,7 +43,7 @@ def _encode(
     largest_code: int,
     least_step: float,
     code: Array,
-) -> tuple[float, float]:
+) -> tuple[np.float32, np.float32]:
     """Write the code of a query, as `Coder.encode` does; return its step and squared norm."""
     centered = query - center
     squared_norm = np.float32(0.0)
@@ -89,17 +68,27 @@ def _encode(
 encode = compiled(_encode)
 
 
-def _score_lists(
+def _candidates(
     query: Array,
     query_step: float,
+    wanted: int,
+    margin: float,
+    bound: float,
     lists: Array,
     starts: Array,
     codes: Array,
     key_steps: Array,
     half_norms: Array,
-    scores: Array,
-) -> None:
-    """Score every key of some lists for one query, in their order, reading each code once."""
+) -> tuple[float, Array, Array]:
+    """Score every key of some lists for one query, in their order, reading each code once.
+
+    Returns the positions and scores of the `wanted` best keys, of those that may be as good (their
+    scores are within the margin), and of none beyond the bound; and the smaller bound that follows.
+    """
+    total = 0
+    for probe in range(len(lists)):
+        total += starts[lists[probe] + 1] - starts[lists[probe]]
+    scores = np.empty(total, np.float32)
     scored = 0
     address, code_bytes = codes.ctypes.data, codes.strides[0]
     for probe in range(len(lists)):
@@ -114,26 +103,19 @@ def _score_lists(
             step = query_step * key_steps[position]
             scores[scored] = half_norms[position] - step * np.float32(product)
             scored += 1
-
-
-score_lists = compiled(_score_lists)
-
-
-def _within(
-    scores: Array, bound: float, lists: Array, starts: Array, positions: Array, near: Array
-) -> int:
-    """Write the positions and scores of the keys within a bound; return how many."""
+    if wanted < total:
+        bound = min(bound, select(scores.copy(), wanted - 1) + margin)
+    positions = np.empty(total, np.int64)
+    near = np.empty(total, np.float32)
     found = scored = 0
     for probe in range(len(lists)):
-        start = starts[lists[probe]]
-        length = starts[lists[probe] + 1] - start
-        for j in range(length):
-            score = scores[scored + j]
-            positions[found] = start + j
+        for position in range(starts[lists[probe]], starts[lists[probe] + 1]):
+            score = scores[scored]
+            positions[found] = position
             near[found] = score
             found += score <= bound
-        scored += length
-    return found
+            scored += 1
+    return bound, positions[:found], near[:found]
 
 
-within = compiled(_within)
+candidates = compiled(_candidates)
