@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,19 +147,19 @@ def test_a_client_that_leaves_frees_its_place(path: Path, stream: bool, is_waiti
         assert f'route="/v1/completions",status="{status}' in page
 
 
+def holds(served: Served, running: int, waiting: int) -> bool:
+    engine = served.service.engine
+    return (len(engine._running), len(engine._waiting)) == (running, waiting)
+
+
 @pytest.mark.usefixtures("slow")
 def test_a_full_queue(path: Path) -> None:
     with serving(lambda: opening(path), Limits(max_batch=2, max_queue=3)) as served:
         with ThreadPoolExecutor(5) as clients:
-            engine = served.service.engine
             waiting = []
-            for running, queued in [(1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]:
+            for number in range(5):
                 waiting.append(clients.submit(served.complete, TEXT, max_tokens=60))
-                wait_for(
-                    lambda now=(running, queued): (
-                        (len(engine._running), len(engine._waiting)) == now
-                    )
-                )
+                wait_for(partial(holds, served, min(number + 1, 2), max(number - 1, 0)))
             with pytest.raises(openai.RateLimitError) as raised:
                 served.complete(TEXT, max_tokens=1)
             assert raised.value.response.headers["Retry-After"] == "1"
@@ -238,6 +239,8 @@ def test_numbers_that_are_none(path: Path) -> None:
         for options in ({"max_tokens": 3}, {"max_tokens": 0, "echo": True, "logprobs": 1}):
             with pytest.raises(openai.InternalServerError):
                 served.complete(TEXT, **options)
+        with served.http() as client:
+            assert client.post("/v1/explain", json={"text": TEXT}).status_code == 500
 
 
 def test_slow_senders_are_cut_off(path: Path) -> None:

@@ -12,6 +12,7 @@ from knnlm.apps.server.metrics import Metrics
 from knnlm.apps.server.refusals import CLIENT_LEFT, RefusalError
 
 _OPEN = {"/health"}
+_TAKES_JSON = {"/v1/completions", "/v1/explain"}
 _THROWN_AWAY_BYTES = 64 << 20  # read of a body that is too large, so that its sender sees why
 
 
@@ -69,7 +70,7 @@ class Gate:
                 self._check_key(scope)
             if self._is_stopping() and scope["method"] == "POST":
                 raise RefusalError(503, "the server is stopping", headers={"Retry-After": "5"})
-            if scope["method"] == "POST":
+            if scope["method"] == "POST" and scope["path"] in _TAKES_JSON:
                 _check_content_type(scope)
             body = await self._read(scope, receive)
         except RefusalError as refusal:

@@ -16,7 +16,8 @@ Prompt = (
 )
 Neighbors = Annotated[int, Field(ge=1, le=1 << 31)]
 Lmbda = Annotated[float, Field(ge=0.0, le=1.0)]
-KnnTemperature = Annotated[float, Field(gt=0.0)]
+# beyond these, distances divided by it are no numbers in float32
+KnnTemperature = Annotated[float, Field(ge=1e-30, le=1e30)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 

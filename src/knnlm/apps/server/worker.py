@@ -137,7 +137,9 @@ class Worker:
     def _explain(self, job: TextToExplain, memories: tuple[Memory, ...]) -> None:
         model = copy.copy(self._model)
         model.memories = memories
-        job.post(Explained(explain(model, job.text, **job.options)))
+        explanations = explain(model, job.text, **job.options)
+        _check_numbers(torch.tensor([one.log_prob for one in explanations]))
+        job.post(Explained(explanations))
 
     def _fail(self, job: Job, error: Exception) -> None:
         job.cancel()
