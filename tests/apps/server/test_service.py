@@ -158,7 +158,7 @@ def test_a_full_queue(path: Path) -> None:
         with ThreadPoolExecutor(5) as clients:
             waiting = []
             for number in range(5):
-                waiting.append(clients.submit(served.complete, TEXT, max_tokens=60))
+                waiting.append(clients.submit(served.complete, TEXT, max_tokens=60, temperature=0))
                 wait_for(partial(holds, served, min(number + 1, 2), max(number - 1, 0)))
             with pytest.raises(openai.RateLimitError) as raised:
                 served.complete(TEXT, max_tokens=1)
@@ -186,7 +186,7 @@ def test_a_failure_in_the_model_thread(path: Path, monkeypatch: pytest.MonkeyPat
         with pytest.raises(openai.InternalServerError):
             served.complete([TEXT] * 20, max_tokens=13)
         served.wait_until_idle()
-        assert served.complete(TEXT, max_tokens=12).usage.completion_tokens == 12
+        assert served.complete(TEXT, max_tokens=12, temperature=0).usage.completion_tokens == 12
         with served.http() as client:
             assert client.get("/health").json()["status"] == "ok"
             page = client.get("/metrics").text
@@ -278,7 +278,7 @@ def test_the_end_waits_for_what_runs(path: Path) -> None:
         kept = served.http()
         kept.get("/health")
         running = [
-            clients.submit(served.complete, TEXT, max_tokens=60, stream=stream)
+            clients.submit(served.complete, TEXT, max_tokens=60, temperature=0, stream=stream)
             for stream in (False, True, False)
         ]
         wait_for(lambda: len(served.service.engine._running) == 3)
