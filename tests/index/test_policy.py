@@ -13,6 +13,7 @@ from knnlm.index import policy
 from knnlm.index.exact import ExactIndex
 from knnlm.index.faiss import FaissIndex
 from knnlm.index.ivf import IVFIndex
+from knnlm.index.memory_limit import memory_bytes
 
 pytest.importorskip("faiss")
 
@@ -27,11 +28,38 @@ def test_auto_is_exact_then_ivf_then_compressed(
     store: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert policy.choose_kind(store) == "ivf"
-    memory = 6000 * 24 * 2
-    monkeypatch.setattr(os, "sysconf", lambda name: {"SC_PAGE_SIZE": 1}.get(name, memory))
+    copy_bytes = 6000 * 24 * 2
+    monkeypatch.setattr(policy, "memory_bytes", lambda: 2 * copy_bytes)
+    assert policy.choose_kind(store) == "ivf"
+    monkeypatch.setattr(policy, "memory_bytes", lambda: 2 * copy_bytes - 1)
     assert policy.choose_kind(store) == "compressed"
     monkeypatch.setattr(policy, "EXACT_UP_TO", 6000)
     assert policy.choose_kind(store) == "exact"
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/a/b", {"a/memory.max": "5000", "a/b/memory.max": "max"}, 5000),
+        ("0::/a/b", {"unified/a/b/memory.max": "300", "unified/a/memory.max": "400"}, 300),
+        ("3:cpu:/x\n4:memory:/x", {"memory/x/memory.limit_in_bytes": "700"}, 700),
+        ("4:memory:/of/the/host", {"memory/memory.limit_in_bytes": "800"}, 800),
+        ("4:memory:/", {"memory/memory.limit_in_bytes": "9223372036854771712"}, None),
+        ("0::/", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_memory_is_what_the_control_groups_leave(
+    tmp_path: Path, groups: str | None, limits: dict[str, str], expected: int | None
+) -> None:
+    for name, limit in limits.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(limit + "\n")
+    proc = tmp_path / "cgroup"
+    if groups is not None:
+        proc.write_text(groups + "\n")
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory_bytes(proc, tmp_path) == (machine if expected is None else expected)
 
 
 @pytest.mark.parametrize(

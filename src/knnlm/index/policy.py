@@ -1,6 +1,5 @@
 """Which index a datastore is searched with, how it is chosen, and what is known of it."""
 
-import os
 from typing import Any
 
 from jaxtyping import Float
@@ -12,6 +11,7 @@ from knnlm.index.exact import ExactIndex
 from knnlm.index.faiss import FaissIndex, FaissReport
 from knnlm.index.ivf import IVFIndex
 from knnlm.index.ivf_file import IVFReport
+from knnlm.index.memory_limit import memory_bytes
 from knnlm.index.protocol import Index
 from knnlm.progress import SILENT, Progress
 
@@ -26,13 +26,12 @@ def choose_kind(store: Datastore) -> str:
 
     "exact" up to 50,000 entries; above, "ivf", which copies the keys list by list; "compressed",
     which keeps codes only and reads the datastore's own keys, where that copy would fill more than
-    half of the machine's memory.
+    half of the memory: the machine's, or what a control group leaves this process.
     """
     if len(store) <= EXACT_UP_TO:
         return "exact"
     copy_bytes = store.rows * store.settings.dimension * store.key_dtype.itemsize
-    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return "ivf" if copy_bytes <= memory_bytes / 2 else "compressed"
+    return "ivf" if copy_bytes <= memory_bytes() / 2 else "compressed"
 
 
 def build_index(
