@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from made_store import make_store
 from numpy.typing import NDArray
 
-from knnlm.datastore.catalog import Catalog, Settings, StoredShard
-from knnlm.datastore.datastore import SHARDS, Datastore
-from knnlm.datastore.shards import write_shard
+from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf import IVFIndex
 from knnlm.provenance import write_results
@@ -48,26 +47,6 @@ class Kind:
     batch: int = 4096
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     recall: dict[str, float] = field(default_factory=dict)
-
-
-def store_of(folder: Path, keys: NDArray[np.float16]) -> Datastore:
-    """Make a datastore that holds given keys in one document."""
-    settings = Settings(
-        "given keys", None, "float32", "", "", 1, 0, "ffn_input", keys.shape[1], "float16", 1, 0,
-        "document",
-    )  # fmt: skip
-    (folder / SHARDS).mkdir(parents=True)
-    catalog = Catalog.create(folder, settings)
-    with catalog.transaction():
-        for start in range(0, len(keys), SHARD_ROWS):
-            part = torch.from_numpy(np.array(keys[start : start + SHARD_ROWS]))
-            values = torch.zeros(len(part), dtype=torch.int32)
-            file = write_shard(folder / SHARDS, catalog.next_shard_name(), part, values)
-            catalog.add_shard(StoredShard(start, file))
-        document = catalog.add_document("keys", "", 0)
-        catalog.extend_document(document, len(keys), len(keys), True)
-    catalog.close()
-    return Datastore(folder)
 
 
 def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind]:
@@ -193,7 +172,8 @@ def main() -> None:
         keys = keys[: -arguments.batch]
 
     with tempfile.TemporaryDirectory() as folder:
-        store = store_of(Path(folder) / "store", keys)
+        shards = (keys[start : start + SHARD_ROWS] for start in range(0, len(keys), SHARD_ROWS))
+        store = make_store(Path(folder) / "store", shards)
         exact = ExactIndex(store)
         # the queries whose truth is computed come first, and are of all texts
         queries = queries[np.random.default_rng(0).permutation(len(queries))]

@@ -1,0 +1,230 @@
+"""Growth: what a search costs, finds and keeps in memory, up to ten million entries.
+
+    python benchmarks/growth.py --keys train_keys.npy --queries test_keys.npy --folder /tmp/growth
+
+For each size a datastore is made, indexed with `build_index(store, "auto")` and searched. Fewer
+entries than keys are a random choice of them; more are copies of them with noise: as long, on
+average, as `--noise` times the median distance of a key to the nearest other one. Queries are the
+same for all sizes.
+
+With `--limit-gib` the last size is built and searched again with the process held to so much
+memory, by a control group (this needs root): all that it has read of files counts, and not only
+what it allocated. Each build and each search is a process of its own; memory is what the system
+counted for it: resident, its own (without mapped files), and the control group's peak.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from control_group import ControlGroup
+from made_store import make_store
+from numpy.typing import NDArray
+
+from knnlm.datastore.datastore import Datastore
+from knnlm.index.exact import ExactIndex
+from knnlm.index.policy import build_index, describe_index, open_index
+from knnlm.provenance import write_results
+
+RESULTS = Path(__file__).parent / "results" / "growth.json"
+SHARD_ROWS = 222_000
+NEAREST_OF = 1000
+TRUTH_QUERIES = 256
+
+
+def made_keys(keys: NDArray[np.float16], size: int, noise: float) -> Iterator[NDArray[np.float16]]:
+    """Yield blocks of `size` keys in all. noise: the standard deviation in every dimension."""
+    generator = np.random.default_rng(size)
+    if size <= len(keys):
+        chosen = np.sort(generator.permutation(len(keys))[:size])
+        for start in range(0, size, SHARD_ROWS):
+            yield keys[chosen[start : start + SHARD_ROWS]]
+        return
+    for start in range(0, size, SHARD_ROWS):
+        rows = np.arange(start, min(size, start + SHARD_ROWS))
+        block = keys[rows % len(keys)].astype(np.float32)
+        moved = rows >= len(keys)  # the first copy is the keys themselves
+        deviations = generator.standard_normal(block.shape, dtype=np.float32) * np.float32(noise)
+        yield (block + deviations * moved[:, None]).astype(np.float16)
+
+
+def nearest_distance(keys: NDArray[np.float16]) -> float:
+    """Return the median distance of a key to the nearest one that is not its copy."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(len(keys), generator=generator)[:NEAREST_OF]
+    sample = torch.from_numpy(keys[rows.numpy()]).float()
+    nearest = torch.full((len(sample),), torch.inf)
+    for start in range(0, len(keys), SHARD_ROWS):
+        block = torch.from_numpy(keys[start : start + SHARD_ROWS].astype(np.float32))
+        squared = torch.addmm(block.square().sum(dim=1), sample, block.T, alpha=-2)
+        squared += sample.square().sum(dim=1, keepdim=True)
+        squared[squared < 1e-3 * sample.square().sum(dim=1, keepdim=True)] = torch.inf
+        nearest = torch.minimum(nearest, squared.amin(dim=1))
+    return nearest.sqrt().median().item()
+
+
+def own_memory() -> dict[str, float]:
+    """Return what the system counts for this process, in bytes."""
+    kinds = {"VmHWM": "peak_resident_bytes", "VmRSS": "resident_bytes", "RssAnon": "own_bytes"}
+    found = {}
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        name, _, value = line.partition(":")
+        if name in kinds:
+            found[kinds[name]] = 1024.0 * int(value.split()[0])
+    return found
+
+
+def build(path: Path, kind: str) -> dict[str, Any]:
+    """Index a datastore."""
+    started = time.perf_counter()
+    store = Datastore(path)
+    build_index(store, kind)
+    seconds = time.perf_counter() - started
+    return {"build_seconds": seconds, "index": describe_index(store), **own_memory()}
+
+
+def search(path: Path, queries: NDArray[np.float32], k: int, repetitions: int) -> dict[str, Any]:
+    """Search with a datastore's index: a batch, repeatedly, and one query at a time."""
+    index = open_index(Datastore(path))
+    asked = torch.from_numpy(queries)
+    rows = index.search(asked, k).rows  # compiles, and reads what has to be read once
+    np.save(path.parent / "found.npy", rows[:TRUTH_QUERIES].numpy())
+    batches, singles = [], []
+    for _ in range(repetitions):
+        started = time.perf_counter()
+        index.search(asked, k)
+        batches.append((time.perf_counter() - started) * 1e3 / len(asked))
+    for number in range(-1, 20 * repetitions):
+        started = time.perf_counter()
+        index.search(asked[number * 37 % len(asked)][None], k)
+        if number >= 0:
+            singles.append((time.perf_counter() - started) * 1e3)
+    return {
+        "milliseconds_per_query": statistics.median(batches),
+        "milliseconds_per_query_of_each_batch": batches,
+        "milliseconds_single": statistics.median(singles),
+        **own_memory(),
+    }
+
+
+def in_a_process(arguments: list[str], limit_bytes: int | None) -> dict[str, Any]:
+    """Run a step of this script in a process of its own, in a control group if limited."""
+    command = [sys.executable, __file__, *arguments]
+    if limit_bytes is None:
+        answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        return dict(json.loads(answer))
+    with ControlGroup("knnlm-growth", limit_bytes) as group:
+        answer = subprocess.run(
+            command, check=True, stdout=subprocess.PIPE, text=True, preexec_fn=group.join
+        ).stdout
+        return {**json.loads(answer), "group_peak_bytes": group.peak_bytes}
+
+
+def measured(
+    arguments: argparse.Namespace, path: Path, truth: NDArray[np.int64], limit_bytes: int | None
+) -> dict[str, Any]:
+    """Build and search in processes of their own."""
+    given = ["--queries", str(arguments.queries), "--k", str(arguments.k)]
+    given += ["--batch", str(arguments.batch), "--repetitions", str(arguments.repetitions)]
+    built = in_a_process([*given, "--step", "build", "--folder", str(path)], limit_bytes)
+    print(f"built in {built['build_seconds']:.0f} s: {built['index']}", file=sys.stderr)
+    searched = in_a_process([*given, "--step", "search", "--folder", str(path)], limit_bytes)
+    found = np.load(path.parent / "found.npy")
+    hits = [len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]
+    searched["recall"] = sum(hits) / truth.size
+    print(f"searched: {searched}", file=sys.stderr)
+    return {"limit_bytes": limit_bytes, "build": built, "search": searched}
+
+
+def main() -> None:
+    """Measure, print and write `benchmarks/results/growth.json`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--keys", type=Path, help="an array of keys, .npy")
+    parser.add_argument("--queries", type=Path, required=True, help="an array of queries, .npy")
+    parser.add_argument("--folder", type=Path, required=True, help="where datastores are made")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
+    parser.add_argument("--noise", type=float, default=1.0)
+    parser.add_argument("--limit-gib", type=float)
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--k", type=int, default=1024)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--step", choices=["build", "search"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+
+    if arguments.step == "build":
+        print(json.dumps(build(arguments.folder, "auto")))
+        return
+    queries = np.load(arguments.queries).astype(np.float32)
+    # those whose truth is computed come first, and are of all texts
+    queries = queries[np.random.default_rng(0).permutation(len(queries))[: arguments.batch]]
+    if arguments.step == "search":
+        print(json.dumps(search(arguments.folder, queries, arguments.k, arguments.repetitions)))
+        return
+
+    keys = np.load(arguments.keys, mmap_mode="r")
+    distance = nearest_distance(keys)
+    noise = arguments.noise * distance / keys.shape[1] ** 0.5
+    sizes = []
+    for size in arguments.sizes:
+        folder = arguments.folder / str(size)
+        try:
+            print(f"{size:,} entries", file=sys.stderr)
+            store = make_store(folder / "store", made_keys(keys, size, noise))
+            asked = torch.from_numpy(queries[:TRUTH_QUERIES])
+            truth = ExactIndex(store, resident_bytes=0).search(asked, arguments.k).rows.numpy()
+            limits: list[int | None] = [None]
+            if arguments.limit_gib is not None and size == arguments.sizes[-1]:
+                limits.append(int(arguments.limit_gib * 2**30))
+            for limit in limits:
+                facts = measured(arguments, store.path, truth, limit)
+                sizes.append({"entries": size, **facts})
+                write(arguments, sizes, distance)
+            store.close()
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    report(sizes)
+
+
+def write(arguments: argparse.Namespace, sizes: list[dict[str, Any]], distance: float) -> None:
+    """Write what is measured so far."""
+    write_results(
+        arguments.results,
+        {
+            "k": arguments.k,
+            "batch": arguments.batch,
+            "noise": arguments.noise,
+            "median_distance_to_nearest": distance,
+            "sizes": sizes,
+        },
+    )
+
+
+def report(sizes: list[dict[str, Any]]) -> None:
+    """Print a table."""
+    print(
+        "entries       limit  kind        ms/query  single ms  recall  own GiB  group GiB  build s"
+    )
+    for facts in sizes:
+        limit, built, searched = facts["limit_bytes"], facts["build"], facts["search"]
+        peak = max(part.get("group_peak_bytes", 0) for part in (built, searched))
+        print(
+            f"{facts['entries']:>10,}  {'none' if limit is None else f'{limit / 2**30:.0f} GiB':>7}"
+            f"  {built['index']['kind']:10}{searched['milliseconds_per_query']:10.3f}"
+            f"{searched['milliseconds_single']:11.2f}{searched['recall']:8.3f}"
+            f"{searched['own_bytes'] / 2**30:9.2f}{peak / 2**30:11.2f}"
+            f"{built['build_seconds']:9.0f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
