@@ -28,6 +28,7 @@ LAYERS = [
         "index.exact",
         "index.ivf*",
         "index.faiss",
+        "index.held_out",
         "index.measure",
         "index.memory_limit",
         "index.policy",

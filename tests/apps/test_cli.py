@@ -20,7 +20,12 @@ from typer.testing import CliRunner
 
 from knnlm.apps import console
 from knnlm.apps.cli import app
+from knnlm.corpus import Document
 from knnlm.datastore.datastore import Datastore
+from knnlm.errors import InvalidArgumentError
+from knnlm.index.exact import ExactIndex
+from knnlm.index.held_out import held_out_queries
+from knnlm.index.policy import open_index
 from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
 
@@ -316,6 +321,27 @@ def test_index(work: Path, kind: str) -> None:
     assert built["kind"] == (kind if kind != "auto" else "exact")
     assert ok_json("info", "docs.store")["index"] == built
     assert f"│ {built['kind']}" in ok("index", "docs.store", "--kind", kind, "--k", "5")
+
+
+def test_an_index_is_measured_on_held_out_text(work: Path, models: Path) -> None:
+    """One list finds the neighbors of stored keys worse or better than those of another text."""
+    given = ("index", "docs.store", "--kind", "faiss", "--factory", "IVF8,Flat", "--nprobe", "1")
+    stored = ok_json(*given, "--k", "5")
+    held_out = ok_json(*given, "--k", "5", "--queries", "held.txt", "--queries", "strange.txt")
+    assert stored["recall"] != held_out["recall"]
+    lm = LanguageModel.load(str(models / "tiny"))
+    store = Datastore("docs.store")
+    texts = [Path(name).read_text() for name in ("held.txt", "strange.txt")]
+    documents = [Document(str(number), text) for number, text in enumerate(texts)]
+    queries = held_out_queries(lm, store, documents)
+    assert len(queries) == sum(len(lm.encode([text])[0]) for text in texts)
+    truth = ExactIndex(store).search(queries, 5).rows
+    found = open_index(store).search(queries, 5).rows
+    hits = (found[:, :, None] == truth[:, None, :]).any(dim=1).double().mean().item()
+    assert held_out["recall"] == pytest.approx(hits, abs=1e-6)
+    assert torch.equal(held_out_queries(lm, store, documents, max_tokens=100), queries[:100])
+    with pytest.raises(InvalidArgumentError, match="hold no text"):
+        held_out_queries(lm, store, [])
 
 
 def test_a_poor_index_is_a_warning_in_every_report(work: Path) -> None:

@@ -5,7 +5,18 @@ from typing import Annotated
 import typer
 
 from knnlm.apps import console
-from knnlm.apps.options import Device, IndexKind, IndexOption, Json, Store
+from knnlm.apps.options import (
+    Device,
+    Dtype,
+    IndexKind,
+    IndexOption,
+    Json,
+    Model,
+    ModelDtype,
+    Store,
+    TextColumn,
+)
+from knnlm.apps.text_commands import load_model
 
 
 def index(
@@ -26,6 +37,17 @@ def index(
         ),
     ] = None,
     k: Annotated[int, typer.Option("--k", help="Neighbors that recall is measured with.")] = 1024,
+    queries: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Held-out text, of which 8,192 tokens are read to measure recall; can be given "
+            "several times. By default recall is that of stored keys.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Model = None,
+    text_column: TextColumn = "text",
+    dtype: ModelDtype = Dtype.auto,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:
@@ -35,12 +57,19 @@ def index(
     compressed, which keeps 8-bit codes only and reads the keys of candidates from the datastore,
     where that copy would fill half of the memory. `knnlm build` does this by itself.
 
-        knnlm index docs.store --kind ivf --recall 0.98
+        knnlm index docs.store --kind ivf --recall 0.98 --queries held-out/tune
     """
+    from knnlm.corpus import read_documents
     from knnlm.datastore.datastore import Datastore
+    from knnlm.index.held_out import held_out_queries
     from knnlm.index.policy import build_index, describe_index
 
     opened = Datastore(store)
+    asked = None
+    if queries:
+        documents = read_documents(*queries, text_column=text_column)
+        lm = load_model(opened, model, dtype, device)
+        asked = held_out_queries(lm, opened, documents, progress=console.RichProgress())
     build_index(
         opened,
         kind.value,
@@ -48,6 +77,7 @@ def index(
         nprobe=nprobe,
         recall=recall,
         k=k,
+        queries=asked,
         device=device,
         progress=console.RichProgress(),
     )

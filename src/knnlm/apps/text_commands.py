@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from knnlm.reading import Windowing
 
 
-def _load(store: "Datastore", model: str | None, dtype: Dtype, device: str) -> "LanguageModel":
+def load_model(store: "Datastore", model: str | None, dtype: Dtype, device: str) -> "LanguageModel":
     """Load the language model that a datastore was built with, from there or another place."""
     from knnlm.language_model import LanguageModel
 
@@ -77,7 +77,7 @@ def open_model(
     choose_parameters(stores, **given)
     for store in stores:
         console.warn_of_poor_recall(store)
-    lm = _load(stores[0], model, dtype, device)
+    lm = load_model(stores[0], model, dtype, device)
     return KNNLM(lm, stores, **given)
 
 
@@ -171,7 +171,7 @@ def build(
                 f"{store} was built with key {existing.settings.key}, not {key.value}; leave "
                 "--key out or build another datastore"
             )
-        lm = _load(existing, model, dtype, device)
+        lm = load_model(existing, model, dtype, device)
     else:
         lm = knnlm.LanguageModel.load(
             model or DEFAULT_MODEL,
