@@ -9,6 +9,7 @@ from torch import Tensor
 
 from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.continuous_cache import (
+    SIMILARITIES,
     CacheParameters,
     ContinuousCache,
     Recollection,
@@ -28,11 +29,14 @@ def text(length: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def brute_force(
-    keys: Tensor, targets: Tensor, size: int, theta: float
+    keys: Tensor, targets: Tensor, size: int, theta: float, similarity: str
 ) -> list[dict[int, float] | None]:
     """p_cache of every position, pair by pair in float64; None where nothing is remembered."""
     answers: list[dict[int, float] | None] = []
-    similarities, tokens = (keys.double() @ keys.double().T).tolist(), targets.tolist()
+    dot = (keys.double() @ keys.double().T).tolist()
+    distance = (-torch.cdist(keys.double(), keys.double()).square()).tolist()
+    similarities = {"dot": dot, "distance": distance}[similarity]
+    tokens = targets.tolist()
     for now in range(len(keys)):
         votes: dict[int, float] = {}
         for earlier in range(max(0, now - size), now):
@@ -44,7 +48,12 @@ def brute_force(
 
 
 def assert_equal_to_brute_force(
-    recalled: Recollection, keys: Tensor, targets: Tensor, size: int, theta: float
+    recalled: Recollection,
+    keys: Tensor,
+    targets: Tensor,
+    size: int,
+    theta: float,
+    similarity: str = "distance",
 ) -> None:
     weights = cache_log_weights(recalled.similarities, theta)
     present = recalled.values >= 0
@@ -54,7 +63,7 @@ def assert_equal_to_brute_force(
     votes = (recalled.values == targets[:, None]) & present
     sparse = target_knn_log_probs(weights, votes).exp()
     expected = torch.zeros(len(keys), VOCAB)
-    for now, answer in enumerate(brute_force(keys, targets, size, theta)):
+    for now, answer in enumerate(brute_force(keys, targets, size, theta, similarity)):
         assert bool(present[now].any()) == (answer is not None)
         for token, probability in (answer or {}).items():
             expected[now, token] = probability
@@ -85,10 +94,12 @@ def in_pieces(
 
 @pytest.mark.parametrize("size", [1, 7, 300, 1000])
 @pytest.mark.parametrize("theta", [0.0, 0.7])
-def test_equal_to_brute_force(size: int, theta: float) -> None:
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_equal_to_brute_force(size: int, theta: float, similarity: str) -> None:
     inputs, keys, targets = text(600)  # several blocks of queries
-    recalled = ContinuousCache(size, DIMENSION).recall(inputs[None], keys[None])
-    assert_equal_to_brute_force(recalled, keys, targets, size, theta)
+    cache = ContinuousCache(size, DIMENSION, similarity=similarity)
+    recalled = cache.recall(inputs[None], keys[None])
+    assert_equal_to_brute_force(recalled, keys, targets, size, theta, similarity)
 
 
 @pytest.mark.parametrize("size", [1, 5, 40, 500])
@@ -156,7 +167,8 @@ def test_beams_go_on_from_the_sequence_that_they_continue() -> None:
     for row in range(2):
         expected = torch.cat([other[0][-7:], following[0][row]])
         assert torch.equal(recalled.values[row], expected)
-        torch.testing.assert_close(recalled.similarities[row], other[1][-8:] @ following[1][row, 0])
+        remembered = -(other[1][-8:] - following[1][row, 0]).square().sum(dim=1)
+        torch.testing.assert_close(recalled.similarities[row], remembered)
 
 
 def test_memory_is_bounded_by_the_size() -> None:
@@ -176,6 +188,27 @@ def test_the_last_columns_are_a_smaller_cache() -> None:
     torch.testing.assert_close(large.similarities[:, -9:], small.similarities)
 
 
+def test_distances_of_keys_with_a_large_common_part_keep_their_digits() -> None:
+    inputs, keys, _ = text(50, seed=11)
+    near = ContinuousCache(50, DIMENSION).recall(inputs[None], keys[None])
+    far = ContinuousCache(50, DIMENSION).recall(inputs[None], keys[None] + 1000.0)
+    torch.testing.assert_close(far.similarities, near.similarities, atol=5e-3, rtol=0)
+
+
+def test_the_nearest_pairs_come_first() -> None:
+    inputs, keys, _ = text(30, seed=12)
+    recalled = ContinuousCache(30, DIMENSION).recall(inputs[None], keys[None])
+    nearest = recalled.nearest(4)
+    for now in range(30):
+        expected = (keys[:now] - keys[now]).square().sum(dim=1).sort()
+        held = min(now, 4)
+        torch.testing.assert_close(nearest.squared_distances[now, :held], expected.values[:held])
+        assert bool(nearest.squared_distances[now, held:].isposinf().all())
+        assert bool((nearest.rows[now, held:] == -1).all())
+        values = recalled.values[now, nearest.rows[now, :held]]
+        assert torch.equal(values, inputs[1:][expected.indices[:held]])
+
+
 def test_large_similarities_keep_their_differences() -> None:
     weights = cache_log_weights(torch.tensor([[1e6, 1e6 + 200.0, -torch.inf]]), 1.0)
     torch.testing.assert_close(weights, torch.tensor([[-200.0, 0.0, -torch.inf]]))
@@ -188,5 +221,9 @@ def test_parameters_have_rules() -> None:
         CacheParameters(10, -0.1)
     with refusal(InvalidArgumentError, "theta", "finite, got inf"):
         CacheParameters(10, math.inf)
+    with refusal(InvalidArgumentError, "similarity must be one of", "got 'cosine'"):
+        CacheParameters(10, 0.1, "cosine")
     with refusal(InvalidArgumentError, "size must be at least 1, got 0"):
         ContinuousCache(0, 3)
+    with refusal(InvalidArgumentError, "similarity must be one of", "got 'cosine'"):
+        ContinuousCache(1, 3, similarity="cosine")

@@ -1,0 +1,181 @@
+"""λ chosen for each token: by the nearest distance, or by a small learned gate.
+
+Both are made from cached neighbors of tuning text alone and say, before a token is known, how much
+the neighbors' vote counts for it. Neither ever silences the language model.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from knnlm.errors import DatastoreCorruptError
+from knnlm.mixture.features import (
+    LMSummary,
+    Source,
+    Voters,
+    component_log_weights,
+    query_features,
+)
+
+LEAST_LM_WEIGHT = 1e-3  # what no vote can take from the LM, however sure it looks
+_AT_ONCE = 512  # queries whose components are held at once
+_LARGEST_FEATURE = 5.0  # in standard deviations
+_LAYERS = 3
+
+
+class BucketedLambda:
+    """λ by retrieval quality (Drozdov et al. 2022): a λ for each range of the nearest distance.
+
+    edges: between the ranges, ascending squared distances. lmbdas: one more than edges.
+    """
+
+    def __init__(self, edges: Float[Tensor, " edge"], lmbdas: Float[Tensor, " bucket"]) -> None:
+        self.edges = edges
+        self.lmbdas = lmbdas
+
+    def __call__(self, squared_distances: Float[Tensor, "query k"]) -> Float[Tensor, " query"]:
+        """Return each query's λ; 0 where it has no neighbor."""
+        nearest = squared_distances[:, 0].contiguous()
+        lmbdas = self.lmbdas[torch.bucketize(nearest, self.edges)]
+        return lmbdas.masked_fill(nearest.isposinf(), 0.0)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return all there is to save."""
+        return {"edges": self.edges, "lmbdas": self.lmbdas}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "BucketedLambda":
+        """Undo `to_tensors`; raises DatastoreCorruptError."""
+        return cls(*_take(tensors, "edges", "lmbdas"))
+
+
+@dataclass(frozen=True, slots=True)
+class SourceVotes:
+    """How a source's voters enter the mixture.
+
+    log_weights: each voter's log share of the source's vote. lmbda: the source's weight, of each
+    query; 0 where it has no voter.
+    """
+
+    log_weights: Float[Tensor, "query k"]
+    lmbda: Float[Tensor, " query"]
+
+
+class LearnedGate:
+    """Weights of the language model and of each source's components, from a query's features.
+
+    Several small networks (two hidden layers), each trained with another part of the text held
+    out; their weights are averaged. mean, scale: what standardizes the features. parameters: of
+    the networks, one after the other along the first dimension.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        mean: Float[Tensor, " feature"],
+        scale: Float[Tensor, " feature"],
+        parameters: Sequence[Tensor],
+    ) -> None:
+        self.sources = tuple(sources)
+        self.mean = mean
+        self.scale = scale
+        self.parameters = list(parameters)
+
+    def standardize(
+        self, features: Float[Tensor, "query feature"]
+    ) -> Float[Tensor, "query feature"]:
+        """Return features around 0, none of them far from it, also in text of another kind."""
+        centered = (features - self.mean) / self.scale
+        return centered.clamp(-_LARGEST_FEATURE, _LARGEST_FEATURE)
+
+    def weights(self, features: Float[Tensor, "query feature"]) -> Float[Tensor, "query component"]:
+        """Return the weight of each component, the LM's first, before absent ones are left out."""
+        standard = self.standardize(features).expand(len(self.parameters[0]), -1, -1)
+        return network_log_weights(self.parameters, standard).exp().mean(dim=0)
+
+    def __call__(self, lm: LMSummary, voters: Sequence[Voters]) -> list[SourceVotes]:
+        """Return how each source's voters enter the mixture; the LM has the rest of the weight.
+
+        What a source without voters would have had is the LM's too.
+        """
+        parts = [
+            self._votes(lm.of(queries), [of_source.of(queries) for of_source in voters])
+            for start in range(0, len(lm.token), _AT_ONCE)
+            for queries in [slice(start, start + _AT_ONCE)]
+        ]
+        return [
+            SourceVotes(
+                torch.cat([part.log_weights for part in of_source]),
+                torch.cat([part.lmbda for part in of_source]),
+            )
+            for of_source in zip(*parts, strict=True)
+        ]
+
+    def _votes(self, lm: LMSummary, voters: Sequence[Voters]) -> list[SourceVotes]:
+        log_weights = [
+            component_log_weights(source, of_source)
+            for source, of_source in zip(self.sources, voters, strict=True)
+        ]
+        weights = self.weights(query_features(lm, self.sources, voters, log_weights))
+        of_sources = weights[:, 1:].chunk(len(self.sources), dim=1)
+        votes = []
+        for of_source, log_shares, shares in zip(voters, log_weights, of_sources, strict=True):
+            lmbda = shares.sum(dim=1)
+            # each voter's part in the sum of the components
+            parts = log_shares + (shares / lmbda[:, None]).log().T[:, :, None]
+            present = of_source.present
+            votes.append(SourceVotes(parts.logsumexp(dim=0), lmbda.where(present, 0.0)))
+        return votes
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to save; `describe` has the rest."""
+        numbered = {f"network.{number}": tensor for number, tensor in enumerate(self.parameters)}
+        return {"mean": self.mean, "scale": self.scale, **numbered}
+
+    def describe(self) -> dict[str, Any]:
+        """Return the sources as plain values, for JSON."""
+        return {"sources": [asdict(source) for source in self.sources]}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+    ) -> "LearnedGate":
+        """Undo `to_tensors` and `describe`; raises DatastoreCorruptError."""
+        names = [f"network.{number}" for number in range(2 * _LAYERS)]
+        mean, scale, *parameters = _take(tensors, "mean", "scale", *names)
+        sources = [Source(**source) for source in description["sources"]]
+        return cls(sources, mean, scale, parameters)
+
+
+def _take(tensors: Mapping[str, Tensor], *names: str) -> list[Tensor]:
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise DatastoreCorruptError(
+            f"a stored mixture must have the tensors {', '.join(names)}, but {missing[0]} is "
+            "missing: tune the datastore again"
+        )
+    return [tensors[name] for name in names]
+
+
+def network_log_weights(
+    parameters: Sequence[Tensor], features: Float[Tensor, "network query feature"]
+) -> Float[Tensor, "network query component"]:
+    """Return each network's log weights of the components, the LM's first.
+
+    parameters: of each layer its matrices (network, in, out) and its biases (network, 1, out).
+    """
+    hidden = features
+    for layer in range(_LAYERS):
+        hidden = torch.baddbmm(parameters[2 * layer + 1], hidden, parameters[2 * layer])
+        if layer < _LAYERS - 1:
+            hidden = functional.gelu(hidden)
+    log_weights = torch.log_softmax(hidden, dim=-1) + math.log1p(-LEAST_LM_WEIGHT)
+    kept = torch.full(log_weights.shape[-1:], -torch.inf, device=log_weights.device)
+    kept[0] = math.log(LEAST_LM_WEIGHT)
+    return torch.logaddexp(log_weights, kept)

@@ -1,0 +1,160 @@
+"""What is known of a query before its next token is: how sure the LM is, how the votes fall.
+
+A `Source` is a datastore or the continuous cache: voters near the query, each with a token. It
+enters the mixture as several components, the same voters weighed at several temperatures. Distances
+are taken in units of the source's temperature, so that features mean the same whatever the scale of
+the keys.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from knnlm.errors import InvalidArgumentError
+from knnlm.mixture.interpolation import neighbor_log_weights
+
+TEMPERATURES = (0.5, 1.0, 2.5)  # of the components, in units of the source's
+_MIDDLE = 1  # the component whose votes are described
+_LEAST_DISTANCE, _GREATEST_DISTANCE = 1e-2, 1e4  # copies have distance 0, absent neighbors +inf
+_LEAST_SHARE = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where voters come from, and how they are weighed.
+
+    k: how many at most (≥ 1). temperature: T of a fixed mixture that suits it (> 0); components
+    are made around it.
+
+    Raises InvalidArgumentError.
+    """
+
+    k: int
+    temperature: float
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise InvalidArgumentError(f"k must be at least 1, got {self.k}: ask for a neighbor")
+        if not self.temperature > 0.0:
+            raise InvalidArgumentError(
+                f"temperature must be positive, got {self.temperature}: 1 is the paper's"
+            )
+
+
+class Voters(NamedTuple):
+    """The entries near each query, the nearest first.
+
+    squared_distances: +inf where absent. tokens: what each votes for, any where it is absent.
+    """
+
+    squared_distances: Float[Tensor, "query k"]
+    tokens: Int[Tensor, "query k"]
+
+    @property
+    def present(self) -> Bool[Tensor, " query"]:
+        """Where there is any."""
+        return self.squared_distances[:, 0].isfinite()
+
+    def of(self, queries: slice) -> "Voters":
+        """Return those of some of the queries."""
+        return Voters(self.squared_distances[queries], self.tokens[queries])
+
+
+class LMSummary(NamedTuple):
+    """How sure the language model is, and of what.
+
+    entropy: in nats. log_prob, token: of its most probable token.
+    """
+
+    entropy: Float[Tensor, " query"]
+    log_prob: Float[Tensor, " query"]
+    token: Int[Tensor, " query"]
+
+    def of(self, queries: slice) -> "LMSummary":
+        """Return that of some of the queries."""
+        return LMSummary(self.entropy[queries], self.log_prob[queries], self.token[queries])
+
+
+def summarize_lm(log_probs: Float[Tensor, "query vocab"]) -> LMSummary:
+    """Describe the language model's whole distribution."""
+    # a token of probability 0 adds nothing to the entropy
+    surprise = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(log_probs.dtype).min))
+    best = log_probs.max(dim=1)
+    return LMSummary(surprise.sum(dim=1), best.values, best.indices)
+
+
+def component_log_weights(source: Source, voters: Voters) -> Float[Tensor, "component query k"]:
+    """Return each voter's log share of the vote at each of the source's temperatures."""
+    weights = [
+        neighbor_log_weights(voters.squared_distances, factor * source.temperature)
+        for factor in TEMPERATURES
+    ]
+    return torch.stack(weights)
+
+
+def query_features(
+    lm: LMSummary,
+    sources: Sequence[Source],
+    voters: Sequence[Voters],
+    log_weights: Sequence[Float[Tensor, "_ query _"]],
+) -> Float[Tensor, "query feature"]:
+    """Return all that a gate sees of each query.
+
+    log_weights: of `component_log_weights`, for each source.
+    """
+    columns = [lm.entropy, lm.log_prob]
+    for source, of_source, weights in zip(sources, voters, log_weights, strict=True):
+        columns += _source_features(source, of_source, weights[_MIDDLE].exp(), lm)
+    return torch.stack(columns, dim=1)
+
+
+def count_features(sources: Sequence[Source]) -> int:
+    """Return how many features `query_features` gives."""
+    nothing = torch.zeros(0)
+    lm = LMSummary(nothing, nothing, nothing.long())
+    voters = [Voters(torch.zeros(0, s.k), torch.zeros(0, s.k).long()) for s in sources]
+    weights = [component_log_weights(s, v) for s, v in zip(sources, voters, strict=True)]
+    return query_features(lm, sources, voters, weights).shape[1]
+
+
+def _source_features(
+    source: Source, voters: Voters, weights: Float[Tensor, "query k"], lm: LMSummary
+) -> list[Float[Tensor, " query"]]:
+    distances = voters.squared_distances / source.temperature
+    logs = distances.clamp(_LEAST_DISTANCE, _GREATEST_DISTANCE).log()
+    ranks = [2**power for power in range(source.k.bit_length())]
+    held = [min(rank, distances.shape[1]) for rank in ranks]
+    features = [logs[:, rank - 1] for rank in held]
+
+    new, votes = _count_votes(voters, weights)
+    distinct = new.cumsum(dim=1).clamp_min(1)
+    features += [distinct[:, rank - 1].log() for rank in held[1:]]
+    best = votes.amax(dim=1)
+    own = (weights * (voters.tokens == lm.token[:, None])).sum(dim=1)
+    features += [
+        best.clamp_min(_LEAST_SHARE).log(),
+        torch.special.entr(votes).sum(dim=1),
+        own.clamp_min(_LEAST_SHARE).log(),
+        (own > best - _LEAST_SHARE).float(),  # both have the same favorite
+    ]
+    return features
+
+
+def _count_votes(
+    voters: Voters, weights: Float[Tensor, "query k"]
+) -> tuple[Bool[Tensor, "query k"], Float[Tensor, "query k"]]:
+    """Return where a token appears for the first time, and the sum of each token's weights.
+
+    The sums stand in no particular place.
+    """
+    tokens, order = voters.tokens.sort(dim=1, stable=True)  # the nearest of a token stays first
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    new = torch.zeros_like(first).scatter_(1, order, first)
+    group = first.cumsum(dim=1) - 1
+    votes = torch.zeros_like(weights).scatter_add_(1, group, weights.gather(1, order))
+    return new & voters.squared_distances.isfinite(), votes
