@@ -6,6 +6,7 @@
 From a datastore, the last keys are taken out and used as queries. All kinds answer the same
 queries in turn, repeatedly, in one process: a batch, and one query at a time. Times are medians;
 a ratio is the median of the ratios within a repetition. Recall is against exact search.
+`--curve` measures batches with other numbers of probes too, for the picture.
 """
 
 import argparse
@@ -32,6 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "search.json"
 REFERENCE = "FAISS IVF,Flat"
 SHARD_ROWS = 65_536
 TRUTH_QUERIES = 1024
+CURVE_REPETITIONS = 2
 
 Rows = NDArray[np.int64]
 Queries = NDArray[np.float32]
@@ -39,7 +41,11 @@ Queries = NDArray[np.float32]
 
 @dataclass
 class Kind:
-    """One way to search. batch: how many queries it is given at once; slow ones get fewer."""
+    """One way to search.
+
+    batch: how many queries it is given at once; slow ones get fewer. probing: what has the number
+    of lists to look into. curve: recall and milliseconds, by k and that number.
+    """
 
     name: str
     search: Callable[[Queries, int], Rows]
@@ -47,6 +53,8 @@ class Kind:
     batch: int = 4096
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
     recall: dict[str, float] = field(default_factory=dict)
+    probing: Any = None
+    curve: list[dict[str, float]] = field(default_factory=list)
 
 
 def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind]:
@@ -87,10 +95,10 @@ def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind
         return rows
 
     return [
-        Kind(REFERENCE, searching(flat), seconds),
-        Kind("FAISS IVF,SQ8", searching(scalar)),
-        Kind("FAISS IVF,RaBitQ + SQ8 refine", searching(refined)),
-        Kind("FAISS IVF,PQ64", searching(product)),
+        Kind(REFERENCE, searching(flat), seconds, probing=flat),
+        Kind("FAISS IVF,SQ8", searching(scalar), probing=scalar),
+        Kind("FAISS IVF,RaBitQ + SQ8 refine", searching(refined), probing=rabitq),
+        Kind("FAISS IVF,PQ64", searching(product), probing=product),
         Kind("FAISS IVF,PQ64 + recomputation", recomputing, batch=256),
     ]
 
@@ -103,7 +111,7 @@ def knnlm_kinds(store: Datastore, nlist: int, nprobe: int) -> list[Kind]:
         index = IVFIndex.build(store, kind=kind, nlist=nlist, nprobe=nprobe)
         seconds = time.perf_counter() - started
         # the file of the next kind takes the name of this one, which stays mapped
-        kinds.append(Kind(f"knnlm ivf {kind}", _searching(index), seconds))
+        kinds.append(Kind(f"knnlm ivf {kind}", _searching(index), seconds, probing=index))
     kinds.append(Kind("knnlm exact", _searching(ExactIndex(store)), batch=256))
     return kinds
 
@@ -112,14 +120,40 @@ def _searching(index: IVFIndex | ExactIndex) -> Callable[[Queries, int], Rows]:
     return lambda queries, k: index.search(torch.from_numpy(queries), k).rows.numpy()
 
 
+def recall(kind: Kind, queries: Queries, truth: Rows) -> float:
+    """Return the part of the true neighbors that a kind finds."""
+    found = kind.search(queries[: len(truth)], truth.shape[1])
+    hits = [len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]
+    return sum(hits) / truth.size
+
+
+def measure_curves(kinds: list[Kind], queries: Queries, truth: Rows, nprobes: list[int]) -> None:
+    """Time batches and measure recall at several numbers of probes."""
+    k = truth.shape[1]
+    for kind in kinds:
+        if kind.probing is None:
+            continue
+        usual = kind.probing.nprobe
+        for nprobe in nprobes:
+            kind.probing.nprobe = nprobe
+            found = recall(kind, queries, truth)
+            seconds = []
+            for _ in range(CURVE_REPETITIONS):
+                started = time.perf_counter()
+                kind.search(queries, k)
+                seconds.append(time.perf_counter() - started)
+            milliseconds = min(seconds) * 1e3 / len(queries)
+            point = {"k": k, "nprobe": nprobe, "recall": found, "milliseconds": milliseconds}
+            kind.curve.append(point)
+        kind.probing.nprobe = usual
+
+
 def measure(
     kinds: list[Kind], queries: Queries, truth: Rows, k: int, repetitions: int, singles: int
 ) -> None:
     """Time all kinds in turn, and their recall."""
     for kind in kinds:
-        found = kind.search(queries[: len(truth)], k)
-        hits = [len(np.intersect1d(*pair)) for pair in zip(found, truth[:, :k], strict=True)]
-        kind.recall[str(k)] = sum(hits) / truth[:, :k].size
+        kind.recall[str(k)] = recall(kind, queries, truth[:, :k])
         kind.search(queries[:1], k)
     for _ in range(repetitions):
         for kind in kinds:
@@ -155,6 +189,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--singles", type=int, default=100)
     parser.add_argument("--k", type=int, nargs="+", default=[1024, 128])
+    parser.add_argument("--curve", type=int, nargs="*", default=[], metavar="NPROBE")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if (arguments.store is None) == (arguments.keys is None):
@@ -188,6 +223,7 @@ def main() -> None:
         for k in arguments.k:
             print(f"measuring k = {k}", file=sys.stderr)
             measure(kinds, queries, truth, k, arguments.repetitions, arguments.singles)
+            measure_curves(kinds, queries, truth[:, :k], arguments.curve)
     report(kinds, arguments, len(keys))
 
 
@@ -228,6 +264,7 @@ def report(kinds: list[Kind], arguments: argparse.Namespace, entries: int) -> No
                     "times_faster": {
                         column: ratio(kind, reference, column) for column in kind.milliseconds
                     },
+                    "curve": kind.curve,
                 }
                 for kind in kinds
             ],

@@ -1,22 +1,134 @@
 """What remembering costs an evaluation: the kNN-LM against the LM alone, on the same windows.
 
-    python benchmarks/tax.py STORE TEXT… --max-tokens 8192
+    python benchmarks/tax.py STORE TEXT… --max-tokens 8192 --entries 100000 250000
+    python benchmarks/tax.py STORE TEXT… --max-tokens 8192 --knn-transformers CHECKOUT --folder DIR
 
-STORE is searched with its index; exact search with k 1024 is there to compare perplexities. The LM
-alone and the kNN-LM evaluate the same text in turn, repeatedly, in one process; the tax is the
-median of the ratios of their times.
+STORE is searched with its index; `--entries` adds datastores of its first entries, with the index
+that "auto" gives them; `--compressed` a copy of it with a compressed index. Exact search with
+k 1024 is there to compare perplexities. The LM alone and the kNN-LM evaluate the same text in turn,
+repeatedly, in one process; the tax is the median of the ratios of their times.
+
+knn-transformers is measured in a process of its own, because it changes FAISS for the whole
+process, against the LM alone in that process: see `knn_transformers.py`.
 """
 
 import argparse
+import json
 import statistics
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import knnlm
+from knnlm.datastore.catalog import Catalog, StoredShard
+from knnlm.datastore.datastore import SHARDS
+from knnlm.datastore.shards import write_shard
 from knnlm.index.exact import ExactIndex
-from knnlm.index.policy import describe_index
+from knnlm.index.policy import build_index, describe_index
 from knnlm.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results" / "tax.json"
+EXACT_K = 1024
+SHARD_ROWS = 65_536
+
+
+def first_entries(
+    store: knnlm.Datastore, entries: int, folder: Path, kind: str = "auto"
+) -> knnlm.Datastore:
+    """Make a datastore of the first entries of another, and its index."""
+    (folder / SHARDS).mkdir(parents=True)
+    catalog = Catalog.create(folder, store.settings)
+    with catalog.transaction():
+        for start in range(0, entries, SHARD_ROWS):
+            rows = torch.arange(start, min(entries, start + SHARD_ROWS))
+            name = catalog.next_shard_name()
+            file = write_shard(folder / SHARDS, name, store.keys_at(rows), store.values[rows])
+            catalog.add_shard(StoredShard(start, file))
+        document = catalog.add_document("first entries", "", 0)
+        catalog.extend_document(document, entries, entries, True)
+    catalog.close()
+    made = knnlm.Datastore(folder)
+    build_index(made, kind)
+    return made
+
+
+class Tax:
+    """Measures one text."""
+
+    def __init__(self, lm: knnlm.LanguageModel, arguments: argparse.Namespace) -> None:
+        self.lm, self.arguments = lm, arguments
+        self.documents = knnlm.read_documents(*arguments.text)
+
+    def evaluate(self, store: knnlm.Datastore, **given: Any) -> knnlm.PerplexityReport:
+        """Evaluate once."""
+        given = {"lmbda": self.arguments.lmbda, **given}
+        model = knnlm.KNNLM(self.lm, store, temperature=self.arguments.temperature, **given)
+        return model.perplexity(self.documents, max_tokens=self.arguments.max_tokens)
+
+    def measure(self, store: knnlm.Datastore) -> dict[str, Any]:
+        """Measure the tax of a datastore, for every k."""
+        exact = self.evaluate(store, k=EXACT_K, index=ExactIndex(store))
+        alone: list[knnlm.PerplexityReport] = []
+        remembering: dict[int, list[knnlm.PerplexityReport]] = {k: [] for k in self.arguments.k}
+        for k in self.arguments.k:
+            self.evaluate(store, k=k)  # compiles what is compiled at first use
+        for _ in range(self.arguments.repetitions):
+            alone.append(self.evaluate(store, k=1, lmbda=0.0))
+            for k in self.arguments.k:
+                remembering[k].append(self.evaluate(store, k=k))
+        lm_seconds = [report.seconds.total for report in alone]
+        print(f"\n{len(store):,} entries, {exact.tokens:,} tokens")
+        print(f"LM alone      {statistics.median(lm_seconds):8.2f} s")
+        settings = []
+        for k, reports in remembering.items():
+            seconds = [report.seconds.total for report in reports]
+            taxes = [ours / lm for ours, lm in zip(seconds, lm_seconds, strict=True)]
+            tax, perplexity = statistics.median(taxes), reports[0].knn.perplexity
+            loss = perplexity / exact.knn.perplexity - 1
+            print(
+                f"k {k:<12}{statistics.median(seconds):8.2f} s: {tax:.3f}×, perplexity "
+                f"{perplexity:.4f} ({loss:+.2%} of exact search's)"
+            )
+            settings.append(
+                {
+                    "k": k,
+                    "tax": tax,
+                    "taxes": taxes,
+                    "perplexity_over_exact": loss,
+                    "reports": [report.to_dict() for report in reports],
+                }
+            )
+        return {
+            "entries": len(store),
+            "index": describe_index(store),
+            "lm_alone": [report.to_dict() for report in alone],
+            "exact": exact.to_dict(),
+            "settings": settings,
+        }
+
+
+def knn_transformers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure knn-transformers on the same windows."""
+    script = Path(__file__).with_name("knn_transformers.py")
+    command = [sys.executable, str(script), str(arguments.store), *arguments.text]
+    command += ["--checkout", str(arguments.knn_transformers), "--folder", str(arguments.folder)]
+    command += ["--max-tokens", str(arguments.max_tokens), "--lmbda", str(arguments.lmbda)]
+    command += ["--temperature", str(arguments.temperature)]
+    command += ["--repetitions", str(arguments.repetitions)]
+    if arguments.recompute:
+        command.append("--recompute")
+    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    measured: dict[str, Any] = json.loads(answer.splitlines()[-1])
+    for name, facts in measured["kinds"].items():
+        print(
+            f"knn-transformers, {name}: LM alone {measured['lm_alone_seconds']:.2f} s, "
+            f"{facts['seconds']:.2f} s: {facts['tax']:.2f}×, perplexity {facts['perplexity']:.4f}"
+        )
+    return measured
 
 
 def main() -> None:
@@ -24,63 +136,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", type=Path)
     parser.add_argument("text", nargs="+")
-    parser.add_argument("--max-tokens", type=int)
-    parser.add_argument("--k", type=int, default=1024)
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--entries", type=int, nargs="*", default=[])
+    parser.add_argument("--compressed", action="store_true", help="a compressed index too")
+    parser.add_argument("--k", type=int, nargs="+", default=[1024, 256])
     parser.add_argument("--lmbda", type=float, default=0.2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--knn-transformers", type=Path, help="a clone of that repository")
+    parser.add_argument("--folder", type=Path, help="where its datastore and index are kept")
+    parser.add_argument("--recompute", action="store_true", help="its exact distances too")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if (arguments.knn_transformers is None) != (arguments.folder is None):
+        parser.error("--knn-transformers and --folder go together")
 
+    results: dict[str, Any] = {"sizes": []}
     store = knnlm.Datastore(arguments.store)
     lm = knnlm.LanguageModel.load(
         store.settings.model, key=store.settings.key, dtype=store.settings.model_dtype
     )
-    documents = knnlm.read_documents(*arguments.text)
-    given = {"k": arguments.k, "temperature": arguments.temperature}
-    alone = knnlm.KNNLM(lm, store, lmbda=0.0, **given)
-    remembering = knnlm.KNNLM(lm, store, lmbda=arguments.lmbda, **given)
-    exact = knnlm.KNNLM(
-        lm,
-        store,
-        k=1024,
-        lmbda=arguments.lmbda,
-        temperature=arguments.temperature,
-        index=ExactIndex(store),
-    )
-
-    def evaluate(model: knnlm.KNNLM) -> knnlm.PerplexityReport:
-        return model.perplexity(documents, max_tokens=arguments.max_tokens)
-
-    reference = evaluate(exact)
-    evaluate(remembering)  # compiles what is compiled at first use
-    pairs = [(evaluate(alone), evaluate(remembering)) for _ in range(arguments.repetitions)]
-    taxes = [knn.seconds.total / lm_only.seconds.total for lm_only, knn in pairs]
-    tax = statistics.median(taxes)
-    report = pairs[0][1]
-    loss = report.knn.perplexity / reference.knn.perplexity - 1
-    print(f"{report.tokens:,} tokens, k {arguments.k}, {len(store):,} entries")
-    print(f"LM alone      {statistics.median(p[0].seconds.total for p in pairs):8.2f} s")
-    print(
-        f"kNN-LM        {statistics.median(p[1].seconds.total for p in pairs):8.2f} s: {tax:.3f}×"
-    )
-    print(f"exact kNN-LM  {reference.seconds.total:8.2f} s")
-    print(
-        f"perplexity: LM {report.lm.perplexity:.4f}, kNN-LM {report.knn.perplexity:.4f}, "
-        f"exact {reference.knn.perplexity:.4f} ({loss:+.2%})"
-    )
-    write_results(
-        RESULTS,
-        {
-            "entries": len(store),
-            "index": describe_index(store),
-            "tax": tax,
-            "taxes": taxes,
-            "perplexity_over_exact": loss,
-            "lm_alone": [lm_only.to_dict() for lm_only, _ in pairs],
-            "knn_lm": [knn.to_dict() for _, knn in pairs],
-            "exact": reference.to_dict(),
-        },
-    )
+    tax = Tax(lm, arguments)
+    for entries in arguments.entries:
+        with tempfile.TemporaryDirectory() as folder:
+            made = first_entries(store, entries, Path(folder) / "store")
+            results["sizes"].append(tax.measure(made))
+            made.close()
+        write_results(arguments.results, results)
+    results["sizes"].append(tax.measure(store))
+    write_results(arguments.results, results)
+    if arguments.compressed:
+        with tempfile.TemporaryDirectory() as folder:
+            made = first_entries(store, store.rows, Path(folder) / "store", "compressed")
+            results["compressed"] = tax.measure(made)
+            made.close()
+        write_results(arguments.results, results)
+    if arguments.knn_transformers is not None:
+        del tax, lm
+        results["knn_transformers"] = knn_transformers(arguments)
+        write_results(arguments.results, results)
 
 
 if __name__ == "__main__":
