@@ -199,6 +199,27 @@ def test_a_gate_is_saved_as_tensors_and_json() -> None:
         tensors = gate.to_tensors()
         del tensors["network.3"]
         LearnedGate.from_tensors(tensors, description)
+    with refusal(DatastoreCorruptError, "must have", "features and 7 components", "and 4"):
+        one = random_gate(SOURCES[:1])
+        LearnedGate.from_tensors(one.to_tensors(), description)
+
+
+def test_a_gate_sure_of_the_lm_gives_the_lm() -> None:
+    lm, voters, targets = some_queries()
+    gate = random_gate()
+    gate.parameters[-1][:, :, 0] = 1e4
+    votes = gate(summarize_lm(lm), voters)
+    assert torch.equal(of_vocabulary(lm, voters, votes), lm)
+    own = lm.gather(1, targets[:, None])[:, 0]
+    assert torch.equal(of_targets(lm, voters, votes, targets), own)
+
+
+def test_no_query_needs_no_votes() -> None:
+    lm, voters, _ = some_queries()
+    none = slice(0, 0)
+    votes = random_gate()(summarize_lm(lm).of(none), [of_source.of(none) for of_source in voters])
+    assert [own.log_weights.shape for own in votes] == [(0, 16), (0, 5)]
+    assert [own.lmbda.shape for own in votes] == [(0,), (0,)]
 
 
 def test_buckets_are_ranges_of_the_nearest_distance() -> None:

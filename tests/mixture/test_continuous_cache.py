@@ -136,15 +136,16 @@ def test_sequences_of_a_batch_never_meet() -> None:
         assert_equal_to_brute_force(recalled, own_keys, targets, 20, 0.5)
 
 
-def test_padding_on_the_left_is_never_remembered() -> None:
+@pytest.mark.parametrize("cut", [3, 7, 20])  # within, right after and beyond the padding
+def test_padding_on_the_left_is_never_remembered(cut: int) -> None:
     inputs, keys, targets = text(30, seed=6)
     padding = 7
     padded = torch.cat([torch.zeros(padding, dtype=torch.int64), inputs])
-    padded_keys = torch.cat([torch.full((padding, DIMENSION), 9.0), keys])
+    padded_keys = torch.cat([torch.full((padding, DIMENSION), 2.0), keys])
     real = torch.arange(padding + 30) >= padding
     cache = ContinuousCache(100, DIMENSION)
-    recalled = cache.recall(padded[None, :20], padded_keys[None, :20], real[None, :20])
-    tail = cache.recall(padded[None, 20:], padded_keys[None, 20:], real[None, 20:])
+    recalled = cache.recall(padded[None, :cut], padded_keys[None, :cut], real[None, :cut])
+    tail = cache.recall(padded[None, cut:], padded_keys[None, cut:], real[None, cut:])
     width = tail.values.shape[1]
     pad = torch.nn.functional.pad
     missing = (width - recalled.values.shape[1], 0)

@@ -16,10 +16,12 @@ from torch.nn import functional
 
 from knnlm.errors import DatastoreCorruptError
 from knnlm.mixture.features import (
+    TEMPERATURES,
     LMSummary,
     Source,
     Voters,
     component_log_weights,
+    count_features,
     query_features,
 )
 
@@ -106,7 +108,7 @@ class LearnedGate:
         """
         parts = [
             self._votes(lm.of(queries), [of_source.of(queries) for of_source in voters])
-            for start in range(0, len(lm.token), _AT_ONCE)
+            for start in range(0, max(len(lm.token), 1), _AT_ONCE)
             for queries in [slice(start, start + _AT_ONCE)]
         ]
         return [
@@ -127,8 +129,9 @@ class LearnedGate:
         votes = []
         for of_source, log_shares, shares in zip(voters, log_weights, of_sources, strict=True):
             lmbda = shares.sum(dim=1)
-            # each voter's part in the sum of the components
-            parts = log_shares + (shares / lmbda[:, None]).log().T[:, :, None]
+            # each voter's part in the sum of the components; a gate may be sure enough for λ = 0
+            of_lmbda = shares / lmbda[:, None].clamp_min(torch.finfo(lmbda.dtype).tiny)
+            parts = log_shares + of_lmbda.log().T[:, :, None]
             present = of_source.present
             votes.append(SourceVotes(parts.logsumexp(dim=0), lmbda.where(present, 0.0)))
         return votes
@@ -150,6 +153,13 @@ class LearnedGate:
         names = [f"network.{number}" for number in range(2 * _LAYERS)]
         mean, scale, *parameters = _take(tensors, "mean", "scale", *names)
         sources = [Source(**source) for source in description["sources"]]
+        made_for = len(mean), parameters[-1].shape[-1]
+        needed = count_features(sources), 1 + len(TEMPERATURES) * len(sources)
+        if made_for != needed:
+            raise DatastoreCorruptError(
+                f"a stored gate must have {needed[0]} features and {needed[1]} components, got "
+                f"{made_for[0]} and {made_for[1]}: tune the datastore again"
+            )
         return cls(sources, mean, scale, parameters)
 
 
