@@ -185,7 +185,7 @@ def _mixed(
     lm_share = log_weights.clone()
     lm_share[..., 1:] = lm_share[..., 1:].masked_fill(present, -torch.inf)
     lm = lm_share.logsumexp(dim=-1) + log_probs[..., 0]
-    others = (log_weights + log_probs)[..., 1:].masked_fill(~present, -torch.inf)
+    others = (log_weights + log_probs)[..., 1:]  # −inf where there is no voter
     return torch.cat([lm[..., None], others], dim=-1).logsumexp(dim=-1)
 
 
