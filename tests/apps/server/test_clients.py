@@ -101,6 +101,8 @@ ROUTES = [
 ]
 
 
+# it is the server's threads that may use it while a request is made up
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
 @pytest.mark.parametrize(
     ("method", "route", "mode"),
     [(*one, GenerationMode.POSITIVE) for one in ROUTES]
