@@ -32,7 +32,7 @@ _HIDDEN = 64
 _NETWORKS = 5
 _BATCH = 256
 _EPOCHS = 12
-_LEAST_STEPS = 600
+_LEAST_STEPS, _MOST_STEPS = 600, 1500
 _CHECKS = 20  # of the held-out parts, while training
 _LEARNING_RATE = 3e-3
 _WARM_UP = 0.1  # of all steps
@@ -126,7 +126,7 @@ def fit_gate(sources: Sequence[Source], examples: Examples, seed: int = 0) -> Fi
         learning = [torch.arange(tokens)]
     least = min(len(own) for own in learning)
     batch = min(_BATCH, least)
-    steps = max(_EPOCHS * least // batch, _LEAST_STEPS)
+    steps = min(max(_EPOCHS * least // batch, _LEAST_STEPS), _MOST_STEPS)
     parameters = [parameter.requires_grad_() for parameter in gate.parameters]
     optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps))
