@@ -7,14 +7,18 @@ entries than keys are a random choice of them; more are copies of them with nois
 average, as `--noise` times the median distance of a key to the nearest other one. Queries are the
 same for all sizes.
 
-With `--limit-gib` the last size is built and searched again with the process held to so much
-memory, by a control group (this needs root): all that it has read of files counts, and not only
-what it allocated. Each build and each search is a process of its own; memory is what the system
-counted for it: resident, its own (without mapped files), and the control group's peak.
+With `--limit-gib` every process is held to so much memory by a control group (this needs root): all
+that it reads of files counts as far as it stays cached, and not only what it allocates, so files
+are put out of the cache before.
+
+Each build and each search is a process of its own; memory is what the system counted for it:
+resident, its own (without mapped files), and the control group's peak. A datastore that is already
+in the folder is used and left there.
 """
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -39,6 +43,7 @@ RESULTS = Path(__file__).parent / "results" / "growth.json"
 SHARD_ROWS = 222_000
 NEAREST_OF = 1000
 TRUTH_QUERIES = 256
+TRUTH, FOUND = "truth.npy", "found.npy"
 
 
 def made_keys(keys: NDArray[np.float16], size: int, noise: float) -> Iterator[NDArray[np.float16]]:
@@ -83,6 +88,14 @@ def own_memory() -> dict[str, float]:
     return found
 
 
+def find_truth(path: Path, queries: NDArray[np.float32], k: int) -> dict[str, Any]:
+    """Find the true neighbors of some queries, by exact search."""
+    asked = torch.from_numpy(queries[:TRUTH_QUERIES])
+    rows = ExactIndex(Datastore(path), resident_bytes=0).search(asked, k).rows
+    np.save(path.parent / TRUTH, rows.numpy())
+    return {}
+
+
 def build(path: Path, kind: str) -> dict[str, Any]:
     """Index a datastore."""
     started = time.perf_counter()
@@ -97,7 +110,7 @@ def search(path: Path, queries: NDArray[np.float32], k: int, repetitions: int) -
     index = open_index(Datastore(path))
     asked = torch.from_numpy(queries)
     rows = index.search(asked, k).rows  # compiles, and reads what has to be read once
-    np.save(path.parent / "found.npy", rows[:TRUTH_QUERIES].numpy())
+    np.save(path.parent / FOUND, rows[:TRUTH_QUERIES].numpy())
     batches, singles = [], []
     for _ in range(repetitions):
         started = time.perf_counter()
@@ -129,16 +142,32 @@ def in_a_process(arguments: list[str], limit_bytes: int | None) -> dict[str, Any
         return {**json.loads(answer), "group_peak_bytes": group.peak_bytes}
 
 
-def measured(
-    arguments: argparse.Namespace, path: Path, truth: NDArray[np.int64], limit_bytes: int | None
-) -> dict[str, Any]:
-    """Build and search in processes of their own."""
-    given = ["--queries", str(arguments.queries), "--k", str(arguments.k)]
-    given += ["--batch", str(arguments.batch), "--repetitions", str(arguments.repetitions)]
-    built = in_a_process([*given, "--step", "build", "--folder", str(path)], limit_bytes)
+def forget_cached(folder: Path) -> None:
+    """Put a folder's files out of the system's cache, so that who reads them has them counted."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(descriptor)
+
+
+def measured(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """Build and search, in processes of their own."""
+    given = ["--queries", str(arguments.queries), "--folder", str(path), "--kind", arguments.kind]
+    given += ["--k", str(arguments.k), "--batch", str(arguments.batch)]
+    given += ["--repetitions", str(arguments.repetitions)]
+    limit_bytes = None
+    in_a_process([*given, "--step", "truth"], None)
+    if arguments.limit_gib is not None:
+        limit_bytes = int(arguments.limit_gib * 2**30)
+        forget_cached(path)
+    built = in_a_process([*given, "--step", "build"], limit_bytes)
     print(f"built in {built['build_seconds']:.0f} s: {built['index']}", file=sys.stderr)
-    searched = in_a_process([*given, "--step", "search", "--folder", str(path)], limit_bytes)
-    found = np.load(path.parent / "found.npy")
+    if limit_bytes is not None:
+        forget_cached(path)
+    searched = in_a_process([*given, "--step", "search"], limit_bytes)
+    found, truth = np.load(path.parent / FOUND), np.load(path.parent / TRUTH)
     hits = [len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]
     searched["recall"] = sum(hits) / truth.size
     print(f"searched: {searched}", file=sys.stderr)
@@ -154,19 +183,23 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--limit-gib", type=float)
+    parser.add_argument("--kind", default="auto", help="of index")
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--k", type=int, default=1024)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--step", choices=["build", "search"], help=argparse.SUPPRESS)
+    parser.add_argument("--step", choices=["truth", "build", "search"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     if arguments.step == "build":
-        print(json.dumps(build(arguments.folder, "auto")))
+        print(json.dumps(build(arguments.folder, arguments.kind)))
         return
     queries = np.load(arguments.queries).astype(np.float32)
     # those whose truth is computed come first, and are of all texts
     queries = queries[np.random.default_rng(0).permutation(len(queries))[: arguments.batch]]
+    if arguments.step == "truth":
+        print(json.dumps(find_truth(arguments.folder, queries, arguments.k)))
+        return
     if arguments.step == "search":
         print(json.dumps(search(arguments.folder, queries, arguments.k, arguments.repetitions)))
         return
@@ -177,21 +210,16 @@ def main() -> None:
     sizes = []
     for size in arguments.sizes:
         folder = arguments.folder / str(size)
+        there = folder.exists()
         try:
             print(f"{size:,} entries", file=sys.stderr)
-            store = make_store(folder / "store", made_keys(keys, size, noise))
-            asked = torch.from_numpy(queries[:TRUTH_QUERIES])
-            truth = ExactIndex(store, resident_bytes=0).search(asked, arguments.k).rows.numpy()
-            limits: list[int | None] = [None]
-            if arguments.limit_gib is not None and size == arguments.sizes[-1]:
-                limits.append(int(arguments.limit_gib * 2**30))
-            for limit in limits:
-                facts = measured(arguments, store.path, truth, limit)
-                sizes.append({"entries": size, **facts})
-                write(arguments, sizes, distance)
-            store.close()
+            if not there:
+                make_store(folder / "store", made_keys(keys, size, noise)).close()
+            sizes.append({"entries": size, **measured(arguments, folder / "store")})
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not there:
+                shutil.rmtree(folder, ignore_errors=True)
+        write(arguments, sizes, distance)
     report(sizes)
 
 
