@@ -35,12 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     store = knnlm.Datastore(arguments.store)
-    lm = knnlm.LanguageModel.load(
-        store.settings.model,
-        key=store.settings.key,
-        dtype=store.settings.model_dtype,
-        device=arguments.device,
-    )
+    lm = store.load_model(device=arguments.device)
     prompts = []
     for document in knnlm.read_documents(*arguments.text):
         tokens = lm.encode(["".join(document.blocks())])[0][: arguments.prompt_tokens - 1]

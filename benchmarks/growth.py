@@ -214,7 +214,8 @@ def main() -> None:
         try:
             print(f"{size:,} entries", file=sys.stderr)
             if not there:
-                make_store(folder / "store", made_keys(keys, size, noise)).close()
+                made = made_keys(keys, size, noise)
+                make_store(folder / "store", keys.shape[1], made).close()
             sizes.append({"entries": size, **measured(arguments, folder / "store")})
         finally:
             if not there:

@@ -108,9 +108,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     store = knnlm.Datastore(arguments.store)
-    lm = knnlm.LanguageModel.load(
-        store.settings.model, key=store.settings.key, dtype=store.settings.model_dtype
-    )
+    lm = store.load_model()
     documents = encode_documents(
         lm, knnlm.read_documents(*arguments.text), store.windowing.boundary
     )

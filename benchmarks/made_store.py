@@ -1,4 +1,4 @@
-"""A datastore of given keys, for measuring searches; its values mean nothing."""
+"""Datastores of given keys, for measuring."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,33 +6,40 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from knnlm.datastore.catalog import Catalog, Settings, StoredShard
 from knnlm.datastore.datastore import SHARDS, Datastore
 from knnlm.datastore.shards import write_shard
 
 
-def make_store(folder: Path, blocks: Iterable[NDArray[np.float16]]) -> Datastore:
-    """Make a datastore that holds blocks of keys, a shard each, in one document."""
-    catalog = None
-    rows = 0
+def write_store(
+    folder: Path, settings: Settings, shards: Iterable[tuple[Tensor, Tensor]]
+) -> Datastore:
+    """Make a datastore that holds shards of keys and values, in one document."""
     (folder / SHARDS).mkdir(parents=True)
-    for block in blocks:
-        if catalog is None:
-            settings = Settings(
-                "given keys", None, "float32", "", "", 1, 0, "ffn_input", block.shape[1],
-                "float16", 1, 0, "document",
-            )  # fmt: skip
-            catalog = Catalog.create(folder, settings)
-        keys = torch.from_numpy(np.array(block))
-        values = torch.zeros(len(keys), dtype=torch.int32)
+    catalog = Catalog.create(folder, settings)
+    rows = 0
+    for keys, values in shards:
         file = write_shard(folder / SHARDS, catalog.next_shard_name(), keys, values)
         with catalog.transaction():
             catalog.add_shard(StoredShard(rows, file))
         rows += len(keys)
-    assert catalog is not None, "no keys"
     with catalog.transaction():
         document = catalog.add_document("keys", "", 0)
         catalog.extend_document(document, rows, rows, True)
     catalog.close()
     return Datastore(folder)
+
+
+def make_store(folder: Path, dimension: int, blocks: Iterable[NDArray[np.float16]]) -> Datastore:
+    """Make a datastore of blocks of keys, a shard each; its values mean nothing."""
+    settings = Settings(
+        "given keys", None, "float32", "", "", 1, 0, "ffn_input", dimension, "float16", 1, 0,
+        "document",
+    )  # fmt: skip
+    shards = (
+        (torch.from_numpy(np.array(block)), torch.zeros(len(block), dtype=torch.int32))
+        for block in blocks
+    )
+    return write_store(folder, settings, shards)

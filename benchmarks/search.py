@@ -208,7 +208,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         shards = (keys[start : start + SHARD_ROWS] for start in range(0, len(keys), SHARD_ROWS))
-        store = make_store(Path(folder) / "store", shards)
+        store = make_store(Path(folder) / "store", keys.shape[1], shards)
         exact = ExactIndex(store)
         # the queries whose truth is computed come first, and are of all texts
         queries = queries[np.random.default_rng(0).permutation(len(queries))]

@@ -22,11 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_store import write_store
 
 import knnlm
-from knnlm.datastore.catalog import Catalog, StoredShard
-from knnlm.datastore.datastore import SHARDS
-from knnlm.datastore.shards import write_shard
 from knnlm.index.exact import ExactIndex
 from knnlm.index.policy import build_index, describe_index
 from knnlm.provenance import write_results
@@ -40,18 +38,12 @@ def first_entries(
     store: knnlm.Datastore, entries: int, folder: Path, kind: str = "auto"
 ) -> knnlm.Datastore:
     """Make a datastore of the first entries of another, and its index."""
-    (folder / SHARDS).mkdir(parents=True)
-    catalog = Catalog.create(folder, store.settings)
-    with catalog.transaction():
-        for start in range(0, entries, SHARD_ROWS):
-            rows = torch.arange(start, min(entries, start + SHARD_ROWS))
-            name = catalog.next_shard_name()
-            file = write_shard(folder / SHARDS, name, store.keys_at(rows), store.values[rows])
-            catalog.add_shard(StoredShard(start, file))
-        document = catalog.add_document("first entries", "", 0)
-        catalog.extend_document(document, entries, entries, True)
-    catalog.close()
-    made = knnlm.Datastore(folder)
+    parts = (
+        torch.arange(start, min(entries, start + SHARD_ROWS))
+        for start in range(0, entries, SHARD_ROWS)
+    )
+    shards = ((store.keys_at(rows), store.values[rows]) for rows in parts)
+    made = write_store(folder, store.settings, shards)
     build_index(made, kind)
     return made
 
@@ -153,9 +145,7 @@ def main() -> None:
 
     results: dict[str, Any] = {"sizes": []}
     store = knnlm.Datastore(arguments.store)
-    lm = knnlm.LanguageModel.load(
-        store.settings.model, key=store.settings.key, dtype=store.settings.model_dtype
-    )
+    lm = store.load_model()
     tax = Tax(lm, arguments)
     for entries in arguments.entries:
         with tempfile.TemporaryDirectory() as folder:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from knnlm.corpus import Document
 from knnlm.datastore.datastore import Datastore
+from knnlm.language_model import LanguageModel
 
 
 def distinct_documents(count: int) -> list[Document]:
@@ -25,6 +26,24 @@ def distinct_documents(count: int) -> list[Document]:
 
 def stored_keys(store: Datastore) -> Tensor:
     return torch.cat([block for _, block in store.key_blocks(1 << 20)])
+
+
+def slow_knn_probs(
+    lm: LanguageModel, store: Datastore, tokens: Tensor, k: int, temperature: float
+) -> Tensor:
+    """p_kNN of every next token in float64, entry by entry, from brute-force distances."""
+    keys, alive = stored_keys(store).double(), store.alive
+    probs = torch.zeros(*tokens.shape, lm.vocab_size, dtype=torch.float64)
+    queries = lm.keys(tokens).double()
+    for row in range(tokens.shape[0]):
+        for position in range(tokens.shape[1]):
+            squared = (keys - queries[row, position]).square().sum(dim=1)
+            squared[~alive] = torch.inf
+            nearest, rows = squared.topk(min(k, int(alive.sum())), largest=False)
+            weights = torch.softmax(-nearest / temperature, dim=0)
+            for weight, entry in zip(weights, rows.tolist(), strict=True):
+                probs[row, position, int(store.values[entry])] += weight
+    return probs
 
 
 def contents(store: Datastore) -> tuple[Tensor, Tensor, list[tuple[str, int, int, int]]]:

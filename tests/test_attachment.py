@@ -10,7 +10,7 @@ import torch
 from conftest import PROSE, byte_tokenizer, refusal, tiny_llama
 from families import FAMILIES
 from jaxtyping import Float
-from stores import distinct_documents, stored_keys
+from stores import distinct_documents, slow_knn_probs
 from torch import Tensor
 from transformers import LogitsProcessor, Trainer, TrainingArguments, pipeline
 
@@ -60,13 +60,7 @@ def slow_log_probs(
     """The mixture after every position, in float64, entry by entry, from brute-force distances."""
     with torch.no_grad():
         lm_probs = torch.softmax(lm.model(tokens[None]).logits[0].double(), dim=-1)
-    queries, keys = lm.keys(tokens[None])[0].double(), stored_keys(store).double()
-    squared, rows = torch.cdist(queries, keys).square().topk(K, dim=1, largest=False)
-    weights = torch.softmax(-squared / TEMPERATURE, dim=1)
-    knn_probs = torch.zeros_like(lm_probs)
-    for position in range(len(tokens)):
-        for weight, row in zip(weights[position], rows[position], strict=True):
-            knn_probs[position, store.values[row]] += weight
+    knn_probs = slow_knn_probs(lm, store, tokens[None], K, TEMPERATURE)[0]
     return torch.log(lmbda * knn_probs + (1 - lmbda) * lm_probs)
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import PROSE, byte_tokenizer, refusal, tiny_gpt2, tiny_llama
 from families import FAMILIES
 from jaxtyping import Float
-from stores import distinct_documents, stored_keys
+from stores import distinct_documents, slow_knn_probs, stored_keys
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -56,24 +56,6 @@ def tokens_of(lm: LanguageModel, *texts: str) -> Tensor:
 def lm_log_probs_of(lm: LanguageModel, tokens: Tensor) -> Tensor:
     with torch.no_grad():
         return torch.log_softmax(lm.model(tokens).logits.float(), dim=-1)
-
-
-def slow_knn_probs(
-    lm: LanguageModel, store: Datastore, tokens: Tensor, k: int, temperature: float
-) -> Tensor:
-    """p_kNN of every next token in float64, entry by entry, from brute-force distances."""
-    keys, alive = stored_keys(store).double(), store.alive
-    probs = torch.zeros(*tokens.shape, lm.vocab_size, dtype=torch.float64)
-    queries = lm.keys(tokens).double()
-    for row in range(tokens.shape[0]):
-        for position in range(tokens.shape[1]):
-            squared = (keys - queries[row, position]).square().sum(dim=1)
-            squared[~alive] = torch.inf
-            nearest, rows = squared.topk(min(k, int(alive.sum())), largest=False)
-            weights = torch.softmax(-nearest / temperature, dim=0)
-            for weight, entry in zip(weights, rows.tolist(), strict=True):
-                probs[row, position, int(store.values[entry])] += weight
-    return probs
 
 
 TEXT = "The datastore is a memory of the nearest places."

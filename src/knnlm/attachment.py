@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import AttachmentError, InvalidArgumentError
+from knnlm.errors import AttachmentError
 from knnlm.index.protocol import Index
 from knnlm.keyed_model import KeyedModel
-from knnlm.memory import ForEach, Memory, mix, open_memories
+from knnlm.memory import ForEach, Memory, as_stores, mix, open_memories
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
@@ -45,6 +45,7 @@ class Attachment:
                 "attach several at once with attach(model, [store, other])"
             )
         self._keyed = keyed
+        self._signature = inspect.signature(self.model.forward)
         self._hooks = ExitStack()
         self._captured = self._hooks.enter_context(keyed.capture())
         hook = self.model.register_forward_hook(
@@ -78,7 +79,7 @@ class Attachment:
     ) -> Any:
         if not any(memory.counts for memory in self.memories):
             return output
-        given = inspect.signature(model.forward).bind(*args, **kwargs).arguments
+        given = self._signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         # a tuple holds the losses first, which have no dimensions
         place = None if hasattr(output, "logits") else _first_with_three_dimensions(output)
@@ -132,9 +133,7 @@ def attach(
     DatastoreMismatchError for a datastore of another model, AttachmentError if one is attached
     already, InvalidArgumentError.
     """
-    stores = [store] if isinstance(store, Datastore) else store
-    if not stores:
-        raise InvalidArgumentError("store must be a datastore or several, got none")
+    stores = as_stores(store)
     keyed = KeyedModel(model, key=stores[0].settings.key)
     memories = open_memories(keyed, stores, k=k, lmbda=lmbda, temperature=temperature, index=index)
     return Attachment(keyed, memories)

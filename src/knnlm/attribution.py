@@ -13,9 +13,9 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 from knnlm.language_model import LanguageModel
 from knnlm.memory import Memory
-from knnlm.mixture.interpolation import neighbor_log_weights
+from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.perplexity import evaluation_scores
-from knnlm.scoring import Scores, mixed_log_probs
+from knnlm.scoring import Scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +95,20 @@ def explain_scores(
     after: int,
 ) -> Iterator[Explanation]:
     """Explain the targets of some scores, the neighbors being those of `memories`, in order."""
-    weights = _weights(memories, scores)
-    knn_probs = sum(
-        (of_memory * memory.votes_for_targets(neighbors, scores.targets)).sum(dim=1)
-        for of_memory, memory, neighbors in zip(weights, memories, scores.neighbors, strict=True)
-    )
-    assert isinstance(knn_probs, Tensor)
-    mixed = mixed_log_probs(scores, memories).tolist()
-    all_weights = torch.cat(list(weights), dim=1)
-    strongest = all_weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
+    votes = [
+        memory.vote(neighbors) for memory, neighbors in zip(memories, scores.neighbors, strict=True)
+    ]
+    of_targets = [of_memory.for_targets(scores.targets) for of_memory in votes]
+    shares = _shares(memories, votes)
+    of_shares = [of_memory.log_probs.exp() for of_memory in of_targets]
+    knn_probs = (shares * torch.stack(of_shares, dim=1)).sum(dim=1)
+    mixed = interpolate(scores.lm_log_probs, of_targets).tolist()
+    weights = [
+        of_memory.log_weights.exp() * shares[:, which, None]
+        for which, of_memory in enumerate(votes)
+    ]
+    # nearest first among equals
+    strongest = torch.cat(weights, dim=1).sort(dim=1, descending=True, stable=True)
     for number, token in enumerate(scores.targets.tolist()):
         named = []
         for weight, place in zip(
@@ -130,19 +135,13 @@ def explain_scores(
         )
 
 
-def _weights(memories: Sequence[Memory], scores: Scores) -> list[Float[Tensor, "query k"]]:
-    """Return each neighbor's share of p_kNN; the datastores share in it by their λ."""
+def _shares(memories: Sequence[Memory], votes: Sequence[Votes]) -> Float[Tensor, "query memory"]:
+    """Return the part of p_kNN that each datastore speaks for: by its λ, where it has a say."""
     lmbdas = torch.tensor([memory.parameters.lmbda for memory in memories])
     if float(lmbdas.sum()) == 0.0:
         lmbdas = torch.ones_like(lmbdas)
-    present = torch.stack([n.present.any(dim=1) for n in scores.neighbors], dim=1)
-    shares = lmbdas * present
-    shares = shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-30)
-    return [
-        neighbor_log_weights(neighbors.squared_distances, memory.parameters.temperature).exp()
-        * shares[:, which, None]
-        for which, (memory, neighbors) in enumerate(zip(memories, scores.neighbors, strict=True))
-    ]
+    shares = lmbdas * torch.stack([of_memory.present for of_memory in votes], dim=1)
+    return shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-30)
 
 
 def _source(

@@ -122,10 +122,8 @@ class LanguageModel(KeyedModel):
         """Tokenize a batch of texts, adding no special tokens."""
         if not texts:
             return []
-        encoding = self.tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        token_lists = [np.array(tokens, dtype=np.int32) for tokens in encoding["input_ids"]]
+        tokenized = tokenize(self.tokenizer, texts)
+        token_lists = [np.array(tokens, dtype=np.int32) for tokens in tokenized]
         largest = max((int(tokens.max()) for tokens in token_lists if len(tokens)), default=0)
         self._check_token(largest)
         return token_lists
@@ -133,10 +131,7 @@ class LanguageModel(KeyedModel):
     def decode(self, tokens: Sequence[int] | np.ndarray | Tensor) -> str:
         """Return the text of `tokens` as it was, special tokens and spaces included."""
         ids = tokens.tolist() if isinstance(tokens, np.ndarray | Tensor) else list(tokens)
-        text: str = self.tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-        return text
+        return detokenize(self.tokenizer, ids)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -163,6 +158,22 @@ class LanguageModel(KeyedModel):
                 f"{self.vocab_size} tokens, but gave the token {token}; use the model's own "
                 "tokenizer, or resize the model's token embeddings"
             )
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of each text, adding no special tokens."""
+    tokens: list[list[int]] = tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return tokens
+
+
+def detokenize(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
+    """Return the text of tokens as it was, special tokens and spaces included."""
+    text: str = tokenizer.decode(
+        list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+    return text
 
 
 def _parse_device(device: str) -> torch.device:

@@ -13,11 +13,9 @@ from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
 from knnlm.keyed_model import KeyedModel
 from knnlm.mixture.interpolation import (
-    Component,
     Votes,
     interpolate_vocabulary,
     neighbor_log_weights,
-    target_knn_log_probs,
 )
 from knnlm.mixture.parameters import Parameters
 
@@ -43,7 +41,7 @@ class Memory:
         """Return the k nearest entries of each key, k being its parameter."""
         return self.index.search(keys.float(), self.parameters.k)
 
-    def votes(self, neighbors: Neighbors) -> Int[Tensor, "query k"]:
+    def tokens(self, neighbors: Neighbors) -> Int[Tensor, "query k"]:
         """Return the token that each neighbor votes for; what an absent one has means nothing."""
         values = self.store.values[neighbors.rows.clamp_min(0).cpu()]
         return values.to(neighbors.rows.device)
@@ -52,22 +50,13 @@ class Memory:
         self, neighbors: Neighbors, targets: Int[Tensor, " query"]
     ) -> Bool[Tensor, "query k"]:
         """Return which neighbors have the query's target as their value."""
-        return (self.votes(neighbors) == targets[:, None]) & neighbors.present
+        return (self.tokens(neighbors) == targets[:, None]) & neighbors.present
 
-    def target_component(self, neighbors: Neighbors, targets: Int[Tensor, " query"]) -> Component:
-        """Return what the neighbors say of one target a query."""
-        weights = neighbor_log_weights(neighbors.squared_distances, self.parameters.temperature)
-        return Component(
-            target_knn_log_probs(weights, self.votes_for_targets(neighbors, targets)),
-            self.parameters.lmbda,
-            neighbors.present.any(dim=1),
-        )
-
-    def vocabulary_component(self, neighbors: Neighbors) -> Votes:
-        """Return what the neighbors say of the whole vocabulary."""
+    def vote(self, neighbors: Neighbors) -> Votes:
+        """Return what the neighbors say, and how much that counts."""
         return Votes(
             neighbor_log_weights(neighbors.squared_distances, self.parameters.temperature),
-            self.votes(neighbors),
+            self.tokens(neighbors),
             self.parameters.lmbda,
             neighbors.present.any(dim=1),
         )
@@ -78,15 +67,24 @@ def mix(
     keys: Float[Tensor, "query dim"],
     lm_log_probs: Float[Tensor, "query vocab"],
 ) -> Float[Tensor, "query vocab"]:
-    """Return log p of the whole vocabulary under the mixture.
+    """Return log p of the whole vocabulary under the mixture; what does not count is not searched.
 
-    Memories with λ = 0 are not searched; if no other is left, `lm_log_probs` come back as they are.
+    Where no memory counts, `lm_log_probs` come back as they are.
     """
-    counting = [memory for memory in memories if memory.counts]
-    if not counting or len(keys) == 0:
+    counting = [memory for memory in memories if memory.counts and len(keys) > 0]
+    return mix_neighbors(counting, [memory.search(keys) for memory in counting], lm_log_probs)
+
+
+def mix_neighbors(
+    memories: Sequence[Memory],
+    neighbors: Sequence[Neighbors],
+    lm_log_probs: Float[Tensor, "query vocab"],
+) -> Float[Tensor, "query vocab"]:
+    """Return what `mix` does, of neighbors already found, those of `memories` in order."""
+    if not memories:
         return lm_log_probs
-    components = [memory.vocabulary_component(memory.search(keys)) for memory in counting]
-    return interpolate_vocabulary(lm_log_probs, components)
+    votes = [memory.vote(found) for memory, found in zip(memories, neighbors, strict=True)]
+    return interpolate_vocabulary(lm_log_probs, votes)
 
 
 def open_memories(
@@ -103,7 +101,7 @@ def open_memories(
     See `choose_parameters`; index: by default the datastore's own, searched where the model is.
     Raises DatastoreMismatchError for a datastore of another model.
     """
-    stores = _sequence(store)
+    stores = as_stores(store)
     for one in stores:
         one.check_model(model)
     chosen = choose_parameters(store, k=k, lmbda=lmbda, temperature=temperature)
@@ -112,7 +110,7 @@ def open_memories(
             one, open_index(one, device=str(model.device)) if given is None else given, parameters
         )
         for one, given, parameters in zip(
-            stores, _for_each("index", index, len(stores)), chosen, strict=True
+            stores, for_each("index", index, len(stores)), chosen, strict=True
         )
     )
 
@@ -130,14 +128,45 @@ def choose_parameters(
     Raises InvalidArgumentError, also where the weights λ of several datastores add up to more
     than 1.
     """
-    stores = _sequence(store)
-    if not stores:
-        raise InvalidArgumentError("store must be a datastore or several, got none")
+    stores = as_stores(store)
+    defaults = [one.parameters or Parameters() for one in stores]
+    capped = [
+        replace(default, k=min(default.k, max(len(one), 1)))
+        for one, default in zip(stores, defaults, strict=True)
+    ]
+    return _fill_in(stores, capped, k, lmbda, temperature)
+
+
+def override(
+    memories: Sequence[Memory],
+    *,
+    k: ForEach[int] = None,
+    lmbda: ForEach[float] = None,
+    temperature: ForEach[float] = None,
+) -> tuple[Memory, ...]:
+    """Return the memories with what is asked for; the rules are those of `choose_parameters`."""
+    stores = [memory.store for memory in memories]
+    defaults = [memory.parameters for memory in memories]
+    chosen = _fill_in(stores, defaults, k, lmbda, temperature)
+    return tuple(
+        replace(memory, parameters=parameters)
+        for memory, parameters in zip(memories, chosen, strict=True)
+    )
+
+
+def _fill_in(
+    stores: Sequence[Datastore],
+    defaults: Sequence[Parameters],
+    k: ForEach[int],
+    lmbda: ForEach[float],
+    temperature: ForEach[float],
+) -> tuple[Parameters, ...]:
     given = zip(
         stores,
-        _for_each("k", k, len(stores)),
-        _for_each("lmbda", lmbda, len(stores)),
-        _for_each("temperature", temperature, len(stores)),
+        defaults,
+        for_each("k", k, len(stores)),
+        for_each("lmbda", lmbda, len(stores)),
+        for_each("temperature", temperature, len(stores)),
         strict=True,
     )
     chosen = tuple(_choose(*of_one) for of_one in given)
@@ -152,10 +181,12 @@ def choose_parameters(
 
 
 def _choose(
-    store: Datastore, k: int | None, lmbda: float | None, temperature: float | None
+    store: Datastore,
+    default: Parameters,
+    k: int | None,
+    lmbda: float | None,
+    temperature: float | None,
 ) -> Parameters:
-    default = store.parameters or Parameters()
-    default = replace(default, k=min(default.k, max(len(store), 1)))
     if k is not None and k > len(store):
         raise InvalidArgumentError(
             f"k must be at most the number of entries, {len(store)}, got {k}: ask for fewer"
@@ -167,11 +198,16 @@ def _choose(
     )
 
 
-def _sequence(store: Datastore | Sequence[Datastore]) -> Sequence[Datastore]:
-    return [store] if isinstance(store, Datastore) else store
+def as_stores(store: Datastore | Sequence[Datastore]) -> Sequence[Datastore]:
+    """Return one or several datastores as several; raises InvalidArgumentError for none."""
+    stores = [store] if isinstance(store, Datastore) else store
+    if not stores:
+        raise InvalidArgumentError("store must be a datastore or several, got none")
+    return stores
 
 
-def _for_each(name: str, given: ForEach[Value], count: int) -> Sequence[Value | None]:
+def for_each(name: str, given: ForEach[Value], count: int) -> Sequence[Value | None]:
+    """Return an argument's value for each of `count` datastores; raises InvalidArgumentError."""
     if not isinstance(given, Sequence):
         return [given] * count
     if len(given) != count:

@@ -12,7 +12,7 @@ from knnlm.corpus import Document
 from knnlm.errors import InvalidArgumentError
 from knnlm.language_model import LanguageModel
 from knnlm.memory import Memory
-from knnlm.mixture.parameters import Parameters
+from knnlm.mixture.parameters import Parameters, as_plain
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import EncodedDocument, Windowing, cut_windows, encode_documents, total_bytes
 from knnlm.scoring import Scores, mixed_log_probs, score_windows
@@ -77,14 +77,8 @@ class PerplexityReport:
     seconds: Seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON.
-
-        `parameters` is one object for one datastore, a list for several.
-        """
-        plain = asdict(self)
-        if len(self.parameters) == 1:
-            plain["parameters"] = plain["parameters"][0]
-        return plain
+        """Return everything as plain values, for JSON; `parameters` as `as_plain` gives them."""
+        return asdict(self) | {"parameters": as_plain(self.parameters)}
 
 
 def evaluation_scores(

@@ -82,7 +82,7 @@ def _score(
 def mixed_log_probs(scores: Scores, memories: Sequence[Memory]) -> Float[Tensor, " token"]:
     """Return log p of each scored token under the mixture of the memories that were searched."""
     components = [
-        memory.target_component(neighbors, scores.targets)
+        memory.vote(neighbors).for_targets(scores.targets)
         for memory, neighbors in zip(memories, scores.neighbors, strict=True)
     ]
     return interpolate(scores.lm_log_probs, components)

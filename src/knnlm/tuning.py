@@ -14,7 +14,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.interpolation import neighbor_log_weights, target_knn_log_probs
-from knnlm.mixture.parameters import Parameters
+from knnlm.mixture.parameters import Parameters, as_plain
 from knnlm.perplexity import evaluation_scores
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import Windowing
@@ -99,14 +99,8 @@ class Tuning:
             store.save_parameters(parameters, origin)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON.
-
-        `parameters` is one object for one datastore, a list for several.
-        """
-        plain = asdict(self)
-        if len(self.parameters) == 1:
-            plain["parameters"] = plain["parameters"][0]
-        return plain
+        """Return everything as plain values, for JSON; `parameters` as `as_plain` gives them."""
+        return asdict(self) | {"parameters": as_plain(self.parameters)}
 
 
 def cache_neighbors(

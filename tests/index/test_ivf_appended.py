@@ -110,15 +110,16 @@ def test_rows_forgotten_after_they_were_written_are_not_found(store: Datastore) 
     assert_neighbors(store, QUERIES, 40, found, 0.93)
 
 
+def die(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
 def test_a_crash_before_the_file_has_its_name(
     store: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     grow(store, 500, "new")
     keep_index(store)
     grow(store, 100, "newer")
-
-    def die(*arguments: object) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr("knnlm.index.ivf_file.publish", die)
@@ -140,9 +141,6 @@ def test_a_crash_before_the_replaced_files_are_gone(
     grow(store, 500, "new")
     keep_index(store)
     grow(store, 100, "newer")
-
-    def die(*arguments: object) -> None:
-        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(ivf_appended, "_remove", die)

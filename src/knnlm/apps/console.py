@@ -108,7 +108,7 @@ def print_perplexity(report: "PerplexityReport") -> None:
     """Print the LM and the kNN-LM side by side."""
     OUT.print(
         f"{report.tokens:,} tokens of {report.documents:,} documents, "
-        f"{_settings(report.parameters)}"
+        f"{settings_line(report.parameters)}"
     )
     table = Table()
     for heading in ("", "LM", "kNN-LM", "change"):
@@ -130,7 +130,7 @@ def print_perplexity(report: "PerplexityReport") -> None:
     )
 
 
-def _settings(parameters: "Sequence[Parameters]") -> str:
+def settings_line(parameters: "Sequence[Parameters]") -> str:
     """Return k, λ and T; of each, where there are several datastores."""
     return "; ".join(f"k {p.k}, λ {p.lmbda:g}, T {p.temperature:g}" for p in parameters)
 
@@ -160,7 +160,7 @@ def print_tuning(tuning: "Tuning") -> None:
         )
     else:
         OUT.print(
-            f"stored {_settings(tuning.parameters)}: perplexity "
+            f"stored {settings_line(tuning.parameters)}: perplexity "
             f"{tuning.lm_perplexity:.3f} → {tuning.knn_perplexity:.3f}"
         )
 
@@ -289,7 +289,7 @@ def print_store(store: "Datastore") -> None:
         rows["parameters"] = "not tuned; knnlm tune finds the best k, λ and T"
     else:
         rows["parameters"] = (
-            f"k {parameters.k}, λ {parameters.lmbda:g}, T {parameters.temperature:g}: perplexity "
+            f"{settings_line([parameters])}: perplexity "
             f"{tuning['lm_perplexity']:.3f} → {tuning['knn_perplexity']:.3f} on "
             f"{tuning['tokens']:,} tuning tokens"
             + "".join(f", together with {other}" for other in tuning.get("together_with", []))

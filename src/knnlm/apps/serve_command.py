@@ -84,8 +84,8 @@ def serve(
     def announce() -> None:
         shown = f"[{host}]" if ":" in host else host
         parameters = "; ".join(
-            f"{entries:,} entries, k {p.k}, λ {p.lmbda:g}, T {p.temperature:g}"
-            for entries, p in zip(facts.entries, facts.parameters, strict=True)
+            f"{entries:,} entries, {console.settings_line([of_one])}"
+            for entries, of_one in zip(facts.entries, facts.parameters, strict=True)
         )
         console.OUT.print(
             f"http://{shown}:{listener.getsockname()[1]}/v1 serves {served} ({parameters})",

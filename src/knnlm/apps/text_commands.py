@@ -43,16 +43,8 @@ if TYPE_CHECKING:
 
 def load_model(store: "Datastore", model: str | None, dtype: Dtype, device: str) -> "LanguageModel":
     """Load the language model that a datastore was built with, from there or another place."""
-    from knnlm.language_model import LanguageModel
-
-    settings = store.settings
-    return LanguageModel.load(
-        model or settings.model,
-        key=settings.key,
-        dtype=settings.model_dtype if dtype is Dtype.auto else dtype.value,
-        device=device,
-        revision=None if model else settings.revision,
-    )
+    asked = None if dtype is Dtype.auto else dtype.value
+    return store.load_model(model, dtype=asked, device=device)
 
 
 def open_model(

@@ -242,6 +242,21 @@ class Datastore:
                     f"{model.name} ({what} {given}); load that model or build another datastore"
                 )
 
+    def load_model(
+        self, name: str | None = None, *, dtype: str | None = None, device: str = "auto"
+    ) -> LanguageModel:
+        """Load the language model that the keys are of, from where it came or another place.
+
+        dtype: by default the one that it was built with. Raises what `LanguageModel.load` raises.
+        """
+        return LanguageModel.load(
+            name or self.settings.model,
+            key=self.settings.key,
+            dtype=dtype or self.settings.model_dtype,
+            device=device,
+            revision=None if name else self.settings.revision,
+        )
+
     @contextmanager
     def writer(self) -> Iterator[Catalog]:
         """Be the one writer: lock the datastore, clear what a killed writer left, see all commits.

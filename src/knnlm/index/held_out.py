@@ -4,6 +4,7 @@ Stored keys are easier to find than they: each has the rest of its own document 
 """
 
 from collections.abc import Iterable
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import cut_windows, default_batch_tokens, encode_documents, read_keys
+from knnlm.windows import limit_windows
 
 TOKENS = 8192
 _WINDOWS_AT_ONCE = 8
@@ -34,19 +36,14 @@ def held_out_queries(
     """
     store.check_model(lm)
     encoded = encode_documents(lm, documents, store.windowing.boundary)
-    windows = cut_windows(encoded, lm.start_token, store.windowing)
+    cut = cut_windows(encoded, lm.start_token, store.windowing)
+    windows = limit_windows(cut, max_tokens)
     keys: list[Tensor] = []
-    read = 0
     with progress.task("read held-out text", max_tokens, "tokens") as advance:
-        while read < max_tokens:
-            some = [window for _, window in zip(range(_WINDOWS_AT_ONCE), windows, strict=False)]
-            if not some:
-                break
+        while some := list(islice(windows, _WINDOWS_AT_ONCE)):
             of_window = dict(read_keys(lm, some, default_batch_tokens(lm)))
             keys += [of_window[number].float().cpu() for number in range(len(some))]
-            new = sum(window.new for window in some)
-            read += new
-            advance(new)
+            advance(sum(window.new for window in some))
     if not keys:
         raise InvalidArgumentError("the documents to take queries from hold no text; give others")
-    return torch.cat(keys)[:max_tokens]
+    return torch.cat(keys)

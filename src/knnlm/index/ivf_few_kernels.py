@@ -6,6 +6,7 @@ Knows arrays, not indexes. What a *score* is: see `ivf_kernels`.
 import numpy as np
 
 from knnlm.index.ivf_kernels import (
+    CACHE_LINE,
     Array,
     add_product,
     compiled,
@@ -13,7 +14,6 @@ from knnlm.index.ivf_kernels import (
     select,
 )
 
-_CACHE_LINE = 64
 _ROWS_AHEAD = 2
 _CODES_AHEAD = 4
 
@@ -22,7 +22,7 @@ def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
     """Compute the product of one vector with each row of a matrix, as fast as memory gives it."""
     address, row_bytes = rows.ctypes.data, rows.strides[0]
     for i in range(len(rows)):
-        for line in range(0, row_bytes, _CACHE_LINE):
+        for line in range(0, row_bytes, CACHE_LINE):
             prefetch(address + (i + _ROWS_AHEAD) * row_bytes + line)
         row = rows[i]
         total = np.float32(0.0)
@@ -94,7 +94,7 @@ def _candidates(
     for probe in range(len(lists)):
         for position in range(starts[lists[probe]], starts[lists[probe] + 1]):
             ahead = address + (position + _CODES_AHEAD) * code_bytes
-            for line in range(0, code_bytes, _CACHE_LINE):
+            for line in range(0, code_bytes, CACHE_LINE):
                 prefetch(ahead + line)
             code = codes[position]
             product = np.int32(0)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 _INSERTION_SORT_BELOW = 16
-_CACHE_LINE = 64
+CACHE_LINE = 64
 _KEYS_AHEAD = 2
 
 
@@ -194,7 +194,7 @@ def _exact(
         for _ in range(counts[i]):
             if candidate + _KEYS_AHEAD < len(positions):
                 ahead = address + positions[candidate + _KEYS_AHEAD] * key_bytes
-                for line in range(0, key_bytes, _CACHE_LINE):
+                for line in range(0, key_bytes, CACHE_LINE):
                     prefetch(ahead + line)
             key = keys[positions[candidate]]
             total = np.float32(0.0)
@@ -318,7 +318,7 @@ def _exact_in_block(
                 if j + _KEYS_AHEAD < rows.shape[1]:
                     ahead = rows[i, j + _KEYS_AHEAD] - first_row
                     if 0 <= ahead < len(keys):
-                        for line in range(0, key_bytes, _CACHE_LINE):
+                        for line in range(0, key_bytes, CACHE_LINE):
                             prefetch(address + ahead * key_bytes + line)
                 key = keys[position]
                 total = np.float32(0.0)

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.errors import InvalidArgumentError
-from knnlm.mixture.interpolation import neighbor_log_weights
+from knnlm.mixture.interpolation import group_by_token, neighbor_log_weights
 
 TEMPERATURES = (0.5, 1.0, 2.5)  # of the components, in units of the source's
 _MIDDLE = 1  # the component whose votes are described
@@ -151,10 +151,7 @@ def _count_votes(
 
     The sums stand in no particular place.
     """
-    tokens, order = voters.tokens.sort(dim=1, stable=True)  # the nearest of a token stays first
-    first = torch.ones_like(tokens, dtype=torch.bool)
-    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    _, order, first, group = group_by_token(voters.tokens)  # the nearest of a token stays first
     new = torch.zeros_like(first).scatter_(1, order, first)
-    group = first.cumsum(dim=1) - 1
     votes = torch.zeros_like(weights).scatter_add_(1, group, weights.gather(1, order))
     return new & voters.squared_distances.isfinite(), votes

@@ -61,6 +61,11 @@ class Votes(NamedTuple):
     lmbda: float | Float[Tensor, " query"]
     present: Bool[Tensor, " query"]
 
+    def for_targets(self, targets: Int[Tensor, " query"]) -> Component:
+        """Return what they say of one target a query."""
+        log_probs = target_knn_log_probs(self.log_weights, self.tokens == targets[:, None])
+        return Component(log_probs, self.lmbda, self.present)
+
 
 def interpolate(
     lm_log_probs: Float[Tensor, " query"], components: Sequence[Component]
@@ -108,6 +113,26 @@ def _log_shares(
     return log_lmbdas, torch.log1p(-total.clamp_max(1.0))  # rounded weights may add up to more
 
 
+class TokenGroups(NamedTuple):
+    """Each query's tokens in ascending order, equal ones in their old order.
+
+    order: where each stood. first: whether it begins a group of equal ones. group: its number.
+    """
+
+    tokens: Int[Tensor, "query k"]
+    order: Int[Tensor, "query k"]
+    first: Bool[Tensor, "query k"]
+    group: Int[Tensor, "query k"]
+
+
+def group_by_token(tokens: Int[Tensor, "query k"]) -> TokenGroups:
+    """Put each query's equal tokens side by side."""
+    tokens, order = tokens.sort(dim=1, stable=True)
+    first = torch.ones_like(tokens, dtype=torch.bool)
+    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
+    return TokenGroups(tokens, order, first, first.cumsum(dim=1) - 1)
+
+
 def _sum_by_token(
     log_weights: Float[Tensor, "query k"], tokens: Int[Tensor, "query k"]
 ) -> tuple[Int[Tensor, " vote"], Int[Tensor, " vote"], Float[Tensor, " vote"]]:
@@ -115,11 +140,8 @@ def _sum_by_token(
 
     A log-sum-exp for each token, so that a vote too small for float32 still has its logarithm.
     """
-    tokens, order = tokens.long().sort(dim=1)
+    tokens, order, first, group = group_by_token(tokens.long())
     log_weights = log_weights.gather(1, order)
-    first = torch.ones_like(tokens, dtype=torch.bool)
-    first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
-    group = first.cumsum(dim=1) - 1
     heaviest = torch.full_like(log_weights, -torch.inf)
     heaviest.scatter_reduce_(1, group, log_weights, reduce="amax")
     relative = (log_weights - heaviest.gather(1, group)).nan_to_num(nan=-torch.inf).exp()

@@ -1,7 +1,9 @@
 """The three numbers of a kNN-LM, and their rules."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from knnlm.errors import InvalidArgumentError
 
@@ -33,3 +35,9 @@ class Parameters:
             raise InvalidArgumentError(
                 f"temperature must be positive and finite, got {self.temperature}: 1 is the paper's"
             )
+
+
+def as_plain(parameters: Sequence[Parameters]) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return them for JSON: one object for one datastore, a list for several."""
+    plain = [asdict(of_one) for of_one in parameters]
+    return plain[0] if len(plain) == 1 else plain

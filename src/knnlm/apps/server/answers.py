@@ -12,7 +12,6 @@ from knnlm.apps.server.openai_schema import (
     CompletionRequest,
     CompletionResponse,
     LogProbs,
-    SourceInfo,
     TokenExplanation,
     Usage,
 )
@@ -30,6 +29,12 @@ class Piece:
     text: str
     tokens: tuple[ScoredToken, ...]
     finish_reason: str | None = None
+
+
+def refusal_of(failed: Failed) -> RefusalError:
+    """Return a failed job as the answer to its request."""
+    status = 400 if failed.refused else 503 if failed.stopping else 500
+    return RefusalError(status, failed.message)
 
 
 class Answer:
@@ -60,8 +65,7 @@ class Answer:
         while unfinished:
             number, event = await self._next_event()
             if isinstance(event, Failed):
-                status = 400 if event.refused else 503 if event.stopping else 500
-                raise RefusalError(status, event.message)
+                raise refusal_of(event)
             if isinstance(event, PromptRead) and self._request.echo:
                 for sample in range(self._samples):
                     index = number * self._samples + sample
@@ -156,10 +160,7 @@ def explanation_info(explanation: Explanation) -> TokenExplanation:
         knn_prob=explanation.knn_prob,
         log_prob=log_prob,
         gain=log_prob - lm_log_prob,
-        sources=[
-            SourceInfo.model_validate(source, from_attributes=True)
-            for source in explanation.sources
-        ],
+        sources=list(explanation.sources),
     )
 
 

@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
 from knnlm.apps.server import refusals
-from knnlm.apps.server.answers import Answer, Piece, explanation_info
+from knnlm.apps.server.answers import Answer, Piece, explanation_info, refusal_of
 from knnlm.apps.server.engine import Engine, Facts, QueueFullError, UnavailableError
 from knnlm.apps.server.gate import Gate
 from knnlm.apps.server.intake import RequestReader
@@ -167,9 +167,7 @@ def create_app(
             return Response(status_code=CLIENT_LEFT)
         _, event = received
         if isinstance(event, Failed):
-            raise RefusalError(
-                400 if event.refused else 503 if event.stopping else 500, event.message
-            )
+            raise refusal_of(event)
         assert isinstance(event, Explained)
         tokens = [explanation_info(one) for one in event.explanations]
         return Response(

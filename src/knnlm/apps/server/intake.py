@@ -12,6 +12,7 @@ from knnlm.apps.server.limits import Limits
 from knnlm.apps.server.mixing import Overrides
 from knnlm.apps.server.openai_schema import CompletionRequest, ExplainRequest, Prompt
 from knnlm.apps.server.refusals import RefusalError
+from knnlm.language_model import detokenize, tokenize
 
 _DEFAULT_MAX_TOKENS = 16  # the protocol's
 _DEFAULT_SOURCES = 3
@@ -60,20 +61,16 @@ class RequestReader:
                     param="prompt",
                 )
             with self._lock:
-                text = self._tokenizer.decode(
-                    ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-                )
-            encoded.append(EncodedPrompt(ids, 0, str(text)))
+                text = detokenize(self._tokenizer, ids)
+            encoded.append(EncodedPrompt(ids, 0, text))
         return encoded
 
     def _encode_texts(self, texts: list[str]) -> list[EncodedPrompt]:
         with self._lock:
-            encoding = self._tokenizer(
-                texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-            )
+            tokenized = tokenize(self._tokenizer, texts)
         return [
             EncodedPrompt([self._facts.start_token, *tokens], 1, text)
-            for text, tokens in zip(texts, encoding["input_ids"], strict=True)
+            for text, tokens in zip(texts, tokenized, strict=True)
         ]
 
     def completions(

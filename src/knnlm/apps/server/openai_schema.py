@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from knnlm.attribution import Source
+
 Text = Annotated[str, Field(max_length=1 << 20)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)
@@ -121,20 +123,6 @@ class LogProbs(BaseModel):
     text_offset: list[int]
 
 
-class SourceInfo(BaseModel):
-    """A neighbor: an entry of the datastore that spoke for its `value` after `before`."""
-
-    store: str
-    row: int
-    document: str
-    position: int
-    weight: float
-    squared_distance: float
-    before: str
-    value: str
-    after: str
-
-
 class TokenExplanation(BaseModel):
     """What model and datastore gave to a token; log-probabilities in nats."""
 
@@ -144,7 +132,7 @@ class TokenExplanation(BaseModel):
     knn_prob: float
     log_prob: float
     gain: float
-    sources: list[SourceInfo]
+    sources: list[Source]
 
 
 class Choice(BaseModel):

@@ -26,7 +26,7 @@ from knnlm.apps.server.jobs import (
     TextToExplain,
 )
 from knnlm.apps.server.metrics import Metrics
-from knnlm.apps.server.mixing import Mixture, mix_step, override
+from knnlm.apps.server.mixing import Mixture, mix_step
 from knnlm.apps.server.sampling import choose_token, seeded_generator
 from knnlm.apps.server.text_stream import TextStream
 from knnlm.attribution import explain
@@ -109,7 +109,7 @@ class Worker:
         """Take a job on; an explanation is done at once. What fails, fails the job alone."""
         try:
             self._follow_changes()
-            memories = override(self._memories, job.overrides)
+            memories = job.overrides.of(self._memories)
             if isinstance(job, Completion) and job.max_tokens == 0 and not job.score_prompt:
                 job.post(PromptRead())
                 for sample in range(job.samples):
