@@ -24,7 +24,7 @@ from knnlm.language_model import LanguageModel
 from knnlm.memory import Memory
 from knnlm.mixture.parameters import Parameters
 from knnlm.reading import Windowing, cut_windows, encode_documents
-from knnlm.scoring import mixed_log_probs, score_windows
+from knnlm.scoring import Wanted, mixed_log_probs, score_windows
 
 K = 12
 SIZES: dict[str, Any] = {"window": 48, "context": 16}
@@ -112,10 +112,8 @@ def test_sparse_scores_equal_the_dense_ones(
     encoded = encode_documents(tiny_lm, documents, boundary)
     windowing = Windowing(30, 10, boundary)
     windows = list(cut_windows(encoded, tiny_lm.start_token, windowing))
-    (scores,) = score_windows(tiny_lm, windows, model.memories)
-    sparse = torch.split(
-        mixed_log_probs(scores, model.memories), [window.new for window in windows]
-    )
+    (scores,) = score_windows(tiny_lm, windows, Wanted.by(model.mixer, "document"))
+    sparse = torch.split(mixed_log_probs(scores, model.mixer), [window.new for window in windows])
     assert len(windows) > 5
     for window, of_window in zip(windows, sparse, strict=True):
         dense = model.log_probs(torch.from_numpy(window.inputs)[None])[0, window.context :]
@@ -220,12 +218,12 @@ def test_several_datastores_equal_the_slow_mixture(
             Windowing(30, 10),
         )
     )
-    (scores,) = score_windows(tiny_lm, windows, model.memories)
+    (scores,) = score_windows(tiny_lm, windows, Wanted.by(model.mixer, "document"))
     row = tokens_of(tiny_lm, TEXT)
     dense = model.log_probs(row[:, : windows[0].positions])[0]
     new = torch.from_numpy(windows[0].targets).long()
     torch.testing.assert_close(
-        mixed_log_probs(scores, model.memories)[: len(new)],
+        mixed_log_probs(scores, model.mixer)[: len(new)],
         dense.gather(1, new[:, None])[:, 0],
         atol=1e-4,
         rtol=1e-4,

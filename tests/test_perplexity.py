@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from stores import distinct_documents, stored_keys
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import knnlm.memory
+import knnlm.mixer
 import knnlm.reading
 import knnlm.scoring
 from knnlm.corpus import Document, read_documents
@@ -227,7 +228,7 @@ def test_no_distribution_over_the_vocabulary_but_the_lms(
     def refuse(*arguments: object) -> None:
         raise AssertionError("evaluation must not build p_kNN over the vocabulary")
 
-    monkeypatch.setattr(knnlm.memory, "interpolate_vocabulary", refuse)
+    monkeypatch.setattr(knnlm.mixer, "interpolate_vocabulary", refuse)
     with pytest.raises(AssertionError, match="must not build"):
         model.log_probs(torch.tensor([[0, 5]]))
 
@@ -270,7 +271,7 @@ def test_a_token_without_any_vote_has_no_probability(
     tiny_lm: LanguageModel, store_path: Path
 ) -> None:
     report = KNNLM(tiny_lm, Datastore(store_path), k=1, lmbda=1.0).perplexity(TEXTS)
-    assert report.knn == Measure(math.inf, math.inf, math.inf, math.inf)
+    assert replace(report.knn, perplexity_error=None) == Measure(*[math.inf] * 4)
     assert report.lm.perplexity < math.inf
 
 
@@ -357,4 +358,4 @@ def test_refusals(model: KNNLM) -> None:
     with refusal(InvalidArgumentError, "max_tokens must be at least 1, got 0"):
         model.perplexity(TEXTS, max_tokens=0)
     with refusal(InvalidArgumentError, "window must be at most 256 for tiny, got 257"):
-        evaluate(model.lm, model.memories, TEXTS, Windowing(257, 0))
+        evaluate(model.lm, model.mixer, TEXTS, Windowing(257, 0))

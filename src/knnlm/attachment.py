@@ -16,17 +16,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
+from knnlm.attached_cache import SequenceCaches
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import AttachmentError
 from knnlm.index.protocol import Index
 from knnlm.keyed_model import KeyedModel
-from knnlm.memory import ForEach, Memory, as_stores, mix, open_memories
+from knnlm.memory import ForEach, as_stores
+from knnlm.mixer import Mixer, open_mixer
+from knnlm.mixture.continuous_cache import CacheParameters
 
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
 class Attachment:
-    """Memories in a model, until `detach` or the end of the `with` block.
+    """A mixer in a model, until `detach` or the end of the `with` block.
 
     After every forward pass the model's logits are log-probabilities of the mixture, float32, for
     the positions that the pass keeps (`logits_to_keep`), and only these are searched; the loss, if
@@ -36,9 +39,9 @@ class Attachment:
     Raises AttachmentError if the model already has an attachment.
     """
 
-    def __init__(self, keyed: KeyedModel, memories: Sequence[Memory]) -> None:
+    def __init__(self, keyed: KeyedModel, mixer: Mixer) -> None:
         self.model: PreTrainedModel = keyed.model
-        self.memories = memories
+        self.mixer = mixer
         if self.model in _ATTACHED:
             raise AttachmentError(
                 f"model {keyed.name!r} already has a datastore attached: detach that first, or "
@@ -48,6 +51,7 @@ class Attachment:
         self._signature = inspect.signature(self.model.forward)
         self._hooks = ExitStack()
         self._captured = self._hooks.enter_context(keyed.capture())
+        self._caches = SequenceCaches(mixer, keyed.name)
         hook = self.model.register_forward_hook(
             torch.compiler.disable(self._mix_output),  # type: ignore[no-untyped-call]
             with_kwargs=True,
@@ -77,14 +81,14 @@ class Attachment:
     def _mix_output(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not any(memory.counts for memory in self.memories):
+        if not self.mixer.counts:
             return output
         given = self._signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         # a tuple holds the losses first, which have no dimensions
         place = None if hasattr(output, "logits") else _first_with_three_dimensions(output)
         logits: Tensor = output.logits if place is None else output[place]
-        mixed = self._mix(logits, given.get("logits_to_keep", 0))
+        mixed = self._mix(logits, given, output)
         labels = given.get("labels")
         if place is None:
             if labels is not None:
@@ -100,13 +104,20 @@ class Attachment:
         return tuple(parts)
 
     def _mix(
-        self, logits: Float[Tensor, "batch kept vocab"], logits_to_keep: int | Tensor
+        self, logits: Float[Tensor, "batch kept vocab"], given: dict[str, Any], output: Any
     ) -> Float[Tensor, "batch kept vocab"]:
-        keys = self._captured.keys
+        read = keys = self._captured.keys.to(logits.device)
+        kept = torch.arange(keys.shape[:2].numel(), device=keys.device)
+        kept = kept.reshape(*keys.shape[:2], 1)
         if logits.shape[1] != keys.shape[1]:
-            keys = slice_logits_to_keep(keys, logits_to_keep)
+            keys = slice_logits_to_keep(keys, given.get("logits_to_keep", 0))
+            kept = slice_logits_to_keep(kept, given.get("logits_to_keep", 0))
+        recalled = None
+        if self.mixer.recalls:
+            recollection = self._caches.recall(given, output, read.detach())
+            recalled = self.mixer.nearest(recollection.of(kept.flatten()))
         lm_log_probs = torch.log_softmax(logits.float(), dim=-1)
-        mixed = mix(self.memories, keys.flatten(0, 1).to(logits.device), lm_log_probs.flatten(0, 1))
+        mixed = self.mixer.mix(keys.flatten(0, 1), recalled, lm_log_probs.flatten(0, 1))
         return mixed.reshape(lm_log_probs.shape)
 
 
@@ -118,6 +129,8 @@ def attach(
     lmbda: ForEach[float] = None,
     temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
+    cache: CacheParameters | bool = False,
+    learned: bool = True,
 ) -> Attachment:
     """Let an unmodified HF causal LM answer with the kNN-LM's mixture.
 
@@ -126,8 +139,10 @@ def attach(
 
     store: one datastore, or several whose λ add up to at most 1; then k, lmbda, temperature and
     index are one value for all or a sequence with one for each. By default they are what `tune`
-    stored with the datastore, else the paper's. Outside a `with` block, call the attachment's
-    `detach()`.
+    stored with the datastore, else the paper's. learned: whether the gate that `tune` stored
+    chooses λ and T of each token, as long as none of k, lmbda, temperature is given. cache: the
+    continuous cache, True for the one that `tune` stored; it follows the sequences being read.
+    Outside a `with` block, call the attachment's `detach()`.
 
     The tokenizer is not seen, so not checked: use the one that the datastore was built with. Raises
     DatastoreMismatchError for a datastore of another model, AttachmentError if one is attached
@@ -135,8 +150,17 @@ def attach(
     """
     stores = as_stores(store)
     keyed = KeyedModel(model, key=stores[0].settings.key)
-    memories = open_memories(keyed, stores, k=k, lmbda=lmbda, temperature=temperature, index=index)
-    return Attachment(keyed, memories)
+    mixer = open_mixer(
+        keyed,
+        stores,
+        k=k,
+        lmbda=lmbda,
+        temperature=temperature,
+        index=index,
+        cache=cache,
+        learned=learned,
+    )
+    return Attachment(keyed, mixer)
 
 
 def _first_with_three_dimensions(output: tuple[Any, ...]) -> int:

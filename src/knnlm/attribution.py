@@ -1,7 +1,7 @@
 """Which entries of which documents spoke for each token of a text."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,22 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 from knnlm.language_model import LanguageModel
 from knnlm.memory import Memory
+from knnlm.mixer import Mixer
 from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.perplexity import evaluation_scores
-from knnlm.scoring import Scores
+from knnlm.scoring import Scores, Wanted
+
+THIS_TEXT = "(this text)"
+"""The document of a source that the continuous cache remembers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """One neighbor of a token.
 
-    store: the path of its datastore. weight: its share of p_kNN. position: of the entry in its
-    document, in tokens. value: the token that it votes for, in the passage before + value + after.
+    store: the path of its datastore; "", with row −1, of what the continuous cache remembers.
+    weight: its share of p_kNN. position: of the entry in its document, in tokens. value: the token
+    that it votes for, in the passage before + value + after.
     """
 
     store: str
@@ -70,8 +75,11 @@ def explain(
     sources: neighbors named for each token. before, after: tokens of their passages. Raises
     InvalidArgumentError for a text without tokens and a datastore without entries.
     """
-    memories = [memory for memory in model.memories if len(memory.store) > 0]
-    if not memories:
+    mixer = model.mixer
+    if mixer.gate is None:
+        memories = tuple(memory for memory in model.memories if len(memory.store) > 0)
+        mixer = replace(mixer, memories=memories)
+    if not any(len(memory.store) > 0 for memory in mixer.memories):
         raise InvalidArgumentError(
             f"{model.memories[0].store.path} must have entries to explain with, got none"
         )
@@ -79,8 +87,10 @@ def explain(
         if number < 0:
             raise InvalidArgumentError(f"{name} must be at least 0, got {number}")
     explanations: list[Explanation] = []
-    for scores in evaluation_scores(model.lm, memories, [Document("text", text)], model.windowing):
-        explanations += explain_scores(model.lm, memories, scores, sources, before, after)
+    wanted = replace(Wanted.by(mixer, model.windowing.boundary), memories=mixer.memories)
+    for scores in evaluation_scores(model.lm, wanted, [Document("text", text)], model.windowing):
+        text_before = [explanation.token for explanation in explanations]
+        explanations += explain_scores(model.lm, mixer, scores, sources, before, after, text_before)
     if not explanations:
         raise InvalidArgumentError("the text to explain must have a token, got none")
     return explanations
@@ -88,27 +98,32 @@ def explain(
 
 def explain_scores(
     lm: LanguageModel,
-    memories: Sequence[Memory],
+    mixer: Mixer,
     scores: Scores,
     sources: int,
     before: int,
     after: int,
+    text_before: Sequence[int] = (),
 ) -> Iterator[Explanation]:
-    """Explain the targets of some scores, the neighbors being those of `memories`, in order."""
-    votes = [
-        memory.vote(neighbors) for memory, neighbors in zip(memories, scores.neighbors, strict=True)
-    ]
-    of_targets = [of_memory.for_targets(scores.targets) for of_memory in votes]
-    shares = _shares(memories, votes)
-    of_shares = [of_memory.log_probs.exp() for of_memory in of_targets]
+    """Explain the targets of some scores, the neighbors being those of all the mixer's memories.
+
+    text_before: the tokens before the targets, which a continuous cache remembers.
+    """
+    memories = mixer.memories
+    recalled = scores.recalled[0] if scores.recalled else None
+    votes = mixer.votes(memories, scores.neighbors, recalled, scores.lm)
+    of_targets = [of_source.for_targets(scores.targets) for of_source in votes]
+    shares = _shares(votes)
+    of_shares = [of_source.log_probs.exp() for of_source in of_targets]
     knn_probs = (shares * torch.stack(of_shares, dim=1)).sum(dim=1)
     mixed = interpolate(scores.lm_log_probs, of_targets).tolist()
     weights = [
-        of_memory.log_weights.exp() * shares[:, which, None]
-        for which, of_memory in enumerate(votes)
+        of_source.log_weights.exp() * shares[:, which, None]
+        for which, of_source in enumerate(votes)
     ]
     # nearest first among equals
     strongest = torch.cat(weights, dim=1).sort(dim=1, descending=True, stable=True)
+    text = [*text_before, *scores.targets.tolist()]
     for number, token in enumerate(scores.targets.tolist()):
         named = []
         for weight, place in zip(
@@ -117,9 +132,19 @@ def explain_scores(
             strict=True,
         ):
             which = 0
-            while place >= scores.neighbors[which].rows.shape[1]:
-                place -= scores.neighbors[which].rows.shape[1]
+            while place >= votes[which].tokens.shape[1]:
+                place -= votes[which].tokens.shape[1]
                 which += 1
+            if which == len(memories):
+                assert recalled is not None
+                age = int(recalled.ages[number, place])
+                if recalled.tokens[number, place] >= 0:
+                    remembered = len(text_before) + number - age
+                    distance = float(recalled.squared_distances[number, place])
+                    named.append(
+                        _recalled_source(lm, text, remembered, weight, distance, before, after)
+                    )
+                continue
             neighbors = scores.neighbors[which]
             if neighbors.rows[number, place] >= 0:
                 row = int(neighbors.rows[number, place])
@@ -135,13 +160,36 @@ def explain_scores(
         )
 
 
-def _shares(memories: Sequence[Memory], votes: Sequence[Votes]) -> Float[Tensor, "query memory"]:
-    """Return the part of p_kNN that each datastore speaks for: by its λ, where it has a say."""
-    lmbdas = torch.tensor([memory.parameters.lmbda for memory in memories])
-    if float(lmbdas.sum()) == 0.0:
-        lmbdas = torch.ones_like(lmbdas)
-    shares = lmbdas * torch.stack([of_memory.present for of_memory in votes], dim=1)
+def _shares(votes: Sequence[Votes]) -> Float[Tensor, "query source"]:
+    """Return the part of p_kNN that each source speaks for: by its λ, where it has a say."""
+    present = torch.stack([of_source.present for of_source in votes], dim=1)
+    lmbdas = torch.stack([torch.as_tensor(v.lmbda).expand(len(v.present)) for v in votes], dim=1)
+    lmbdas = torch.where(present, lmbdas, 0.0)
+    total = lmbdas.sum(dim=1, keepdim=True)
+    shares = torch.where(total > 0.0, lmbdas, present.float())  # of no weight: alike
     return shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-30)
+
+
+def _recalled_source(
+    lm: LanguageModel,
+    text: Sequence[int],
+    position: int,
+    weight: float,
+    squared_distance: float,
+    before: int,
+    after: int,
+) -> Source:
+    return Source(
+        store="",
+        row=-1,
+        document=THIS_TEXT,
+        position=position,
+        weight=weight,
+        squared_distance=squared_distance,
+        before=lm.decode(text[max(position - before, 0) : position]),
+        value=lm.decode([text[position]]),
+        after=lm.decode(text[position + 1 : position + 1 + after]),
+    )
 
 
 def _source(

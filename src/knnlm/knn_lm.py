@@ -14,7 +14,9 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Index
 from knnlm.language_model import LanguageModel
-from knnlm.memory import ForEach, Memory, mix, open_memories
+from knnlm.memory import ForEach, Memory
+from knnlm.mixer import Mixer, open_mixer
+from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.perplexity import PerplexityReport, evaluate
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import Windowing
@@ -38,6 +40,10 @@ class KNNLM:
     k, lmbda, temperature: by default what `tune` stored with the datastore, else the paper's
     1024, 0.25 and 1, with k at most the number of entries.
     index: what finds the neighbors; by default the datastore's.
+    learned: whether the gate that `tune` stored for these datastores chooses λ and T of each token,
+    as long as none of k, lmbda, temperature is given. False: they are fixed.
+    cache: the continuous cache (Grave et al. 2017), a further component; True for the one that
+    `tune` stored.
 
     Raises DatastoreMismatchError if the datastore was built with another model, and
     InvalidArgumentError for parameters outside their rules, such as λ that add up to more than 1.
@@ -52,12 +58,26 @@ class KNNLM:
         lmbda: ForEach[float] = None,
         temperature: ForEach[float] = None,
         index: ForEach[Index] = None,
+        cache: CacheParameters | bool = False,
+        learned: bool = True,
     ) -> None:
         self.lm = lm
-        self.memories: tuple[Memory, ...] = open_memories(
-            lm, store, k=k, lmbda=lmbda, temperature=temperature, index=index
+        self.mixer: Mixer = open_mixer(
+            lm,
+            store,
+            k=k,
+            lmbda=lmbda,
+            temperature=temperature,
+            index=index,
+            cache=cache,
+            learned=learned,
         )
+        """What is mixed with the language model, and how."""
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
         """The datastores, each with its index and its parameters."""
+        return self.mixer.memories
 
     @property
     def windowing(self) -> Windowing:
@@ -68,11 +88,17 @@ class KNNLM:
         """Return log p of every next token after each position, float32.
 
         tokens: token ids, the start token included; rows may be padded on the right. λ = 0 gives
-        the model's own log-probabilities to the bit, without a search.
+        the model's own log-probabilities to the bit, without a search. A continuous cache remembers
+        what precedes a position in its row.
         """
         reading = self.lm.keys_and_logits(tokens)
         log_probs = torch.log_softmax(reading.logits, dim=-1)
-        mixed = mix(self.memories, reading.keys.flatten(0, 1), log_probs.flatten(0, 1))
+        recalled = None
+        if self.mixer.recalls:
+            cache = self.mixer.new_cache(reading.keys)
+            recollection = cache.recall(tokens.to(reading.keys.device), reading.keys)
+            recalled = self.mixer.nearest(recollection)
+        mixed = self.mixer.mix(reading.keys.flatten(0, 1), recalled, log_probs.flatten(0, 1))
         return mixed.reshape(log_probs.shape)
 
     def perplexity(
@@ -86,7 +112,7 @@ class KNNLM:
         """Score held-out documents; every token once, in the datastore's windows by default."""
         return evaluate(
             self.lm,
-            self.memories,
+            self.mixer,
             documents,
             windowing or self.windowing,
             max_tokens,
@@ -128,7 +154,7 @@ class KNNLM:
         try:
             with (
                 torch.random.fork_rng(devices, enabled=seed is not None),
-                Attachment(lm, self.memories),
+                Attachment(lm, self.mixer),
             ):
                 if seed is not None:
                     torch.manual_seed(seed)

@@ -12,11 +12,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
 from knnlm.keyed_model import KeyedModel
-from knnlm.mixture.interpolation import (
-    Votes,
-    interpolate_vocabulary,
-    neighbor_log_weights,
-)
+from knnlm.mixture.interpolation import Votes, neighbor_log_weights
 from knnlm.mixture.parameters import Parameters
 
 Value = TypeVar("Value")
@@ -60,31 +56,6 @@ class Memory:
             self.parameters.lmbda,
             neighbors.present.any(dim=1),
         )
-
-
-def mix(
-    memories: Sequence[Memory],
-    keys: Float[Tensor, "query dim"],
-    lm_log_probs: Float[Tensor, "query vocab"],
-) -> Float[Tensor, "query vocab"]:
-    """Return log p of the whole vocabulary under the mixture; what does not count is not searched.
-
-    Where no memory counts, `lm_log_probs` come back as they are.
-    """
-    counting = [memory for memory in memories if memory.counts and len(keys) > 0]
-    return mix_neighbors(counting, [memory.search(keys) for memory in counting], lm_log_probs)
-
-
-def mix_neighbors(
-    memories: Sequence[Memory],
-    neighbors: Sequence[Neighbors],
-    lm_log_probs: Float[Tensor, "query vocab"],
-) -> Float[Tensor, "query vocab"]:
-    """Return what `mix` does, of neighbors already found, those of `memories` in order."""
-    if not memories:
-        return lm_log_probs
-    votes = [memory.vote(found) for memory, found in zip(memories, neighbors, strict=True)]
-    return interpolate_vocabulary(lm_log_probs, votes)
 
 
 def open_memories(
@@ -170,14 +141,19 @@ def _fill_in(
         strict=True,
     )
     chosen = tuple(_choose(*of_one) for of_one in given)
-    total = sum(parameters.lmbda for parameters in chosen)
-    if total > 1.0 + 1e-9:
-        weights = " + ".join(f"{parameters.lmbda:g}" for parameters in chosen)
-        raise InvalidArgumentError(
-            f"the weights lmbda (λ) of several datastores must add up to at most 1, got {weights} "
-            f"= {total:g}: give each a smaller one, or tune them together"
-        )
+    check_total(chosen)
     return chosen
+
+
+def check_total(parameters: Sequence[Parameters], of: str = "several datastores") -> None:
+    """Refuse weights λ that leave the language model less than nothing."""
+    total = sum(of_one.lmbda for of_one in parameters)
+    if total > 1.0 + 1e-9:
+        weights = " + ".join(f"{of_one.lmbda:g}" for of_one in parameters)
+        raise InvalidArgumentError(
+            f"the weights lmbda (λ) of {of} must add up to at most 1, got {weights} = {total:g}: "
+            "give each a smaller one, or tune them together"
+        )
 
 
 def _choose(

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,11 +11,13 @@ import numpy as np
 from knnlm.corpus import Document
 from knnlm.errors import InvalidArgumentError
 from knnlm.language_model import LanguageModel
-from knnlm.memory import Memory
+from knnlm.mixer import Mixer
+from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters, as_plain
+from knnlm.perplexity_tally import FrequencyBucket, Tally, perplexity_of
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import EncodedDocument, Windowing, cut_windows, encode_documents, total_bytes
-from knnlm.scoring import Scores, mixed_log_probs, score_windows
+from knnlm.scoring import Scores, Wanted, mixed_log_probs, score_windows
 from knnlm.windows import limit_windows
 
 
@@ -25,27 +27,33 @@ class Measure:
 
     perplexity and nats_per_token count the model's tokens; word_perplexity spreads the same nats
     over words separated by white space, bits_per_byte over the bytes of the text in UTF-8, so that
-    both compare models with different tokenizers.
+    both compare models with different tokenizers. perplexity_error: its standard error, by a
+    bootstrap over documents; None for fewer than two.
     """
 
     perplexity: float
     nats_per_token: float
     word_perplexity: float
     bits_per_byte: float
+    perplexity_error: float | None = None
 
     @classmethod
-    def of(cls, total_nats: float, tokens: int, words: int, size_bytes: int) -> "Measure":
+    def of(
+        cls,
+        total_nats: float,
+        tokens: int,
+        words: int,
+        size_bytes: int,
+        perplexity_error: float | None = None,
+    ) -> "Measure":
         """Spread the nats over tokens, words and bytes."""
         return cls(
-            _exp(total_nats / tokens),
+            perplexity_of(total_nats / tokens),
             total_nats / tokens,
-            _exp(total_nats / max(words, 1)),
+            perplexity_of(total_nats / max(words, 1)),
             total_nats / math.log(2) / max(size_bytes, 1),
+            perplexity_error,
         )
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +69,11 @@ class Seconds:
 class PerplexityReport:
     """The LM and the kNN-LM on one text.
 
-    parameters: of each datastore. tokens_helped, tokens_hurt: tokens to which the mixture gives
-    more, or less, than the LM alone.
+    parameters: of each datastore. learned: whether a gate chose their λ and T for each token
+    instead. cache: the continuous cache, if one was mixed in. tokens_helped, tokens_hurt: tokens to
+    which the mixture gives more, or less, than the LM alone. share_hurt: of tokens that it gives at
+    least 0.1 nats less. change, change_error: of perplexity against the LM's, −0.1 for 10 % less,
+    and its standard error. frequencies: from tokens that the datastores lack to the most frequent.
     """
 
     documents: int
@@ -71,9 +82,15 @@ class PerplexityReport:
     size_bytes: int
     lm: Measure
     knn: Measure
+    change: float
+    change_error: float | None
     parameters: tuple[Parameters, ...]
+    learned: bool
+    cache: CacheParameters | None
     tokens_helped: int
     tokens_hurt: int
+    share_hurt: float
+    frequencies: tuple[FrequencyBucket, ...]
     seconds: Seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -83,7 +100,7 @@ class PerplexityReport:
 
 def evaluation_scores(
     lm: LanguageModel,
-    memories: Sequence[Memory],
+    wanted: Wanted,
     documents: Iterable[Document],
     windowing: Windowing,
     max_tokens: int | None = None,
@@ -91,7 +108,7 @@ def evaluation_scores(
     description: str = "eval",
     met: dict[int, EncodedDocument] | None = None,
 ) -> Iterator[Scores]:
-    """Yield the scores of a held-out text, every token once; every memory is searched.
+    """Yield what is wanted of a held-out text, of every token once.
 
     max_tokens: stop after so many. met: filled with the documents read, by their number.
     """
@@ -108,7 +125,7 @@ def evaluation_scores(
     windows = limit_windows(cut_windows(meeting(), lm.start_token, windowing), max_tokens)
     corpus_bytes = total_bytes(documents)
     with progress.task(description, max_tokens, "tokens") as advance:
-        for scores in score_windows(lm, windows, memories):
+        for scores in score_windows(lm, windows, wanted):
             total: float | None = max_tokens
             if corpus_bytes is not None:
                 tokens = sum(document.tokens for document in met.values())
@@ -120,7 +137,7 @@ def evaluation_scores(
 
 def evaluate(
     lm: LanguageModel,
-    memories: Sequence[Memory],
+    mixer: Mixer,
     documents: Iterable[Document],
     windowing: Windowing,
     max_tokens: int | None = None,
@@ -132,38 +149,32 @@ def evaluate(
     Raises InvalidArgumentError, also for a text without tokens.
     """
     started = time.perf_counter()
-    lm_nats = knn_nats = lm_seconds = search_seconds = 0.0
-    tokens = helped = hurt = 0
-    scored: dict[int, int] = {}
-    last_targets: list[np.ndarray] = []
+    lm_seconds = search_seconds = 0.0
+    tally = Tally(mixer.memories, lm.vocab_size)
+    last_document, last_targets = -1, list[np.ndarray]()
     met: dict[int, EncodedDocument] = {}
-    counting = [memory for memory in memories if memory.counts]
+    wanted = Wanted.by(mixer, windowing.boundary)
     for scores in evaluation_scores(
         lm,
-        counting,
+        wanted,
         documents,
         windowing,
         max_tokens,
         progress,
         met=met,
     ):
-        mixed = mixed_log_probs(scores, counting)
-        lm_nats -= float(scores.lm_log_probs.double().sum())
-        knn_nats -= float(mixed.double().sum())
-        tokens += len(mixed)
-        helped += int((mixed > scores.lm_log_probs).sum())
-        hurt += int((mixed < scores.lm_log_probs).sum())
+        tally.add(scores, mixed_log_probs(scores, mixer))
         lm_seconds += scores.lm_seconds
         search_seconds += scores.search_seconds
         for window in scores.windows:
             offset = 0
             for span in window.spans:
-                if span.document not in scored:
-                    last_targets = []
-                scored[span.document] = scored.get(span.document, 0) + span.count
+                if span.document != last_document:
+                    last_document, last_targets = span.document, []
                 last_targets.append(window.targets[offset : offset + span.count])
                 offset += span.count
-    if tokens == 0:
+    scored = tally.scored
+    if not scored:
         raise InvalidArgumentError("the text to evaluate must have a token, got none")
     words = sum(met[number].words for number in scored)
     size_bytes = sum(met[number].size_bytes for number in scored)
@@ -176,15 +187,24 @@ def evaluate(
         text = lm.decode(targets[int(streaming) - unpredicted :])
         words += len(text.split()) - last.words
         size_bytes += len(text.encode()) - last.size_bytes
+    lm_error, knn_error, change_error = tally.errors()
+    lm_nats, knn_nats = tally.nats
+    tokens = sum(scored.values())
     return PerplexityReport(
         documents=len(scored),
         tokens=tokens,
         words=words,
         size_bytes=size_bytes,
-        lm=Measure.of(lm_nats, tokens, words, size_bytes),
-        knn=Measure.of(knn_nats, tokens, words, size_bytes),
-        parameters=tuple(memory.parameters for memory in memories),
-        tokens_helped=helped,
-        tokens_hurt=hurt,
+        lm=Measure.of(lm_nats, tokens, words, size_bytes, lm_error),
+        knn=Measure.of(knn_nats, tokens, words, size_bytes, knn_error),
+        change=perplexity_of((knn_nats - lm_nats) / tokens) - 1,
+        change_error=change_error,
+        parameters=tuple(memory.parameters for memory in mixer.memories),
+        learned=mixer.gate is not None,
+        cache=mixer.cache,
+        tokens_helped=tally.helped,
+        tokens_hurt=tally.hurt,
+        share_hurt=tally.share_hurt,
+        frequencies=tally.frequencies(),
         seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 from knnlm.corpus import Document, Documents
 from knnlm.errors import InvalidArgumentError
 from knnlm.language_model import LanguageModel
+from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.windows import Window, check_window, document_windows, stream_windows
 
 BOUNDARIES = ("document", "stream")
@@ -214,15 +215,19 @@ def read_keys(
 
 
 class WindowScores(NamedTuple):
-    """What the model says of a window's new positions; float32, log_probs of the true tokens."""
+    """What the model says of a window's new positions; float32, log_probs of the true tokens.
+
+    summary: of its whole distribution, where that was asked for.
+    """
 
     number: int
     keys: Float[Tensor, "new dim"]
     log_probs: Float[Tensor, " new"]
+    summary: LMSummary | None
 
 
 def read_scores(
-    lm: LanguageModel, windows: Sequence[Window], batch_tokens: int
+    lm: LanguageModel, windows: Sequence[Window], batch_tokens: int, summarize: bool = False
 ) -> Iterator[WindowScores]:
     """Yield the keys and the model's own log-probabilities of each window's new tokens."""
     affordable = _LOGITS_BYTES // (4 * lm.vocab_size)
@@ -232,15 +237,22 @@ def read_scores(
             window = windows[number]
             new = slice(window.context, window.positions)
             targets = torch.from_numpy(window.targets).to(lm.device, torch.int64)
-            log_probs = [
-                torch.log_softmax(logits, dim=-1).gather(1, of_logits[:, None])[:, 0]
-                for logits, of_logits in zip(
-                    torch.split(reading.logits[row, new], _SOFTMAX_ROWS),
-                    torch.split(targets, _SOFTMAX_ROWS),
-                    strict=True,
-                )
-            ]
-            yield WindowScores(number, reading.keys[row, new].float(), torch.cat(log_probs))
+            log_probs, summaries = [], []
+            for logits, of_logits in zip(
+                torch.split(reading.logits[row, new], _SOFTMAX_ROWS),
+                torch.split(targets, _SOFTMAX_ROWS),
+                strict=True,
+            ):
+                distribution = torch.log_softmax(logits, dim=-1)
+                log_probs.append(distribution.gather(1, of_logits[:, None])[:, 0])
+                if summarize:
+                    summaries.append(summarize_lm(distribution))
+            yield WindowScores(
+                number,
+                reading.keys[row, new].float(),
+                torch.cat(log_probs),
+                LMSummary.join(summaries) if summarize else None,
+            )
 
 
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,15 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.interpolation import neighbor_log_weights, target_knn_log_probs
 from knnlm.mixture.parameters import Parameters, as_plain
-from knnlm.perplexity import evaluation_scores
+from knnlm.mixture.tuned import TunedMixture
+from knnlm.mixture_fitting import (
+    Fit,
+    HeldOutText,
+    fit_mixture,
+    fit_weights,
+    read_held_out,
+    relative_probs,
+)
 from knnlm.progress import SILENT, Progress
 from knnlm.reading import Windowing
 
@@ -25,8 +33,6 @@ _FURTHER = 24  # doublings or halvings beyond them, while the best lies at the e
 _FINER = (0.6, 0.7, 0.8, 0.9, 1.0, 1.25, 1.5, 1.75)
 _COARSE_LMBDAS = tuple(step / 20 for step in range(1, 20))
 _FINE_LMBDAS = tuple(step / 100 for step in range(1, 100))
-_EM_STEPS = 300
-_LARGEST_LOG_RATIO = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +78,9 @@ class Sweep:
 class Tuning:
     """What predicts a held-out text best.
 
-    parameters: of each datastore. sweeps: of each datastore alone; where there are several, k and
-    T are those of its sweep, and the λ are fitted together.
+    parameters: of each datastore, with fixed weights. sweeps: of each datastore alone; where there
+    are several, k and T are those of its sweep, and the λ are fitted together. fits: what each way
+    to mix gives. mixture: beyond the parameters, a continuous cache and gates.
     """
 
     parameters: tuple[Parameters, ...]
@@ -81,6 +88,8 @@ class Tuning:
     lm_perplexity: float
     knn_perplexity: float
     sweeps: tuple[Sweep, ...]
+    fits: tuple[Fit, ...]
+    mixture: TunedMixture
 
     def save(self, stores: Sequence[Datastore], text: Sequence[str]) -> None:
         """Store each datastore's parameters as its defaults, with where they come from.
@@ -96,11 +105,30 @@ class Tuning:
                 "knn_perplexity": self.knn_perplexity,
                 "together_with": others,
             }
-            store.save_parameters(parameters, origin)
+            if store is stores[0]:
+                origin["fits"] = [asdict(fit) for fit in self.fits]
+                store.save_parameters(parameters, origin, self.mixture, stores[1:])
+            else:
+                store.save_parameters(parameters, origin)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON; `parameters` as `as_plain` gives them."""
-        return asdict(self) | {"parameters": as_plain(self.parameters)}
+        mixture = {
+            "cache": asdict(self.mixture.cache),
+            "lmbdas": self.mixture.lmbdas,
+            "learned": self.mixture.gate is not None,
+            "learned_with_cache": self.mixture.cache_gate is not None,
+        }
+        plain = {
+            field.name: _plain(getattr(self, field.name))
+            for field in fields(self)
+            if field.name not in ("parameters", "mixture")
+        }
+        return {"parameters": as_plain(self.parameters), **plain, "mixture": mixture}
+
+
+def _plain(value: Any) -> Any:
+    return [asdict(item) for item in value] if isinstance(value, tuple) else value
 
 
 def cache_neighbors(
@@ -113,33 +141,34 @@ def cache_neighbors(
 ) -> list[CachedNeighbors]:
     """Read a held-out text and search each datastore once, for the k nearest of every token.
 
-    k: of a datastore with fewer entries, all of them. Takes 5·k bytes a token and datastore. Raises
+    k: of a datastore with fewer entries, all of them. Takes 9·k bytes a token and datastore. Raises
     InvalidArgumentError for a text without tokens.
     """
-    memories = [
-        replace(m, parameters=replace(m.parameters, k=min(k, len(m.store)))) for m in model.memories
-    ]
-    lm_log_probs: list[Tensor] = []
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in memories]
-    for scores in evaluation_scores(
-        model.lm,
-        memories,
-        documents,
-        windowing or model.windowing,
-        max_tokens,
-        progress,
-        "tune",
-    ):
-        lm_log_probs.append(scores.lm_log_probs)
-        for memory, neighbors, parts in zip(memories, scores.neighbors, found, strict=True):
-            votes = memory.votes_for_targets(neighbors, scores.targets)
-            parts.append((neighbors.squared_distances, votes))
-    if not lm_log_probs:
+    text = _read(model, documents, k, windowing, max_tokens, progress)
+    return _cached(text)
+
+
+def _read(
+    model: KNNLM,
+    documents: Iterable[Document],
+    k: int,
+    windowing: Windowing | None,
+    max_tokens: int | None,
+    progress: Progress,
+) -> HeldOutText:
+    windowing = windowing or model.windowing
+    text = read_held_out(model, documents, k, windowing, max_tokens, progress)
+    if text is None:
         raise InvalidArgumentError("the text to tune on must have a token, got none")
-    together = torch.cat(lm_log_probs)
+    return text
+
+
+def _cached(text: HeldOutText) -> list[CachedNeighbors]:
     return [
-        CachedNeighbors(together, *(torch.cat(column) for column in zip(*parts, strict=True)))
-        for parts in found
+        CachedNeighbors(
+            text.lm_log_probs, voters.squared_distances, voters.tokens == text.targets[:, None]
+        )
+        for voters in text.voters
     ]
 
 
@@ -154,7 +183,8 @@ def tune(
 ) -> Tuning:
     """Find the k ≤ max_k (1,024), λ and temperature that predict a held-out text best.
 
-    Of several datastores, k and temperature of each alone, then all λ together.
+    Of several datastores, k and temperature of each alone, then all λ together. Then a continuous
+    cache, and, of a text of at least 2,048 tokens, gates that choose the weights of each token.
     """
     for memory in model.memories:
         if len(memory.store) == 0:
@@ -163,40 +193,34 @@ def tune(
             )
     if max_k is not None and max_k < 1:
         raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
-    cached = cache_neighbors(model, documents, max_k or MAX_K, windowing, max_tokens, progress)
+    text = _read(model, documents, max_k or MAX_K, windowing, max_tokens, progress)
+    cached = _cached(text)
     sweeps = tuple(sweep(of_one, progress) for of_one in cached)
     first = sweeps[0]
     parameters, knn_perplexity = tuple(one.parameters for one in sweeps), first.knn_perplexity
     if len(sweeps) > 1:
         parameters, knn_perplexity = fit_lmbdas(cached, parameters)
-    return Tuning(parameters, first.tokens, first.lm_perplexity, knn_perplexity, sweeps)
+    mixture, fits = fit_mixture(text, parameters, progress)
+    return Tuning(
+        parameters, first.tokens, first.lm_perplexity, knn_perplexity, sweeps, fits, mixture
+    )
 
 
 def fit_lmbdas(
     cached: Sequence[CachedNeighbors], parameters: Sequence[Parameters]
 ) -> tuple[tuple[Parameters, ...], float]:
-    """Return the parameters with the λ that together fit best, in steps of 0.001; the perplexity.
-
-    Likelihood is concave in the weights of a mixture, so expectation-maximization finds the best.
-    """
+    """Return the parameters with the λ that together fit best, and the perplexity."""
     lm_log_probs = cached[0].lm_log_probs.double()
-    ratios = [torch.ones(len(lm_log_probs), dtype=torch.float64)]
+    ratios = []
     for of_one, given in zip(cached, parameters, strict=True):
         distances, votes = of_one.squared_distances[:, : given.k], of_one.votes[:, : given.k]
         log_probs = target_knn_log_probs(neighbor_log_weights(distances, given.temperature), votes)
-        ratio = (log_probs.double() - lm_log_probs).clamp_max(_LARGEST_LOG_RATIO).exp()
-        present = distances[:, 0].isfinite()
-        ratios.append(torch.where(present, ratio, torch.ones_like(ratio)))
-    relative = torch.stack(ratios, dim=1)  # p / p_LM of every part
-    weights = torch.full((relative.shape[1],), 1 / relative.shape[1], dtype=torch.float64)
-    for _ in range(_EM_STEPS):
-        shares = relative * weights
-        weights = (shares / shares.sum(dim=1, keepdim=True)).mean(dim=0)
-    lmbdas = (weights[1:] * 1000).floor() / 1000
-    gain = torch.log1p(((relative[:, 1:] - 1) * lmbdas).sum(dim=1)).mean()
+        ratios.append(relative_probs(log_probs, lm_log_probs, distances[:, 0].isfinite()))
+    together = torch.stack(ratios, dim=1)
+    lmbdas = fit_weights(together)
+    gain = torch.log1p(((together - 1) * torch.tensor(lmbdas)).sum(dim=1)).mean()
     chosen = tuple(
-        replace(given, lmbda=float(lmbda))
-        for given, lmbda in zip(parameters, lmbdas.tolist(), strict=True)
+        replace(given, lmbda=lmbda) for given, lmbda in zip(parameters, lmbdas, strict=True)
     )
     return chosen, math.exp(-float(lm_log_probs.mean() + gain))
 

@@ -13,9 +13,15 @@ from knnlm.mixture.continuous_cache import (
     CacheParameters,
     ContinuousCache,
     Recollection,
-    cache_log_weights,
+    join_recalled,
 )
-from knnlm.mixture.interpolation import Votes, interpolate_vocabulary, target_knn_log_probs
+from knnlm.mixture.interpolation import (
+    Votes,
+    interpolate_vocabulary,
+    neighbor_log_weights,
+    target_knn_log_probs,
+)
+from knnlm.mixture.parameters import Parameters
 
 VOCAB = 12
 DIMENSION = 5
@@ -55,7 +61,7 @@ def assert_equal_to_brute_force(
     theta: float,
     similarity: str = "distance",
 ) -> None:
-    weights = cache_log_weights(recalled.similarities, theta)
+    weights = neighbor_log_weights(-recalled.similarities, 1 / theta)
     present = recalled.values >= 0
     nothing = torch.full((len(keys), VOCAB), -torch.inf)
     component = Votes(weights, recalled.values.clamp_min(0), 1.0, present.any(dim=1))
@@ -93,7 +99,7 @@ def in_pieces(
 
 
 @pytest.mark.parametrize("size", [1, 7, 300, 1000])
-@pytest.mark.parametrize("theta", [0.0, 0.7])
+@pytest.mark.parametrize("theta", [1e-3, 0.7])
 @pytest.mark.parametrize("similarity", SIMILARITIES)
 def test_equal_to_brute_force(size: int, theta: float, similarity: str) -> None:
     inputs, keys, targets = text(600)  # several blocks of queries
@@ -177,8 +183,8 @@ def test_memory_is_bounded_by_the_size() -> None:
     inputs, keys, _ = text(1000, seed=9)
     for step in range(1000):
         cache.recall(inputs[None, step : step + 1], keys[None, step : step + 1])
-        assert cache._values.shape[1] <= 2 * 10 + 1
-        assert cache._keys.shape[1] <= 2 * 10 + 1
+        assert cache._values.shape[1] <= 2 * 10 + 65
+        assert cache._keys.shape[1] <= 2 * 10 + 65
 
 
 def test_the_last_columns_are_a_smaller_cache() -> None:
@@ -205,25 +211,51 @@ def test_the_nearest_pairs_come_first() -> None:
         held = min(now, 4)
         torch.testing.assert_close(nearest.squared_distances[now, :held], expected.values[:held])
         assert bool(nearest.squared_distances[now, held:].isposinf().all())
-        assert bool((nearest.rows[now, held:] == -1).all())
-        values = recalled.values[now, nearest.rows[now, :held]]
-        assert torch.equal(values, inputs[1:][expected.indices[:held]])
+        assert bool((nearest.tokens[now, held:] == -1).all())
+        assert torch.equal(nearest.tokens[now, :held], inputs[1:][expected.indices[:held]])
+        assert torch.equal(nearest.ages[now, :held], now - expected.indices[:held])
 
 
-def test_large_similarities_keep_their_differences() -> None:
-    weights = cache_log_weights(torch.tensor([[1e6, 1e6 + 200.0, -torch.inf]]), 1.0)
-    torch.testing.assert_close(weights, torch.tensor([[-200.0, 0.0, -torch.inf]]))
+def test_the_nearest_of_a_smaller_cache() -> None:
+    inputs, keys, _ = text(60, seed=13)
+    of_many = ContinuousCache(50, DIMENSION).recall(inputs[None], keys[None]).nearest(6, size=9)
+    of_few = ContinuousCache(9, DIMENSION).recall(inputs[None], keys[None]).nearest(6)
+    for got, expected in zip(of_many, of_few, strict=True):
+        assert torch.equal(got[10:], expected[10:])
+
+
+def test_what_is_taken_back_was_never_there() -> None:
+    inputs, keys, _ = text(80, seed=14)
+    other_inputs, other_keys, _ = text(80, seed=15)
+    straight, winding = ContinuousCache(20, DIMENSION), ContinuousCache(20, DIMENSION)
+    for start in range(0, 80, 5):
+        piece = slice(start, start + 5)
+        expected = straight.recall(inputs[None, piece], keys[None, piece])
+        winding.recall(other_inputs[None, :7], other_keys[None, :7])
+        winding.rewind(7)
+        got = winding.recall(inputs[None, piece], keys[None, piece])
+        assert winding.position == straight.position == start + 5
+        assert torch.equal(got.nearest(20).tokens[:, :15], expected.nearest(20).tokens[:, :15])
+
+
+def test_consecutive_recollections_of_several_widths() -> None:
+    inputs, keys, _ = text(30, seed=16)
+    cache = ContinuousCache(20, DIMENSION)
+    parts = [
+        cache.recall(inputs[None, part], keys[None, part]).nearest(20)
+        for part in (slice(0, 4), slice(4, 30))
+    ]
+    whole = ContinuousCache(20, DIMENSION).recall(inputs[None], keys[None]).nearest(20)
+    joined = join_recalled(parts)
+    torch.testing.assert_close(joined.squared_distances, whole.squared_distances)
+    assert torch.equal(joined.tokens, whole.tokens)
 
 
 def test_parameters_have_rules() -> None:
     with refusal(InvalidArgumentError, "size must be at least 1, got 0"):
-        CacheParameters(0, 0.1)
-    with refusal(InvalidArgumentError, "theta", "at least 0 and finite, got -0.1"):
-        CacheParameters(10, -0.1)
-    with refusal(InvalidArgumentError, "theta", "finite, got inf"):
-        CacheParameters(10, math.inf)
+        CacheParameters(0, Parameters())
     with refusal(InvalidArgumentError, "similarity must be one of", "got 'cosine'"):
-        CacheParameters(10, 0.1, "cosine")
+        CacheParameters(10, Parameters(), "cosine")
     with refusal(InvalidArgumentError, "size must be at least 1, got 0"):
         ContinuousCache(0, 3)
     with refusal(InvalidArgumentError, "similarity must be one of", "got 'cosine'"):

@@ -106,10 +106,9 @@ def _finite(value: Any) -> Any:
 
 def print_perplexity(report: "PerplexityReport") -> None:
     """Print the LM and the kNN-LM side by side."""
-    OUT.print(
-        f"{report.tokens:,} tokens of {report.documents:,} documents, "
-        f"{settings_line(report.parameters)}"
-    )
+    weights = "learned weights" if report.learned else settings_line(report.parameters)
+    cache = "" if report.cache is None else f", a cache of {report.cache.size:,} tokens"
+    OUT.print(f"{report.tokens:,} tokens of {report.documents:,} documents, {weights}{cache}")
     table = Table()
     for heading in ("", "LM", "kNN-LM", "change"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -121,11 +120,31 @@ def print_perplexity(report: "PerplexityReport") -> None:
     ]:
         lm, knn = getattr(report.lm, name), getattr(report.knn, name)
         table.add_row(label, f"{lm:,.4f}", f"{knn:,.4f}", f"{(knn / lm - 1) * 100:+.1f} %")
+    if report.change_error is not None:
+        errors = (f"± {report.lm.perplexity_error:,.2f}", f"± {report.knn.perplexity_error:,.2f}")
+        table.add_row(
+            "standard error", *errors, f"± {report.change_error * 100:.1f} %", style="dim"
+        )
     OUT.print(table)
+    frequencies = Table()
+    for heading in ("in the datastore", "tokens", "LM", "kNN-LM", "change"):
+        frequencies.add_column(heading, justify="right")
+    for bucket in report.frequencies:
+        times = f"{bucket.at_least:,}–{bucket.at_most:,} times" if bucket.at_least else "never"
+        lm, knn = bucket.lm_perplexity, bucket.knn_perplexity
+        frequencies.add_row(
+            times,
+            f"{bucket.tokens:,}",
+            f"{lm:,.2f}",
+            f"{knn:,.2f}",
+            f"{(knn / lm - 1) * 100:+.1f} %",
+        )
+    OUT.print(frequencies)
     seconds = report.seconds
     OUT.print(
         f"helped {report.tokens_helped / report.tokens:.0%} of the tokens, hurt "
-        f"{report.tokens_hurt / report.tokens:.0%}; LM {seconds.lm:.1f} s, search "
+        f"{report.tokens_hurt / report.tokens:.0%} ({report.share_hurt:.0%} by more than 0.1 "
+        f"nats); LM {seconds.lm:.1f} s, search "
         f"{seconds.search:.1f} s, in all {seconds.total:.1f} s"
     )
 
@@ -136,7 +155,9 @@ def settings_line(parameters: "Sequence[Parameters]") -> str:
 
 
 def print_tuning(tuning: "Tuning") -> None:
-    """Print what was chosen, and how perplexity depends on k."""
+    """Print what was chosen, and how perplexity depends on k and on the way to mix."""
+    from knnlm.mixture_fitting import LEAST_TOKENS
+
     OUT.print(f"{tuning.tokens:,} tokens to tune on")
     for number, (sweep, chosen) in enumerate(zip(tuning.sweeps, tuning.parameters, strict=True)):
         several = len(tuning.sweeps) > 1
@@ -153,7 +174,23 @@ def print_tuning(tuning: "Tuning") -> None:
             )
         table.add_row("–", "0", "–", f"{tuning.lm_perplexity:.4f}", style="dim")
         OUT.print(table)
-    if not any(parameters.lmbda for parameters in tuning.parameters):
+    ways = Table()
+    for heading in ("mixture", "perplexity", "change", "hurt by > 0.1 nats"):
+        ways.add_column(heading, justify="left" if heading == "mixture" else "right")
+    for fit in tuning.fits:
+        ways.add_row(
+            fit.name + (" (each token held out)" if fit.held_out else ""),
+            f"{fit.perplexity:.4f}",
+            f"{(fit.perplexity / tuning.lm_perplexity - 1) * 100:+.1f} %",
+            f"{fit.share_hurt:.0%}",
+        )
+    OUT.print(ways)
+    if tuning.mixture.gate is not None:
+        OUT.print(
+            "stored learned weights, which every command uses unless k, λ or T is given; --fixed: "
+            f"{settings_line(tuning.parameters)}"
+        )
+    elif not any(parameters.lmbda for parameters in tuning.parameters):
         OUT.print(
             "No setting beats the language model alone on this text: stored λ = 0, which leaves "
             "the model as it is. The datastore may hold text of another kind."
@@ -163,6 +200,8 @@ def print_tuning(tuning: "Tuning") -> None:
             f"stored {settings_line(tuning.parameters)}: perplexity "
             f"{tuning.lm_perplexity:.3f} → {tuning.knn_perplexity:.3f}"
         )
+        if tuning.tokens < LEAST_TOKENS:
+            OUT.print(f"learned weights need {LEAST_TOKENS:,} tokens to tune on, or more")
 
 
 def print_explanations(explanations: Sequence["Explanation"], chosen: Sequence[int]) -> None:
@@ -294,6 +333,9 @@ def print_store(store: "Datastore") -> None:
             f"{tuning['tokens']:,} tuning tokens"
             + "".join(f", together with {other}" for other in tuning.get("together_with", []))
         )
+        learned = [fit for fit in tuning.get("fits", []) if fit["held_out"]]
+        if store.is_learned:
+            rows["parameters"] += f"; learned weights {learned[0]['perplexity']:.3f}"
     OUT.print(str(store.path), style="bold", markup=False)
     table = Table(show_header=False)
     for name, value in rows.items():

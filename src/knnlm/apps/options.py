@@ -115,4 +115,12 @@ Temperature = Annotated[
     list[float] | None,
     typer.Option("--temperature", help="Of the distances; default as tuned.", show_default=False),
 ]
+Cache = Annotated[
+    bool,
+    typer.Option("--cache", help="Mix in the continuous cache of the text itself, as tuned."),
+]
+Fixed = Annotated[
+    bool,
+    typer.Option("--fixed", help="Fixed λ and T, also where tune stored a learned mixture."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

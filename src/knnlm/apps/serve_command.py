@@ -10,6 +10,7 @@ from knnlm.apps.options import (
     Also,
     Device,
     Dtype,
+    Fixed,
     K,
     Lmbda,
     Model,
@@ -55,6 +56,7 @@ def serve(
     k: K = None,
     lmbda: Lmbda = None,
     temperature: Temperature = None,
+    fixed: Fixed = False,
     dtype: ModelDtype = Dtype.auto,
     device: Device = "auto",
 ) -> None:
@@ -94,7 +96,7 @@ def serve(
 
     served = name or store.resolve().name
     service = Service(
-        lambda: open_model(store, also, model, dtype, device, k, lmbda, temperature),
+        lambda: open_model(store, also, model, dtype, device, k, lmbda, temperature, fixed=fixed),
         name=served,
         limits=limits,
         api_key=api_key,

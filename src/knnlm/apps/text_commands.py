@@ -14,9 +14,11 @@ from knnlm.apps.options import (
     Also,
     Boundary,
     BoundaryOption,
+    Cache,
     Context,
     Device,
     Dtype,
+    Fixed,
     IndexKind,
     Json,
     K,
@@ -56,6 +58,9 @@ def open_model(
     k: list[int] | None = None,
     lmbda: list[float] | None = None,
     temperature: list[float] | None = None,
+    *,
+    cache: bool = False,
+    fixed: bool = False,
 ) -> "KNNLM":
     """Open datastores and model; parameters are refused before the model is loaded."""
     from knnlm.datastore.datastore import Datastore
@@ -70,7 +75,7 @@ def open_model(
     for store in stores:
         console.warn_of_poor_recall(store)
     lm = load_model(stores[0], model, dtype, device)
-    return KNNLM(lm, stores, **given)
+    return KNNLM(lm, stores, **given, cache=cache, learned=not fixed)
 
 
 def _one_or_each(values: list[Any] | None) -> Any:
@@ -215,10 +220,11 @@ def tune(
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Find the best k, λ and temperature on held-out text and store them as the defaults.
+    """Find the best mixture on held-out text and store it as the default.
 
-    Searches once, then tries all settings on the neighbors found. Use text that is neither in the
-    datastore nor in what you evaluate on.
+    Searches once, then tries k, λ and temperature on the neighbors found, fits a continuous cache
+    (eval --cache uses it) and, on 2,048 tokens or more, learns to choose the weights of each token.
+    Use text that is neither in the datastore nor in what you evaluate on.
 
         knnlm tune docs.store held-out/tune
     """
@@ -257,6 +263,8 @@ def evaluate(
     k: K = None,
     lmbda: Lmbda = None,
     temperature: Temperature = None,
+    cache: Cache = False,
+    fixed: Fixed = False,
     max_tokens: MaxTokens = None,
     window: Window = None,
     context: Context = None,
@@ -275,7 +283,9 @@ def evaluate(
     import knnlm
 
     documents = knnlm.read_documents(*text, text_column=text_column)
-    opened = open_model(store, also, model, dtype, device, k, lmbda, temperature)
+    opened = open_model(
+        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, fixed=fixed
+    )
     report = opened.perplexity(
         documents,
         windowing=_windowing(opened, window, context, boundary),
@@ -296,6 +306,8 @@ def generate(
     k: K = None,
     lmbda: Lmbda = None,
     temperature: Temperature = None,
+    cache: Cache = False,
+    fixed: Fixed = False,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")
@@ -313,7 +325,9 @@ def generate(
 
         knnlm generate docs.store "The nearest neighbors"
     """
-    opened = open_model(store, also, model, dtype, device, k, lmbda, temperature)
+    opened = open_model(
+        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, fixed=fixed
+    )
     options: dict[str, Any] = (
         {"do_sample": True, "temperature": sampling_temperature, "top_p": top_p, "top_k": 0}
         if sample

@@ -25,6 +25,7 @@ from knnlm.errors import (
 from knnlm.keyed_model import KeyedModel
 from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
+from knnlm.mixture.tuned import TunedMixture
 from knnlm.reading import Windowing
 
 SHARDS = "shards"
@@ -211,11 +212,37 @@ class Datastore:
         tuning: dict[str, Any] | None = self.catalog.get("tuning")
         return tuning
 
-    def save_parameters(self, parameters: Parameters, tuning: dict[str, Any]) -> None:
-        """Store defaults for everything that uses this datastore, and where they come from."""
+    def mixture(self, others: Sequence["Datastore"] = ()) -> TunedMixture | None:
+        """Return what `tune` stored for this datastore and others in their order, if it did."""
+        stored = self.catalog.get("mixture")
+        if stored is None or stored["others"] != [_resolved(other) for other in others]:
+            return None
+        return TunedMixture.from_plain(stored)
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether `tune` stored a gate that chooses the weights of each token."""
+        stored = self.catalog.get("mixture")
+        return stored is not None and "gate" in stored["gates"]
+
+    def save_parameters(
+        self,
+        parameters: Parameters,
+        tuning: dict[str, Any],
+        mixture: TunedMixture | None = None,
+        others: Sequence["Datastore"] = (),
+    ) -> None:
+        """Store defaults for everything that uses this datastore, and where they come from.
+
+        mixture: of this datastore and the others; None removes a stored one.
+        """
+        stored = None if mixture is None else mixture.to_plain()
+        if stored is not None:
+            stored["others"] = [_resolved(other) for other in others]
         with self.writer(), self.catalog.transaction(entries_change=False):
             self.catalog.set("parameters", asdict(parameters))
             self.catalog.set("tuning", tuning)
+            self.catalog.set("mixture", stored)
 
     def check_model(self, model: KeyedModel) -> None:
         """Refuse a language model whose keys or tokens are not comparable with the stored ones.
@@ -324,3 +351,7 @@ def writer_lock(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _resolved(store: Datastore) -> str:
+    return str(store.path.resolve())

@@ -136,6 +136,13 @@ class LearnedGate:
             votes.append(SourceVotes(parts.logsumexp(dim=0), lmbda.where(present, 0.0)))
         return votes
 
+    def to(self, device: torch.device | str) -> "LearnedGate":
+        """Return the gate where its queries are."""
+        if self.mean.device == torch.device(device):
+            return self
+        moved = [tensor.to(device) for tensor in (self.mean, self.scale, *self.parameters)]
+        return LearnedGate(self.sources, moved[0], moved[1], moved[2:])
+
     def to_tensors(self) -> dict[str, Tensor]:
         """Return the tensors to save; `describe` has the rest."""
         numbered = {f"network.{number}": tensor for number, tensor in enumerate(self.parameters)}

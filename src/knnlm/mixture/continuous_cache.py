@@ -6,11 +6,12 @@ Nothing is trained and nothing is stored; a sequence never sees another one's pa
 
 The paper's s is the dot product. Hidden states of today's models share a large common part and
 differ in length, both of which a dot product sees and a distance does not: s = −‖h − h_i‖² is the
-default.
+default. A pair is weighed like a stored entry at squared distance −s, with T = 1/θ.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,36 +19,31 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm.errors import InvalidArgumentError
-from knnlm.index.protocol import Neighbors
+from knnlm.mixture.parameters import Parameters
 
 SIMILARITIES = ("distance", "dot")
 
 _BLOCK = 256  # queries that share one product with the pairs before them
+_REWINDABLE = 64  # positions that can be taken back without loss
 _ABSENT = -1  # the value of a pair that is none
 
 
 @dataclass(frozen=True, slots=True)
 class CacheParameters:
-    """How far back the cache remembers, and how sharply it chooses.
+    """How far back the cache remembers, and how its vote is made and counted.
 
-    size: pairs remembered (≥ 1). theta: θ in p_cache ∝ exp(θ s) (≥ 0; 0 counts each pair alike).
-    similarity: s, "distance" (−‖h − h_i‖², so that θ is 1/T of p_kNN) or "dot" (h·h_i, the
-    paper's).
+    size: pairs remembered (≥ 1). votes: k, how many of them vote, the most similar ones; λ; and
+    T = 1/θ. similarity: "distance" (−‖h − h_i‖²) or "dot" (h·h_i, the paper's).
 
     Raises InvalidArgumentError.
     """
 
     size: int
-    theta: float
+    votes: Parameters
     similarity: str = "distance"
 
     def __post_init__(self) -> None:
         _check_size(self.size)
-        if not (self.theta >= 0.0 and math.isfinite(self.theta)):
-            raise InvalidArgumentError(
-                f"theta (θ) must be at least 0 and finite, got {self.theta}: 0 counts every "
-                "remembered pair alike"
-            )
         _check_similarity(self.similarity)
 
 
@@ -65,6 +61,18 @@ def _check_similarity(similarity: str) -> None:
         )
 
 
+class Recalled(NamedTuple):
+    """The remembered pairs that vote for what follows each query, the most similar first.
+
+    squared_distances: −s, +inf where there is none. tokens: what followed then, −1 where there is
+    none. ages: how many positions ago the pair's key was; the pair before the query has age 1.
+    """
+
+    squared_distances: Float[Tensor, "query k"]
+    tokens: Int[Tensor, "query k"]
+    ages: Int[Tensor, "query k"]
+
+
 @dataclass(frozen=True, slots=True)
 class Recollection:
     """The remembered pairs as each query sees them, the oldest first.
@@ -76,28 +84,28 @@ class Recollection:
     similarities: Float[Tensor, "query pair"]
     values: Int[Tensor, "query pair"]
 
-    def nearest(self, count: int) -> Neighbors:
-        """Return the `count` most similar pairs as neighbors, the most similar first.
+    def of(self, queries: Int[Tensor, " some"]) -> "Recollection":
+        """Return that of some of the queries."""
+        return Recollection(self.similarities[queries], self.values[queries])
 
-        Their rows are columns of this recollection, their squared distances −similarity.
-        """
-        similarities, columns = self.similarities.topk(min(count, self.values.shape[1]), dim=1)
-        return Neighbors(-similarities, columns.masked_fill(similarities.isneginf(), -1))
+    def nearest(self, count: int, size: int | None = None) -> Recalled:
+        """Return the `count` most similar pairs, of the last `size` ones where that is given."""
+        first = 0 if size is None else max(self.values.shape[1] - size, 0)
+        recent = self.similarities[:, first:]
+        similarities, columns = recent.topk(min(count, recent.shape[1]), dim=1)
+        values = self.values[:, first:].gather(1, columns)
+        return Recalled(-similarities, values, recent.shape[1] - columns)
 
 
-def cache_log_weights(
-    similarities: Float[Tensor, "query pair"], theta: float
-) -> Float[Tensor, "query pair"]:
-    """Return each pair's log share of the vote, log softmax(θ s).
-
-    Grave et al. 2017, eq. 3. Queries without a pair are all −inf.
-    """
-    # the largest is subtracted before the product, which would cost digits of large keys
-    absent = similarities.isneginf()
-    largest = similarities.amax(dim=1, keepdim=True).nan_to_num(neginf=0.0)
-    energies = (similarities - largest).masked_fill(absent, 0.0) * theta
-    energies = energies.masked_fill(absent, -torch.inf)
-    return energies - energies.logsumexp(dim=1, keepdim=True).nan_to_num(neginf=0.0)
+def join_recalled(parts: Sequence[Recalled]) -> Recalled:
+    """Return what consecutive queries recalled; where one has fewer pairs, the rest are absent."""
+    width = max(part.tokens.shape[1] for part in parts)
+    columns = []
+    for of_parts, absent in zip(zip(*parts, strict=True), (torch.inf, _ABSENT, 0), strict=True):
+        missing = [(0, width - part.shape[1]) for part in of_parts]
+        padded = [pad(part, m, value=absent) for part, m in zip(of_parts, missing, strict=True)]
+        columns.append(torch.cat(padded))
+    return Recalled(*columns)
 
 
 class ContinuousCache:
@@ -115,6 +123,7 @@ class ContinuousCache:
         similarity: str = "distance",
         batch: int = 1,
         device: torch.device | str = "cpu",
+        position: int = 0,
     ) -> None:
         _check_size(size)
         _check_similarity(similarity)
@@ -123,9 +132,16 @@ class ContinuousCache:
         self._center: Float[Tensor, "batch 1 dim"] | None = None
         self._keys = torch.zeros(batch, 0, dimension, device=device)
         self._values = torch.full((batch, 0), _ABSENT, device=device)
+        self._real = torch.zeros(batch, 0, dtype=torch.bool, device=device)
         # the newest key, whose value is the next input, is the last of the `_used` places
         self._used = 0
-        self._newest_is_real = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.position = position
+        """How many positions each sequence has, those before the first call among them."""
+
+    @property
+    def batch(self) -> int:
+        """How many sequences there are."""
+        return len(self._values)
 
     def recall(
         self,
@@ -143,11 +159,13 @@ class ContinuousCache:
         self._make_room(time)
         start, stop = self._used, self._used + time
         if start > 0:  # what followed the newest key is known now
-            self._values[:, start - 1] = inputs[:, 0].where(self._newest_is_real, _ABSENT)
+            self._values[:, start - 1] = inputs[:, 0].where(self._real[:, start - 1], _ABSENT)
         self._keys[:, start:stop] = self._centered(keys.float())
         self._values[:, start : stop - 1] = inputs[:, 1:].where(real[:, :-1], _ABSENT)
         self._values[:, stop - 1] = _ABSENT
-        self._newest_is_real, self._used = real[:, -1], stop
+        self._real[:, start:stop] = real
+        self._used = stop
+        self.position += time
         width = min(self.size, stop)
         recalled = [
             self._recall(first, min(first + _BLOCK, stop), width)
@@ -161,20 +179,29 @@ class ContinuousCache:
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Let sequence i go on from what sequence rows[i] was, as a beam search does."""
         self._keys, self._values = self._keys[rows], self._values[rows]
-        self._newest_is_real = self._newest_is_real[rows]
+        self._real = self._real[rows]
         if self._center is not None:
             self._center = self._center[rows]
+
+    def rewind(self, positions: int) -> None:
+        """Take back the last positions, as assisted decoding does with rejected tokens.
+
+        Pairs in reach are whole again as long as fewer than 64 are taken back.
+        """
+        self._used = max(self._used - positions, 0)
+        self.position -= positions
 
     def _make_room(self, time: int) -> None:
         """Move the pairs still in reach to the front when the places run out."""
         places = self._values.shape[1]
         if self._used + time <= places:
             return
-        kept = min(self._used, self.size)
+        kept = min(self._used, self.size + _REWINDABLE)
         reach = slice(self._used - kept, self._used)
         spare = self.size + time  # so that one token at a time moves the pairs seldom
         self._keys = pad(self._keys[:, reach], (0, 0, 0, spare))
         self._values = pad(self._values[:, reach], (0, spare), value=_ABSENT)
+        self._real = pad(self._real[:, reach], (0, spare))
         self._used = kept
 
     def _recall(

@@ -21,6 +21,7 @@ TEMPERATURES = (0.5, 1.0, 2.5)  # of the components, in units of the source's
 _MIDDLE = 1  # the component whose votes are described
 _LEAST_DISTANCE, _GREATEST_DISTANCE = 1e-2, 1e4  # copies have distance 0, absent neighbors +inf
 _LEAST_SHARE = 1e-4
+_ROWS = 16  # distributions described at once, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,29 @@ class LMSummary(NamedTuple):
         """Return that of some of the queries."""
         return LMSummary(self.entropy[queries], self.log_prob[queries], self.token[queries])
 
+    @classmethod
+    def join(cls, parts: Sequence["LMSummary"]) -> "LMSummary":
+        """Return that of consecutive queries."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
 
 def summarize_lm(log_probs: Float[Tensor, "query vocab"]) -> LMSummary:
     """Describe the language model's whole distribution."""
-    # a token of probability 0 adds nothing to the entropy
-    surprise = -(log_probs.exp() * log_probs.clamp_min(torch.finfo(log_probs.dtype).min))
-    best = log_probs.max(dim=1)
-    return LMSummary(surprise.sum(dim=1), best.values, best.indices)
+    space = torch.empty_like(log_probs[:_ROWS])  # used again: new memory costs more than the sums
+    parts = [_summarize(rows, space[: len(rows)]) for rows in log_probs.split(_ROWS)]  # type: ignore[no-untyped-call]
+    return LMSummary.join(parts)
+
+
+def _summarize(log_probs: Float[Tensor, "query vocab"], space: Tensor) -> LMSummary:
+    probs = torch.exp(log_probs, out=space)
+    entropy = -torch.linalg.vecdot(probs, log_probs)
+    if bool(entropy.isnan().any()):  # a token of probability 0 adds nothing
+        entropy = -(probs * log_probs.clamp_min(torch.finfo(log_probs.dtype).min)).sum(dim=1)
+    if log_probs.is_cpu:  # where torch's argmax takes as long as the softmax
+        token = torch.from_numpy(log_probs.numpy().argmax(axis=1))
+    else:
+        token = log_probs.argmax(dim=1)
+    return LMSummary(entropy, log_probs.gather(1, token[:, None])[:, 0], token)
 
 
 def component_log_weights(source: Source, voters: Voters) -> Float[Tensor, "component query k"]:

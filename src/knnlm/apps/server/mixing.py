@@ -5,7 +5,7 @@ Knows memories and tensors; knows no request and no protocol.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -15,10 +15,12 @@ from knnlm.apps.server.decoding import Step
 from knnlm.attribution import Explanation, explain_scores
 from knnlm.index.protocol import Neighbors
 from knnlm.language_model import LanguageModel
-from knnlm.memory import Memory, for_each, mix_neighbors, override
+from knnlm.memory import for_each
+from knnlm.mixer import Mixer, override_mixer
+from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.scoring import Scores
 
-_PASSAGE_TOKENS = {"before": 24, "after": 8}
+_TOKENS_BEFORE, _TOKENS_AFTER = 24, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,46 +34,51 @@ class Overrides:
     lmbda: float | Sequence[float] | None = None
     temperature: float | Sequence[float] | None = None
 
-    def of(self, memories: Sequence[Memory]) -> tuple[Memory, ...]:
-        """Return the memories with what was asked for; raises InvalidArgumentError."""
-        # the protocol's own `temperature` is another one
-        temperature = for_each("knn_temperature", self.temperature, len(memories))
-        return override(memories, k=self.k, lmbda=self.lmbda, temperature=temperature)
+    def of(self, mixer: Mixer) -> Mixer:
+        """Return the mixer with what was asked for; raises InvalidArgumentError."""
+        if self.temperature is not None:  # checked here: the protocol's `temperature` is another
+            for_each("knn_temperature", self.temperature, len(mixer.memories))
+        return override_mixer(mixer, k=self.k, lmbda=self.lmbda, temperature=self.temperature)
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
     """Log-probabilities of what follows some positions, and the neighbors that were asked.
 
-    searched: the memories that counted. neighbors: of every position, in each of them.
+    mixer: with the memories that were searched. neighbors: of every position, in each of them.
     """
 
     log_probs: Float[Tensor, "position vocab"]
     lm_log_probs: Float[Tensor, "position vocab"]
-    searched: tuple[Memory, ...]
+    mixer: Mixer
     neighbors: tuple[Neighbors, ...]
     search_seconds: float
 
     def explain(self, place: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
         """Name the strongest neighbors of the position `place`, which `token` follows."""
         lm_log_probs = self.lm_log_probs[place, [token]].cpu()
-        if not self.searched:
+        if not self.mixer.memories:
             log_prob = float(lm_log_probs[0])
             return Explanation(token, lm.decode([token]), log_prob, 0.0, log_prob, ())
         neighbors = tuple(
             Neighbors(found.squared_distances[[place]].cpu(), found.rows[[place]].cpu())
             for found in self.neighbors
         )
-        scores = Scores([], torch.tensor([token]), lm_log_probs, neighbors, 0.0, 0.0)
-        (explanation,) = explain_scores(lm, self.searched, scores, sources, **_PASSAGE_TOKENS)
+        summary = None
+        if self.mixer.gate is not None:
+            summary = LMSummary(*(p.cpu() for p in summarize_lm(self.lm_log_probs[[place]])))
+        scores = Scores([], torch.tensor([token]), lm_log_probs, neighbors, lm=summary)
+        (explanation,) = explain_scores(
+            lm, self.mixer, scores, sources, _TOKENS_BEFORE, _TOKENS_AFTER
+        )
         return explanation
 
 
-def mix_step(memories: Sequence[Memory], step: Step) -> Mixture:
+def mix_step(mixer: Mixer, step: Step) -> Mixture:
     """Return the mixture after each position of a step; λ = 0 is not searched."""
-    searched = tuple(memory for memory in memories if memory.counts)
+    mixer = replace(mixer, memories=mixer.searched)
     started = time.perf_counter()
-    neighbors = tuple(memory.search(step.keys) for memory in searched)
+    neighbors = tuple(memory.search(step.keys) for memory in mixer.memories)
     seconds = time.perf_counter() - started
-    log_probs = mix_neighbors(searched, neighbors, step.log_probs)
-    return Mixture(log_probs, step.log_probs, searched, neighbors, seconds)
+    log_probs = mixer.mix_vocabulary(neighbors, None, step.log_probs)
+    return Mixture(log_probs, step.log_probs, mixer, neighbors, seconds)

@@ -34,6 +34,7 @@ from knnlm.errors import InvalidArgumentError, UnsupportedModelError
 from knnlm.index.policy import open_index
 from knnlm.knn_lm import KNNLM
 from knnlm.memory import Memory
+from knnlm.mixer import Mixer
 
 _PROMPT_TOKENS = 256  # read between two steps of what is being generated
 _LOG = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class _Prompt:
     """A prompt on its way into the model."""
 
     job: Completion
-    memories: tuple[Memory, ...]
+    mixer: Mixer
     stream: TextStream
     read: int = 0
     cached: Cached | None = None
@@ -57,7 +58,7 @@ class _Row:
 
     job: Completion
     sample: int
-    memories: tuple[Memory, ...]
+    mixer: Mixer
     generator: torch.Generator
     stream: TextStream
     last_token: int = -1
@@ -80,7 +81,7 @@ class Worker:
     def __init__(self, model: KNNLM, metrics: Metrics) -> None:
         self._model = model
         self._lm = model.lm
-        self._memories = model.memories
+        self._mixer = model.mixer
         self._metrics = metrics
         self._hooks = ExitStack()
         self._decoder = Decoder(self._lm, self._hooks.enter_context(self._lm.capture()))
@@ -109,34 +110,34 @@ class Worker:
         """Take a job on; an explanation is done at once. What fails, fails the job alone."""
         try:
             self._follow_changes()
-            memories = job.overrides.of(self._memories)
+            mixer = job.overrides.of(self._mixer)
             if isinstance(job, Completion) and job.max_tokens == 0 and not job.score_prompt:
                 job.post(PromptRead())
                 for sample in range(job.samples):
                     job.post(Grown(sample, "", (), "length"))
             elif isinstance(job, Completion):
                 stream = TextStream(self._lm.decode, ())
-                self._prompts.append(_Prompt(job, memories, stream))
+                self._prompts.append(_Prompt(job, mixer, stream))
             elif isinstance(job, TextToExplain):
-                self._explain(job, memories)
+                self._explain(job, mixer)
         except Exception as error:
             self._fail(job, error)
 
     def _follow_changes(self) -> None:
         """See what was added, forgotten or compacted meanwhile."""
         changed = []
-        for memory in self._memories:
+        for memory in self._mixer.memories:
             numbering = memory.store.numbering
             memory.store.refresh()
             if memory.store.numbering != numbering:
                 index = open_index(memory.store, device=str(self._lm.device))
                 memory = Memory(memory.store, index, memory.parameters)
             changed.append(memory)
-        self._memories = tuple(changed)
+        self._mixer = replace(self._mixer, memories=tuple(changed))
 
-    def _explain(self, job: TextToExplain, memories: tuple[Memory, ...]) -> None:
+    def _explain(self, job: TextToExplain, mixer: Mixer) -> None:
         model = copy.copy(self._model)
-        model.memories = memories
+        model.mixer = mixer
         explanations = explain(model, job.text, **job.options)
         _check_numbers(torch.tensor([one.log_prob for one in explanations]))
         job.post(Explained(explanations))
@@ -197,7 +198,7 @@ class Worker:
         is_last = size == left
         if not job.score_prompt and not is_last:
             return size
-        mixture = self._mix(prompt.memories, step)
+        mixture = self._mix(prompt.mixer, step)
         if job.score_prompt:
             self._score(prompt, mixture, prompt.read - size)
         if is_last:
@@ -213,8 +214,8 @@ class Worker:
         self._metrics.model_seconds.inc(time.perf_counter() - started)
         return answer
 
-    def _mix(self, memories: Sequence[Memory], step: Step) -> Mixture:
-        mixture = mix_step(memories, step)
+    def _mix(self, mixer: Mixer, step: Step) -> Mixture:
+        mixture = mix_step(mixer, step)
         self._metrics.search_seconds.inc(mixture.search_seconds)
         return mixture
 
@@ -253,7 +254,7 @@ class Worker:
             row = _Row(
                 job,
                 sample,
-                prompt.memories,
+                prompt.mixer,
                 seeded_generator(job.seed, sample),
                 TextStream(self._lm.decode, job.prompt[job.hidden :], job.stop),
             )
@@ -284,12 +285,13 @@ class Worker:
         self._metrics.model_seconds.inc(time.perf_counter() - started)
         alike: dict[tuple[object, ...], list[int]] = {}
         for place, row in enumerate(group.rows):
-            asked = tuple((memory.parameters, id(memory.index)) for memory in row.memories)
-            alike.setdefault(asked, []).append(place)
+            memories = row.mixer.memories
+            asked = tuple((memory.parameters, id(memory.index)) for memory in memories)
+            alike.setdefault((asked, id(row.mixer.gate)), []).append(place)
         goes_on = [True] * len(group.rows)
         for places in alike.values():
             part = Step(step.keys[places], step.log_probs[places])
-            mixture = self._mix(group.rows[places[0]].memories, part)
+            mixture = self._mix(group.rows[places[0]].mixer, part)
             for number, place in enumerate(places):
                 row = group.rows[place]
                 try:

@@ -1,0 +1,213 @@
+"""Mixers: who is asked beside the language model, and how much each answer counts.
+
+Fixed weights, or a gate that chooses them for each token; datastores, and the continuous cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+from knnlm.datastore.datastore import Datastore
+from knnlm.errors import InvalidArgumentError
+from knnlm.index.protocol import Index, Neighbors
+from knnlm.keyed_model import KeyedModel
+from knnlm.memory import ForEach, Memory, as_stores, check_total, open_memories, override
+from knnlm.mixture.adaptive import LearnedGate
+from knnlm.mixture.continuous_cache import (
+    CacheParameters,
+    ContinuousCache,
+    Recalled,
+    Recollection,
+)
+from knnlm.mixture.features import LMSummary, Voters, summarize_lm
+from knnlm.mixture.interpolation import Votes, interpolate_vocabulary, neighbor_log_weights
+from knnlm.mixture.tuned import TunedMixture
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """Everything that is mixed with a language model's predictions.
+
+    cache: the continuous cache, None for none. gate: chooses every weight; without one, each
+    memory's λ and the cache's are fixed.
+    """
+
+    memories: tuple[Memory, ...]
+    cache: CacheParameters | None = None
+    gate: LearnedGate | None = None
+
+    @property
+    def searched(self) -> tuple[Memory, ...]:
+        """The memories whose neighbors are needed: without a gate, those that count."""
+        if self.gate is not None:
+            return self.memories
+        return tuple(memory for memory in self.memories if memory.counts)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether what the continuous cache remembers is needed."""
+        return self.cache is not None and (self.gate is not None or self.cache.votes.lmbda > 0.0)
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything can change the model's predictions."""
+        return self.recalls or any(len(memory.store) > 0 for memory in self.searched)
+
+    def new_cache(
+        self, keys: Float[Tensor, "batch time dim"], position: int = 0
+    ) -> ContinuousCache:
+        """Return a cache for sequences with keys like these, that remembers nothing yet."""
+        assert self.cache is not None
+        return ContinuousCache(
+            self.cache.size,
+            keys.shape[2],
+            similarity=self.cache.similarity,
+            batch=len(keys),
+            device=keys.device,
+            position=position,
+        )
+
+    def nearest(self, recollection: Recollection) -> Recalled:
+        """Return the pairs that vote, of what the cache remembers."""
+        assert self.cache is not None
+        return recollection.nearest(self.cache.votes.k)
+
+    def votes(
+        self,
+        memories: Sequence[Memory],
+        neighbors: Sequence[Neighbors],
+        recalled: Recalled | None,
+        lm: LMSummary | None,
+    ) -> list[Votes]:
+        """Return how each source's voters enter the mixture, the cache's last.
+
+        memories: those in `searched`, or all; neighbors: of each. recalled: where `recalls`. lm:
+        what the model says, where there is a gate.
+        """
+        if self.gate is None:
+            votes = [memory.vote(found) for memory, found in zip(memories, neighbors, strict=True)]
+            if recalled is not None:
+                assert self.cache is not None
+                temperature, lmbda = self.cache.votes.temperature, self.cache.votes.lmbda
+                log_weights = neighbor_log_weights(recalled.squared_distances, temperature)
+                present = recalled.squared_distances[:, 0].isfinite()
+                votes.append(Votes(log_weights, recalled.tokens, lmbda, present))
+            return votes
+        assert lm is not None
+        voters = [
+            Voters(found.squared_distances.float(), memory.tokens(found))
+            for memory, found in zip(memories, neighbors, strict=True)
+        ]
+        if recalled is not None:
+            voters.append(Voters(recalled.squared_distances, recalled.tokens))
+        gate = self.gate.to(lm.entropy.device)
+        return [
+            Votes(of_source.log_weights, asked.tokens, of_source.lmbda, asked.present)
+            for asked, of_source in zip(voters, gate(lm, voters), strict=True)
+        ]
+
+    def mix_vocabulary(
+        self,
+        neighbors: Sequence[Neighbors],
+        recalled: Recalled | None,
+        lm_log_probs: Float[Tensor, "query vocab"],
+    ) -> Float[Tensor, "query vocab"]:
+        """Return log p of every token; see `votes`.
+
+        Where nothing counts, `lm_log_probs` come back as they are.
+        """
+        if not self.counts or len(lm_log_probs) == 0:
+            return lm_log_probs
+        lm = None if self.gate is None else summarize_lm(lm_log_probs.detach())
+        votes = self.votes(self.searched, neighbors, recalled, lm)
+        return interpolate_vocabulary(lm_log_probs, votes)
+
+    def mix(
+        self,
+        keys: Float[Tensor, "query dim"],
+        recalled: Recalled | None,
+        lm_log_probs: Float[Tensor, "query vocab"],
+    ) -> Float[Tensor, "query vocab"]:
+        """Search, and return log p of every token."""
+        if not self.counts or len(keys) == 0:
+            return lm_log_probs
+        neighbors = [memory.search(keys) for memory in self.searched]
+        return self.mix_vocabulary(neighbors, recalled, lm_log_probs)
+
+
+def open_mixer(
+    model: KeyedModel,
+    store: Datastore | Sequence[Datastore],
+    *,
+    k: ForEach[int] = None,
+    lmbda: ForEach[float] = None,
+    temperature: ForEach[float] = None,
+    index: ForEach[Index] = None,
+    cache: CacheParameters | bool = False,
+    learned: bool = True,
+) -> Mixer:
+    """Open one or several datastores for a model, and choose how they are mixed.
+
+    Weights are those of the gate that `tune` stored for these datastores, if `learned`; fixed
+    where k, lmbda, temperature or the cache's parameters are given, and where there is no gate.
+    cache: True for the continuous cache that `tune` stored. Raises DatastoreMismatchError for a
+    datastore of another model, InvalidArgumentError.
+    """
+    memories = open_memories(model, store, k=k, lmbda=lmbda, temperature=temperature, index=index)
+    stores = as_stores(store)
+    tuned = stores[0].mixture(stores[1:])
+    asked = any(given is not None for given in (k, lmbda, temperature))
+    mixer = _choose(memories, tuned, cache, fixed=asked or not learned)
+    if mixer.gate is None:
+        return mixer
+    return replace(mixer, gate=mixer.gate.to(model.device))
+
+
+def _choose(
+    memories: tuple[Memory, ...],
+    tuned: TunedMixture | None,
+    cache: CacheParameters | bool,
+    *,
+    fixed: bool,
+) -> Mixer:
+    if cache is False:
+        gate = None if tuned is None or fixed else tuned.gate
+        return Mixer(memories, None, gate)
+    if cache is not True:
+        _check_total(memories, cache)
+        return Mixer(memories, cache)
+    if tuned is None:
+        raise InvalidArgumentError(
+            "cache must have been tuned for these datastores, and it was not: run knnlm tune, or "
+            "give its parameters"
+        )
+    if fixed:
+        _check_total(memories, tuned.cache)
+        return Mixer(memories, tuned.cache)
+    if tuned.cache_gate is not None:
+        return Mixer(memories, tuned.cache, tuned.cache_gate)
+    beside = override(memories, lmbda=tuned.lmbdas)
+    return Mixer(beside, tuned.cache)
+
+
+def override_mixer(
+    mixer: Mixer,
+    *,
+    k: ForEach[int] = None,
+    lmbda: ForEach[float] = None,
+    temperature: ForEach[float] = None,
+) -> Mixer:
+    """Return the mixer with what is asked for; then its weights are fixed."""
+    if k is None and lmbda is None and temperature is None:
+        return mixer
+    memories = override(mixer.memories, k=k, lmbda=lmbda, temperature=temperature)
+    if mixer.cache is not None:
+        _check_total(memories, mixer.cache)
+    return replace(mixer, memories=memories, gate=None)
+
+
+def _check_total(memories: Sequence[Memory], cache: CacheParameters) -> None:
+    weights = [*(memory.parameters for memory in memories), cache.votes]
+    check_total(weights, "the datastores and the continuous cache")

@@ -1,0 +1,119 @@
+"""What an evaluation counts, token by token and document by document."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from knnlm.memory import Memory
+from knnlm.mixture.gate_training import share_hurt
+from knnlm.scoring import Scores
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class FrequencyBucket:
+    """Tokens that occur `at_least` to `at_most` times among the values of the datastores."""
+
+    at_least: int
+    at_most: int
+    tokens: int
+    lm_perplexity: float
+    knn_perplexity: float
+
+
+class Tally:
+    """Sums of nats: over documents, and over tokens of similar frequency in the datastores.
+
+    scored: how many tokens of each document, by its number. helped, hurt: tokens to which the
+    mixture gives more, or less, than the LM.
+    """
+
+    def __init__(self, memories: Sequence[Memory], vocab_size: int) -> None:
+        self.scored: dict[int, int] = {}
+        self.helped = self.hurt = 0
+        self._hurt_much = 0.0
+        self._of_documents: dict[int, Float[Tensor, " lm_and_mixture"]] = {}
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for memory in memories:
+            counts += _count_tokens(memory, vocab_size)
+        # 0 for none, 1 for 1 … 9, 2 for 10 … 99, …
+        self._bucket = counts.double().log10().floor().clamp_min(-1).long() + 1
+        buckets = int(self._bucket.max()) + 1
+        self._tokens = torch.zeros(buckets, dtype=torch.int64)
+        self._of_buckets = torch.zeros(buckets, 2, dtype=torch.float64)
+
+    def add(self, scores: Scores, mixed_log_probs: Float[Tensor, " token"]) -> None:
+        """Count some tokens."""
+        lm_log_probs = scores.lm_log_probs
+        nats = -torch.stack([lm_log_probs.double(), mixed_log_probs.double()], dim=1)
+        self.helped += int((mixed_log_probs > lm_log_probs).sum())
+        self.hurt += int((mixed_log_probs < lm_log_probs).sum())
+        self._hurt_much += share_hurt(mixed_log_probs, lm_log_probs) * len(nats)
+        buckets = self._bucket[scores.targets.long()]
+        self._tokens += torch.bincount(buckets, minlength=len(self._tokens))
+        self._of_buckets.index_add_(0, buckets, nats)
+        start = 0
+        for window in scores.windows:
+            for span in window.spans:
+                own = nats[start : start + span.count].sum(dim=0)
+                start += span.count
+                number = span.document
+                self.scored[number] = self.scored.get(number, 0) + span.count
+                self._of_documents[number] = self._of_documents.get(number, 0) + own
+
+    @property
+    def nats(self) -> tuple[float, float]:
+        """The LM's and the mixture's, in all."""
+        lm, mixed = torch.stack(list(self._of_documents.values())).sum(dim=0).tolist()
+        return lm, mixed
+
+    @property
+    def share_hurt(self) -> float:
+        """The share of tokens to which the mixture gives at least 0.1 nats less than the LM."""
+        return self._hurt_much / sum(self.scored.values())
+
+    def errors(self) -> tuple[float, float, float] | tuple[None, None, None]:
+        """Return the standard errors of the LM's perplexity, the mixture's, and of their ratio.
+
+        By a bootstrap over documents, seeded; None for fewer than two.
+        """
+        if len(self.scored) < 2:
+            return None, None, None
+        tokens = np.array([self.scored[number] for number in self._of_documents])
+        nats = torch.stack(list(self._of_documents.values())).numpy()
+        generator = np.random.default_rng(0)
+        drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
+        per_token = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)[:, None]
+        with np.errstate(over="ignore", invalid="ignore"):  # λ = 1 may cost infinitely many nats
+            perplexities = np.exp(per_token)
+            ratios = np.exp(per_token[:, 1] - per_token[:, 0])
+            lm, mixed = perplexities.std(axis=0, ddof=1).tolist()
+            return lm, mixed, float(ratios.std(ddof=1))
+
+    def frequencies(self) -> tuple[FrequencyBucket, ...]:
+        """Return the buckets that have tokens, the rarest first."""
+        return tuple(self._frequencies())
+
+    def _frequencies(self) -> Iterator[FrequencyBucket]:
+        for number, tokens in enumerate(self._tokens.tolist()):
+            if tokens:
+                lm, mixed = (
+                    perplexity_of(nats / tokens) for nats in self._of_buckets[number].tolist()
+                )
+                at_least, at_most = (10 ** (number - 1), 10**number - 1) if number else (0, 0)
+                yield FrequencyBucket(at_least, at_most, tokens, lm, mixed)
+
+
+def _count_tokens(memory: Memory, vocab_size: int) -> Int[Tensor, " vocab"]:
+    return torch.bincount(memory.store.values[memory.store.alive], minlength=vocab_size)
+
+
+def perplexity_of(nats_per_token: float) -> float:
+    """Return e^nats, infinite where that is no float."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
