@@ -218,6 +218,12 @@ def test_the_perplexities_of_tune_are_those_of_eval(
     expected = fits["fixed weights + cache"]
     assert expected.perplexity == pytest.approx(with_cache.knn.perplexity, rel=1e-4)
     assert expected.perplexity <= fits["fixed weights"].perplexity * 1.002
+    assert [name for name, fit in fits.items() if fit.held_out] == [
+        "λ by distance",
+        "learned weights",
+        "learned weights + cache",
+    ]
+    assert fits["λ by distance"].perplexity < tuning.lm_perplexity
 
 
 def test_a_short_text_is_not_learned_from(llama_lm: LanguageModel, tmp_path: Path) -> None:

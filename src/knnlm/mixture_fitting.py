@@ -13,7 +13,13 @@ from knnlm.knn_lm import KNNLM
 from knnlm.mixture.adaptive import LearnedGate
 from knnlm.mixture.continuous_cache import CacheParameters, Recalled, join_recalled
 from knnlm.mixture.features import LMSummary, Source, Voters
-from knnlm.mixture.gate_training import fit_gate, join_examples, make_examples, share_hurt
+from knnlm.mixture.gate_training import (
+    fit_buckets,
+    fit_gate,
+    join_examples,
+    make_examples,
+    share_hurt,
+)
 from knnlm.mixture.interpolation import neighbor_log_weights, target_knn_log_probs
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.tuned import TunedMixture
@@ -32,6 +38,7 @@ _FINER = (0.7, 1.4)
 _FEW_STEPS, _MANY_STEPS = 40, 300
 _LARGEST_LOG_RATIO = 600.0
 _EXAMPLES_AT_ONCE = 2048
+_BLOCKS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +146,9 @@ def fit_mixture(
     mixture = TunedMixture(cache, lmbdas)
     if len(text) < LEAST_TOKENS:
         return mixture, tuple(fits)
+    if len(parameters) == 1:
+        by_distance = _by_distance(text, text.voters[0], knn_ratios[0])
+        fits.append(_fit("λ by distance", text, by_distance, held_out=True))
     sources = [Source(p.k, p.temperature) for p in parameters]
     voters = [
         Voters(*(part[:, : p.k] for part in of_store))
@@ -149,13 +159,34 @@ def fit_mixture(
     remembered = Voters(recalled.squared_distances, recalled.tokens)
     gate, log_probs = _fit_gate(text, sources, voters, progress)
     fits.append(_fit("learned weights", text, log_probs, held_out=True))
-    if fits[2].perplexity < fits[0].perplexity:
+    if fits[-1].perplexity < fits[0].perplexity:
         mixture = replace(mixture, gate=gate)
     gate, log_probs = _fit_gate(text, [*sources, cache_source], [*voters, remembered], progress)
     fits.append(_fit("learned weights + cache", text, log_probs, held_out=True))
-    if fits[3].perplexity < fits[1].perplexity:
+    if fits[-1].perplexity < fits[1].perplexity:
         mixture = replace(mixture, cache_gate=gate)
     return mixture, tuple(fits)
+
+
+def _by_distance(
+    text: HeldOutText, voters: Voters, ratios: Float[Tensor, " token"]
+) -> Float[Tensor, " token"]:
+    """Return the true tokens' log p where λ goes by the nearest distance (Drozdov et al. 2022).
+
+    Each block of the text with the λ that suit the others.
+    """
+    log_probs = torch.empty(len(text), dtype=torch.float64)
+    block = torch.arange(len(text)) * _BLOCKS // len(text)
+    lm_log_probs = text.lm_log_probs.double()
+    for held_out in range(_BLOCKS):
+        others, own = block != held_out, block == held_out
+        lmbda = fit_buckets(
+            voters.squared_distances[others, 0],
+            lm_log_probs[others],
+            lm_log_probs[others] + ratios[others].log(),
+        )(voters.squared_distances[own])
+        log_probs[own] = lm_log_probs[own] + torch.log1p(lmbda * (ratios[own] - 1))
+    return log_probs
 
 
 def _fit_gate(

@@ -47,15 +47,6 @@ class BucketedLambda:
         lmbdas = self.lmbdas[torch.bucketize(nearest, self.edges)]
         return lmbdas.masked_fill(nearest.isposinf(), 0.0)
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return all there is to save."""
-        return {"edges": self.edges, "lmbdas": self.lmbdas}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "BucketedLambda":
-        """Undo `to_tensors`; raises DatastoreCorruptError."""
-        return cls(*_take(tensors, "edges", "lmbdas"))
-
 
 @dataclass(frozen=True, slots=True)
 class SourceVotes:
