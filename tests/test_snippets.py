@@ -60,6 +60,14 @@ def test_attaching(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "docs/attaching.md" in (ROOT / "README.md").read_text()
 
 
+def test_mixing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run("docs/mixing.md")
+    assert "fixed weights + cache" in capsys.readouterr().out
+    assert names["fixed"].mixer.gate is None
+    assert names["with_cache"].mixer.cache == names["tuning"].mixture.cache
+    assert "docs/mixing.md" in (ROOT / "README.md").read_text()
+
+
 def test_lm_eval(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install '.[lm-eval]'")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
