@@ -11,7 +11,7 @@ from stores import stored_keys
 from torch import Tensor
 
 import knnlm.scoring
-from knnlm.attribution import Explanation, explain
+from knnlm.attribution import Explanation, explain, sum_credits
 from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.errors import InvalidArgumentError
@@ -192,6 +192,81 @@ def test_the_sources_of_several_datastores(
         assert {source.store for source in explanation.sources} == {str(s.path) for s in stores}
 
 
+def test_votes_are_the_neighbors_grouped_by_their_token(model: KNNLM) -> None:
+    for explanation in explain(model, TEXT, sources=K):
+        sums: dict[int, float] = {}
+        counts: dict[int, int] = {}
+        for source in explanation.sources:
+            sums[source.token] = sums.get(source.token, 0.0) + source.weight
+            counts[source.token] = counts.get(source.token, 0) + 1
+        assert {vote.token: vote.weight for vote in explanation.votes} == pytest.approx(sums)
+        assert {vote.token: vote.neighbors for vote in explanation.votes} == counts
+        weights = [vote.weight for vote in explanation.votes]
+        assert weights == sorted(weights, reverse=True)
+        for vote in explanation.votes:
+            assert vote.text == model.lm.decode([vote.token])
+        own = [vote.weight for vote in explanation.votes if vote.token == explanation.token]
+        assert sum(own) == pytest.approx(explanation.knn_prob, abs=1e-6)
+
+
+def test_few_votes_are_named_but_always_that_for_the_token_itself(model: KNNLM) -> None:
+    whole = explain(model, PROSE[200:330], sources=K)
+    beyond = 0
+    for one, bare in zip(whole, explain(model, PROSE[200:330], sources=0), strict=True):
+        assert list(one.votes[:5]) == list(bare.votes[:5])
+        assert len(bare.votes) <= 6
+        beyond += len(bare.votes) == 6
+        if one.knn_prob > 0:
+            assert one.token in {vote.token for vote in bare.votes}
+    assert beyond > 0, "the case occurs"
+
+
+def test_credits_are_the_parts_of_the_probability(model: KNNLM) -> None:
+    explanations = explain(model, TEXT, sources=K)
+    for explanation in explanations:
+        p = math.exp(explanation.log_prob)
+        expected: dict[str, float] = {}
+        for source in explanation.sources:
+            if source.token == explanation.token:
+                part = 0.4 * source.weight / p
+                expected[source.document] = expected.get(source.document, 0.0) + part
+        assert {credit.document: credit.tokens for credit in explanation.credits} == pytest.approx(
+            expected, abs=1e-5
+        )
+        from_lm = 0.6 * math.exp(explanation.lm_log_prob) / p
+        assert sum(c.tokens for c in explanation.credits) + from_lm == pytest.approx(1.0, abs=1e-5)
+    total = sum_credits(explanations)
+    assert {credit.document for credit in total} == set(TEXTS)
+    assert {credit.store for credit in total} == {str(model.memories[0].store.path)}
+    for credit in total:
+        parts = [c.tokens for e in explanations for c in e.credits if c.document == credit.document]
+        assert credit.tokens == pytest.approx(sum(parts))
+    assert list(total) == sorted(total, key=lambda credit: -credit.tokens)
+
+
+def test_what_nobody_voted_for_has_no_credits(model: KNNLM) -> None:
+    silent = KNNLM(model.lm, model.memories[0].store, k=1, lmbda=1.0)
+    explanations = silent.explain(TEXT)
+    assert {explanation.log_prob for explanation in explanations} == {0.0, -math.inf}
+    for explanation in explanations:
+        given = sum(credit.tokens for credit in explanation.credits)
+        assert given == pytest.approx(explanation.knn_prob)
+    fair = KNNLM(model.lm, model.memories[0].store, k=K, lmbda=0.0)
+    assert not any(explanation.credits for explanation in fair.explain(TEXT))
+
+
+def test_what_was_generated_is_explained_token_by_token(model: KNNLM) -> None:
+    generation = model.generate(TEXT, max_new_tokens=6)
+    whole = model.explain(TEXT, generated=generation.tokens, sources=1)
+    before = model.explain(TEXT, sources=1)
+    assert [one.token for one in whole[len(before) :]] == generation.tokens
+    for one, other in zip(whole[: len(before)], before, strict=True):
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-5)
+    tokens = torch.tensor([[model.lm.start_token, *[one.token for one in whole]]])
+    best = model.log_probs(tokens)[0, -7:-1].argmax(dim=1)
+    assert best.tolist() == generation.tokens, "greedy"
+
+
 def test_as_plain_values(model: KNNLM) -> None:
     explanation = explain(model, TEXT)[3]
     plain = json.loads(json.dumps(explanation.to_dict()))
@@ -202,6 +277,7 @@ def test_as_plain_values(model: KNNLM) -> None:
         "row",
         "document",
         "position",
+        "token",
         "weight",
         "squared_distance",
         "before",
@@ -215,7 +291,7 @@ def test_refusals(model: KNNLM) -> None:
         explain(model, "")
     for name in ("sources", "before", "after"):
         with refusal(InvalidArgumentError, f"{name} must be at least 0, got -1"):
-            explain(model, TEXT, **{name: -1})
+            explain(model, TEXT, **{name: -1})  # type: ignore[arg-type]
     model.memories[0].store.forget(["*"])
     with refusal(
         InvalidArgumentError, f"{model.memories[0].store.path} must have entries to explain with"

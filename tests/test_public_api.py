@@ -32,6 +32,7 @@ PUBLIC = [
     "explain",
     "open_index",
     "read_documents",
+    "sum_credits",
     "tune",
     "verify",
 ]

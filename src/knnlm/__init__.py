@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from knnlm.attachment import attach as attach
     from knnlm.attribution import Explanation as Explanation
     from knnlm.attribution import explain as explain
+    from knnlm.attribution import sum_credits as sum_credits
     from knnlm.corpus import Document as Document
     from knnlm.corpus import Documents as Documents
     from knnlm.corpus import read_documents as read_documents
@@ -60,6 +61,7 @@ _MODULES = {
     "explain": "attribution",
     "open_index": "index.policy",
     "read_documents": "corpus",
+    "sum_credits": "attribution",
     "tune": "tuning",
     "verify": "datastore.maintenance",
 }

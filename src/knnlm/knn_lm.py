@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.attachment import Attachment
+from knnlm.attribution import Explanation, explain
 from knnlm.corpus import Document
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
@@ -118,6 +119,21 @@ class KNNLM:
             max_tokens,
             progress,
         )
+
+    def explain(
+        self,
+        text: str,
+        *,
+        generated: Sequence[int] = (),
+        sources: int = 3,
+        before: int = 24,
+        after: int = 8,
+    ) -> list[Explanation]:
+        """Explain every token of a text, and of what was generated after it.
+
+        See `knnlm.explain`, which is the same.
+        """
+        return explain(self, text, generated=generated, sources=sources, before=before, after=after)
 
     def generate(
         self,
