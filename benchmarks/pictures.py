@@ -94,12 +94,16 @@ def draw_tax() -> None:
     sizes = measured["sizes"]
     figure, axes = plt.subplots(figsize=(6.4, 4))
     entries = [size["entries"] for size in sizes]
-    for number, setting in enumerate(sizes[0]["settings"]):
-        k = setting["k"]
-        taxes = [one["tax"] for size in sizes for one in size["settings"] if one["k"] == k]
-        axes.plot(
-            entries, taxes, marker="o", color=(OURS, "#e59866")[number % 2], label=f"knnlm, k {k:,}"
-        )
+    ways = dict.fromkeys(one["way"] for size in sizes for one in size["settings"])
+    for number, way in enumerate(ways):
+        points = [
+            (size["entries"], one["tax"])
+            for size in sizes
+            for one in size["settings"]
+            if one["way"] == way
+        ]
+        color = (OURS, "#e59866", "#7d3c98", "#c39bd3")[number % 4]
+        axes.plot(*zip(*points, strict=True), marker="o", color=color, label=f"knnlm, {way}")
     for number, (name, facts) in enumerate(
         measured.get("knn_transformers", {}).get("kinds", {}).items()
     ):

@@ -54,40 +54,52 @@ class Tax:
     def __init__(self, lm: knnlm.LanguageModel, arguments: argparse.Namespace) -> None:
         self.lm, self.arguments = lm, arguments
         self.documents = knnlm.read_documents(*arguments.text)
+        self.fixed: dict[str, Any] = {
+            "lmbda": arguments.lmbda,
+            "temperature": arguments.temperature,
+        }
 
     def evaluate(self, store: knnlm.Datastore, **given: Any) -> knnlm.PerplexityReport:
         """Evaluate once."""
-        given = {"lmbda": self.arguments.lmbda, **given}
-        model = knnlm.KNNLM(self.lm, store, temperature=self.arguments.temperature, **given)
+        model = knnlm.KNNLM(self.lm, store, **given)
         return model.perplexity(self.documents, max_tokens=self.arguments.max_tokens)
 
+    def ways(self, store: knnlm.Datastore) -> dict[str, dict[str, Any]]:
+        """Return what is measured: fixed weights for every k, and what `tune` has learned."""
+        ways = {f"k {k}": {"k": k, **self.fixed} for k in self.arguments.k}
+        if store.is_learned:
+            ways |= {"learned": {}, "learned + cache": {"cache": True}}
+        return ways
+
     def measure(self, store: knnlm.Datastore) -> dict[str, Any]:
-        """Measure the tax of a datastore, for every k."""
-        exact = self.evaluate(store, k=EXACT_K, index=ExactIndex(store))
+        """Measure the tax of a datastore, in every way to mix."""
+        ways = self.ways(store)
+        exact = self.evaluate(store, k=EXACT_K, index=ExactIndex(store), **self.fixed)
         alone: list[knnlm.PerplexityReport] = []
-        remembering: dict[int, list[knnlm.PerplexityReport]] = {k: [] for k in self.arguments.k}
-        for k in self.arguments.k:
-            self.evaluate(store, k=k)  # compiles what is compiled at first use
+        remembering: dict[str, list[knnlm.PerplexityReport]] = {name: [] for name in ways}
+        for given in ways.values():
+            self.evaluate(store, **given)  # compiles what is compiled at first use
         for _ in range(self.arguments.repetitions):
             alone.append(self.evaluate(store, k=1, lmbda=0.0))
-            for k in self.arguments.k:
-                remembering[k].append(self.evaluate(store, k=k))
+            for name, given in ways.items():
+                remembering[name].append(self.evaluate(store, **given))
         lm_seconds = [report.seconds.total for report in alone]
         print(f"\n{len(store):,} entries, {exact.tokens:,} tokens")
         print(f"LM alone      {statistics.median(lm_seconds):8.2f} s")
         settings = []
-        for k, reports in remembering.items():
+        for name, reports in remembering.items():
             seconds = [report.seconds.total for report in reports]
             taxes = [ours / lm for ours, lm in zip(seconds, lm_seconds, strict=True)]
             tax, perplexity = statistics.median(taxes), reports[0].knn.perplexity
             loss = perplexity / exact.knn.perplexity - 1
             print(
-                f"k {k:<12}{statistics.median(seconds):8.2f} s: {tax:.3f}×, perplexity "
+                f"{name:<16}{statistics.median(seconds):8.2f} s: {tax:.3f}×, perplexity "
                 f"{perplexity:.4f} ({loss:+.2%} of exact search's)"
             )
             settings.append(
                 {
-                    "k": k,
+                    "way": name,
+                    "k": reports[0].parameters[0].k,
                     "tax": tax,
                     "taxes": taxes,
                     "perplexity_over_exact": loss,
