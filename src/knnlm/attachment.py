@@ -5,6 +5,7 @@ class, signature and weights stay as they are.
 """
 
 import inspect
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -19,6 +20,7 @@ from transformers.modeling_utils import slice_logits_to_keep
 from knnlm.attached_cache import SequenceCaches
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import AttachmentError
+from knnlm.index.ivf_workers import Workers
 from knnlm.index.protocol import Index
 from knnlm.keyed_model import KeyedModel
 from knnlm.memory import ForEach, as_stores
@@ -50,7 +52,11 @@ class Attachment:
         self._keyed = keyed
         self._signature = inspect.signature(self.model.forward)
         self._hooks = ExitStack()
-        self._captured = self._hooks.enter_context(keyed.capture())
+        self._ahead = Workers(1)
+        self._hooks.callback(self._ahead.close)
+        self._pending = threading.local()
+        begin = torch.compiler.disable(self._search_ahead)  # type: ignore[no-untyped-call]
+        self._captured = self._hooks.enter_context(keyed.capture(begin))
         self._caches = SequenceCaches(mixer, keyed.name)
         hook = self.model.register_forward_hook(
             torch.compiler.disable(self._mix_output),  # type: ignore[no-untyped-call]
@@ -77,6 +83,13 @@ class Attachment:
     def __exit__(self, *raised: object) -> None:
         if self.attached:
             self.detach()
+
+    def _search_ahead(self, keys: Float[Tensor, "batch time dim"]) -> None:
+        """Begin the search for one new position; the model's head takes longer than that."""
+        self._pending.neighbors = None
+        if keys.is_cpu and keys.shape[:2].numel() == 1 and self.mixer.counts:
+            query = keys[0]
+            self._pending.neighbors = self._ahead.submit(lambda: self.mixer.search(query))
 
     def _mix_output(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -117,7 +130,9 @@ class Attachment:
             recollection = self._caches.recall(given, output, read.detach())
             recalled = self.mixer.nearest(recollection.of(kept.flatten()))
         lm_log_probs = torch.log_softmax(logits.float(), dim=-1)
-        mixed = self.mixer.mix(keys.flatten(0, 1), recalled, lm_log_probs.flatten(0, 1))
+        begun = self._pending.neighbors
+        neighbors = self.mixer.search(keys.flatten(0, 1)) if begun is None else begun.result()
+        mixed = self.mixer.mix_vocabulary(neighbors, recalled, lm_log_probs.flatten(0, 1))
         return mixed.reshape(lm_log_probs.shape)
 
 

@@ -129,10 +129,14 @@ def find_key_places(model: PreTrainedModel, probe: Int[Tensor, "batch time"]) ->
 
 
 class KeyCapture:
-    """The keys of the most recent forward pass, for the thread that ran it."""
+    """The keys of the most recent forward pass, for the thread that ran it.
 
-    def __init__(self) -> None:
+    on_keys: called with them as soon as the decoder is done, before the model's head.
+    """
+
+    def __init__(self, on_keys: Callable[[Tensor], None] | None = None) -> None:
         self._local = threading.local()
+        self._on_keys = on_keys
 
     @property
     def keys(self) -> Float[Tensor, "batch time dim"]:
@@ -155,12 +159,16 @@ class KeyCapture:
         if passing is not None:
             self._local.keys = passing.reshape(*hidden_states.shape[:2], -1)
             self._local.passing = None
+            if self._on_keys is not None:
+                self._on_keys(self._local.keys)
 
 
 @contextmanager
-def capture_keys(decoder: nn.Module, tap: Tap) -> Iterator[KeyCapture]:
+def capture_keys(
+    decoder: nn.Module, tap: Tap, on_keys: Callable[[Tensor], None] | None = None
+) -> Iterator[KeyCapture]:
     """Record what passes `tap` in every forward pass of `decoder` inside the `with` block."""
-    capture = KeyCapture()
+    capture = KeyCapture(on_keys)
     with ExitStack() as hooks:
         hooks.callback(tap.hook(capture._passing).remove)
         hooks.callback(Tap(decoder, "output").hook(capture._decoded).remove)

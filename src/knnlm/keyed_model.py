@@ -5,7 +5,7 @@ Knows transformers and tensors. Knows no tokenizer, no datastore, no neighbor.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,13 +91,15 @@ class KeyedModel:
             logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
             return Reading(captured.keys.to(self.device), logits.float())
 
-    def capture(self) -> AbstractContextManager[KeyCapture]:
+    def capture(
+        self, on_keys: Callable[[Tensor], None] | None = None
+    ) -> AbstractContextManager[KeyCapture]:
         """Record the keys of any forward passes of `model` inside the `with` block.
 
         After each pass `.keys` has its (batch, time, dim), also in `generate`, where all but the
-        first pass read one new position.
+        first pass read one new position. on_keys: called with them before the model's head.
         """
-        return capture_keys(self._decoder, self._tap)
+        return capture_keys(self._decoder, self._tap, on_keys)
 
     @cached_property
     def weights_fingerprint(self) -> str:

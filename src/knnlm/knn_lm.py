@@ -99,7 +99,8 @@ class KNNLM:
             cache = self.mixer.new_cache(reading.keys)
             recollection = cache.recall(tokens.to(reading.keys.device), reading.keys)
             recalled = self.mixer.nearest(recollection)
-        mixed = self.mixer.mix(reading.keys.flatten(0, 1), recalled, log_probs.flatten(0, 1))
+        neighbors = self.mixer.search(reading.keys.flatten(0, 1))
+        mixed = self.mixer.mix_vocabulary(neighbors, recalled, log_probs.flatten(0, 1))
         return mixed.reshape(log_probs.shape)
 
     def perplexity(

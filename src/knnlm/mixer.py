@@ -74,6 +74,10 @@ class Mixer:
         assert self.cache is not None
         return recollection.nearest(self.cache.votes.k)
 
+    def search(self, keys: Float[Tensor, "query dim"]) -> list[Neighbors]:
+        """Return the neighbors of each key in each memory in `searched`; of no key, none."""
+        return [memory.search(keys) for memory in self.searched] if len(keys) else []
+
     def votes(
         self,
         memories: Sequence[Memory],
@@ -123,18 +127,6 @@ class Mixer:
         lm = None if self.gate is None else summarize_lm(lm_log_probs.detach())
         votes = self.votes(self.searched, neighbors, recalled, lm)
         return interpolate_vocabulary(lm_log_probs, votes)
-
-    def mix(
-        self,
-        keys: Float[Tensor, "query dim"],
-        recalled: Recalled | None,
-        lm_log_probs: Float[Tensor, "query vocab"],
-    ) -> Float[Tensor, "query vocab"]:
-        """Search, and return log p of every token."""
-        if not self.counts or len(keys) == 0:
-            return lm_log_probs
-        neighbors = [memory.search(keys) for memory in self.searched]
-        return self.mix_vocabulary(neighbors, recalled, lm_log_probs)
 
 
 def open_mixer(

@@ -7,7 +7,7 @@ whole pieces alone.
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ class Workers:
     """Threads in which torch is single-threaded."""
 
     def __init__(self, threads: int) -> None:
+        default = torch.get_num_threads()
         self.threads = threads
         self._pool = ThreadPoolExecutor(threads, "knnlm-search")
         started = threading.Barrier(threads)
@@ -32,11 +33,19 @@ class Workers:
 
         for future in [self._pool.submit(start) for _ in range(threads)]:
             future.result()
-        torch.set_num_threads(threads)  # the setting is a thread's own, its default everyone's
+        torch.set_num_threads(default)  # the setting is a thread's own, its default everyone's
 
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Apply a function to each item; results in the order of the items."""
         return list(self._pool.map(function, items))
+
+    def submit(self, function: Callable[[], Result]) -> Future[Result]:
+        """Begin a piece of work."""
+        return self._pool.submit(function)
+
+    def close(self) -> None:
+        """End the threads, when they are done."""
+        self._pool.shutdown()
 
     def chunks(self, total: int, size: int) -> list[range]:
         """Split 0 … total into ranges of at most `size`, at least one for each thread."""
