@@ -1,0 +1,92 @@
+"""Domain adaptation: three datastores swapped under one language model.
+
+    python experiments/domain_adaptation.py --model smollm2 --work /tmp/experiments
+
+Khandelwal et al. 2020, Table 4: an LM that never read Books, with a datastore of Books. Here the LM
+is tuned on none of the three collections, and each of them is predicted with each datastore, and
+with all three at once. λ is tuned on validation text of the collection that is predicted.
+Other collections: --domain NAME TRAIN VALID TEST, once for each.
+"""
+
+from collections.abc import Sequence
+
+from experiment import Experiment
+from measuring import cached, component, measure, mixed, papers_recipe, percent
+from texts import DOMAINS, Domain
+
+from knnlm.mixture.interpolation import interpolate
+from knnlm.tuning import fit_lmbdas, sweep
+
+PAPER = {"lm": 34.84, "knn": 20.47, "change": 20.47 / 34.84 - 1, "lmbda": 0.65}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure each collection with each datastore."""
+    experiment = Experiment(__doc__, argv)
+    experiment.add_argument(
+        "--domain", nargs=4, action="append", metavar=("NAME", "TRAIN", "VALID", "TEST")
+    )
+    given = experiment.arguments
+    domains = [experiment.domain_named(name) for name in DOMAINS]
+    if given.domain:
+        domains = [
+            Domain(name, [train], [valid], [test], given.entries)
+            for name, train, valid, test in given.domain
+        ]
+    stores = [experiment.store(domain) for domain in domains]
+
+    measured = {}
+    for domain in domains:
+        valid, test = experiment.valid(domain), experiment.test(domain)
+        tuned_on = [cached(valid, experiment.voters(store, valid)) for store in stores]
+        tested_on = [cached(test, experiment.voters(store, test)) for store in stores]
+        of_domain = {"LM": measure(test, test.lm_log_probs)}
+        for other, valid_neighbors, test_neighbors in zip(
+            domains, tuned_on, tested_on, strict=True
+        ):
+            recipe = papers_recipe(valid_neighbors)
+            best = sweep(valid_neighbors).parameters
+            of_domain[f"+ {other.name}"] = {
+                **measure(test, mixed(test_neighbors, recipe)),
+                "lmbda": recipe.lmbda,
+                "tuned": {
+                    **measure(test, mixed(test_neighbors, best)),
+                    "k": best.k,
+                    "lmbda": best.lmbda,
+                    "temperature": best.temperature,
+                },
+            }
+        recipes = [papers_recipe(neighbors) for neighbors in tuned_on]
+        recipes = list(fit_lmbdas(tuned_on, recipes)[0])
+        components = [component(n, p) for n, p in zip(tested_on, recipes, strict=True)]
+        of_domain["+ all"] = {
+            **measure(test, interpolate(test.lm_log_probs, components)),
+            "lmbdas": [parameters.lmbda for parameters in recipes],
+        }
+        measured[domain.name] = of_domain
+        for name, numbers in of_domain.items():
+            print(
+                f"{domain.name:12} {name:14} {numbers['perplexity']:8.3f}"
+                f" {percent(numbers['change'])}"
+            )
+    experiment.write(
+        "domain_adaptation",
+        {
+            "paper": PAPER,
+            "entries": {d.name: s.rows for d, s in zip(domains, stores, strict=True)},
+            "measured": measured,
+        },
+    )
+    with experiment.picture("domain_adaptation") as [panel]:
+        columns = [*(f"+ {domain.name}" for domain in domains), "+ all"]
+        for number, column in enumerate(columns):
+            changes = [100 * measured[domain.name][column]["change"] for domain in domains]
+            places = [place + 0.2 * (number - 1.5) for place in range(len(domains))]
+            panel.bar(places, changes, width=0.18, label=f"datastore {column[2:]}")
+        panel.set_xticks(range(len(domains)), [f"{domain.name} text" for domain in domains])
+        panel.axhline(0, color="black", linewidth=0.8)
+        panel.set_ylabel("change of perplexity, %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""What every experiment begins and ends with: arguments, cached work, results and a picture.
+
+`--work` keeps datastores, what the model says of held-out text, and neighbors, each under a digest
+of what made it, so that experiments share them and a second run takes seconds.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measuring import HeldOut
+from safetensors.torch import load_file, save_file
+from texts import DOMAINS, Domain
+from torch import Tensor
+
+import knnlm
+from knnlm.apps.console import RichProgress
+from knnlm.corpus import Documents
+from knnlm.datastore.datastore import Datastore
+from knnlm.index.exact import ExactIndex
+from knnlm.language_model import LanguageModel
+from knnlm.mixture.features import LMSummary, Voters
+from knnlm.provenance import write_results
+from knnlm.reading import (
+    Windowing,
+    cut_windows,
+    default_batch_tokens,
+    encode_documents,
+    read_scores,
+)
+from knnlm.windows import Window, limit_windows
+
+MAX_K = 1024
+RESULTS = Path(__file__).parent / "results"
+
+
+class Experiment:
+    """The command line of an experiment, and the work that it shares with the others.
+
+    domain: the collection that it is about, unless --train, --valid and --test name another.
+    """
+
+    def __init__(self, docstring: str, argv: Sequence[str] | None, domain: str = "Python") -> None:
+        self.parser = argparse.ArgumentParser(description=docstring.splitlines()[0])
+        add = self.parser.add_argument
+        add("--model", required=True, help="hub name, folder or .gguf file")
+        add("--work", type=Path, required=True, help="folder for datastores and neighbors")
+        for split in ("train", "valid", "test"):
+            add(f"--{split}", nargs="+", help="files, folders, globs or hf:NAME[:CONFIG][:SPLIT]")
+        add("--text-column", default="text")
+        add("--entries", type=int, help="the most that a datastore holds")
+        add("--valid-tokens", type=int, default=8192)
+        add("--test-tokens", type=int, default=8192)
+        add("--paper-protocol", action="store_true", help="1536/1536 built, 512 scored after 2560")
+        add("--results", type=Path, default=RESULTS)
+        self.add_argument = add
+        self._argv, self._domain = argv, domain
+
+    @cached_property
+    def arguments(self) -> argparse.Namespace:
+        """The command line."""
+        return self.parser.parse_args(self._argv)
+
+    @property
+    def work(self) -> Path:
+        """The folder of all that is cached."""
+        work: Path = self.arguments.work
+        return work
+
+    @cached_property
+    def lm(self) -> LanguageModel:
+        """The language model."""
+        return LanguageModel.load(self.arguments.model)
+
+    @cached_property
+    def progress(self) -> RichProgress:
+        """Bars in the terminal."""
+        return RichProgress()
+
+    @property
+    def built(self) -> Windowing:
+        """How a datastore's text is cut."""
+        paper = self.arguments.paper_protocol
+        return Windowing(3072, 1536, "stream") if paper else Windowing(self._window, 0, "stream")
+
+    @property
+    def scored(self) -> Windowing:
+        """How held-out text is cut."""
+        return Windowing(3072, 2560, "stream") if self.arguments.paper_protocol else self.built
+
+    @property
+    def _window(self) -> int:
+        return min(1024, self.lm.max_window or 1024)
+
+    @cached_property
+    def domain(self) -> Domain:
+        """The collection that the experiment is about."""
+        given = self.arguments
+        if given.train is None:
+            return self.domain_named(self._domain)
+        if given.valid is None or given.test is None:
+            self.parser.error("--train must come with --valid and --test: text to tune and test on")
+        return Domain("given", given.train, given.valid, given.test, given.entries)
+
+    def domain_named(self, name: str) -> Domain:
+        """Return one of the three default collections."""
+        domain = DOMAINS[name](self.work)
+        return replace(domain, entries=self.arguments.entries or domain.entries)
+
+    def store(self, domain: Domain | None = None, lm: LanguageModel | None = None) -> Datastore:
+        """Build a domain's datastore, unless it was built; stops and goes on."""
+        domain, lm = domain or self.domain, lm or self.lm
+        documents = self._documents(domain.train)
+        digest = self._digest(lm, documents, self.built, domain.entries)
+        path, complete = self.work / f"{digest}.store", self.work / f"{digest}.complete"
+        if complete.exists():
+            return Datastore(path)
+        self.work.mkdir(parents=True, exist_ok=True)
+        store = knnlm.build(
+            path,
+            lm,
+            documents,
+            **asdict(self.built),
+            max_entries=domain.entries,
+            progress=self.progress,
+        )
+        complete.write_text(f"{domain.name}, {store.rows} entries\n", encoding="utf-8")
+        return store
+
+    def valid(self, domain: Domain | None = None, lm: LanguageModel | None = None) -> HeldOut:
+        """Return what the model says of the text to tune on."""
+        sources = (domain or self.domain).valid
+        return self._read(sources, self.arguments.valid_tokens, lm or self.lm)
+
+    def test(self, domain: Domain | None = None, lm: LanguageModel | None = None) -> HeldOut:
+        """Return what the model says of the text to measure on."""
+        sources = (domain or self.domain).test
+        return self._read(sources, self.arguments.test_tokens, lm or self.lm)
+
+    def windows(
+        self, sources: Sequence[str], tokens: int, windowing: Windowing | None = None
+    ) -> list[Window]:
+        """Cut the first tokens of a text into windows; by default as a datastore's."""
+        return list(self._cut(self._documents(sources), tokens, windowing or self.built, self.lm))
+
+    def _cut(
+        self, documents: Documents, tokens: int, windowing: Windowing, lm: LanguageModel
+    ) -> Iterator[Window]:
+        encoded = encode_documents(lm, documents, windowing.boundary)
+        return limit_windows(cut_windows(encoded, lm.start_token, windowing), tokens)
+
+    def _documents(self, sources: Sequence[str]) -> Documents:
+        return knnlm.read_documents(*sources, text_column=self.arguments.text_column)
+
+    def _digest(
+        self, lm: LanguageModel, documents: Documents, windowing: Windowing, tokens: int | None
+    ) -> str:
+        texts = [document.fingerprint() for document in documents]
+        return digest_of(lm.weights_fingerprint, lm.key, texts, asdict(windowing), tokens)
+
+    def _read(self, sources: Sequence[str], tokens: int, lm: LanguageModel) -> HeldOut:
+        documents = self._documents(sources)
+        digest = self._digest(lm, documents, self.scored, tokens)
+        tensors = self.kept(digest, lambda: self._score(documents, tokens, lm))
+        ends = (tensors["targets"] == lm.start_token).nonzero()[:, 0].tolist()
+        parts = np.split(
+            tensors["targets"].numpy(), ends
+        )  # a start token begins each but the first
+        summary = LMSummary(*(tensors.pop(name) for name in LMSummary._fields))
+        words = sum(len(lm.decode(part[i > 0 :]).split()) for i, part in enumerate(parts))
+        return HeldOut(**tensors, lm=summary, words=words, digest=digest)
+
+    def _score(self, documents: Documents, tokens: int, lm: LanguageModel) -> dict[str, Tensor]:
+        encoded = encode_documents(lm, documents, self.scored.boundary)
+        windows = list(limit_windows(cut_windows(encoded, lm.start_token, self.scored), tokens))
+        parts = []
+        with self.progress.task("read", sum(w.new for w in windows), "tokens") as advance:
+            for scores in read_scores(lm, windows, default_batch_tokens(lm), summarize=True):
+                parts.append(scores)
+                advance(windows[scores.number].new)
+        parts.sort(key=lambda scores: scores.number)
+        summary = LMSummary.join([part.summary for part in parts if part.summary is not None])
+        spans = [span for window in windows for span in window.spans]
+        columns = {
+            "keys": torch.cat([part.keys for part in parts]),
+            "inputs": torch.from_numpy(np.concatenate([w.inputs[w.context :] for w in windows])),
+            "targets": torch.from_numpy(np.concatenate([w.targets for w in windows])),
+            "lm_log_probs": torch.cat([part.log_probs for part in parts]),
+            "documents": torch.tensor([s.document for s in spans]).repeat_interleave(
+                torch.tensor([s.count for s in spans])
+            ),
+            **summary._asdict(),
+        }
+        return {name: column.cpu().contiguous() for name, column in columns.items()}
+
+    def voters(self, store: Datastore, held_out: HeldOut, kept_rows: int | None = None) -> Voters:
+        """Return the 1,024 nearest entries of each token, by exact search.
+
+        kept_rows: only of so many first entries.
+        """
+
+        def search() -> dict[str, Tensor]:
+            view = store if kept_rows is None else FirstRows(store.path, kept_rows)
+            index = ExactIndex(view, str(self.lm.device))
+            found = [
+                index.search(queries.to(self.lm.device), min(MAX_K, len(view)))
+                for queries in self.progress_over(torch.split(held_out.keys, 1024), "search")
+            ]
+            rows = torch.cat([part.rows for part in found]).cpu()
+            distances = torch.cat([part.squared_distances for part in found]).cpu()
+            return {"squared_distances": distances, "rows": rows.to(torch.int32)}
+
+        digest = digest_of(store.path.name, store.rows, held_out.digest, kept_rows)
+        found = self.kept(digest, search)
+        tokens = store.values[found["rows"].clamp_min(0)].masked_fill(found["rows"] < 0, -1)
+        return Voters(found["squared_distances"], tokens)
+
+    def progress_over(self, parts: Sequence[Tensor], description: str) -> Iterator[Tensor]:
+        """Yield tensors, showing how many of their rows are done."""
+        with self.progress.task(description, sum(map(len, parts)), "tokens") as advance:
+            for part in parts:
+                yield part
+                advance(len(part))
+
+    def kept(self, digest: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the tensors kept under a digest, made now if there are none."""
+        path = self.work / "kept" / f"{digest}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".aside")
+            save_file(make(), aside)
+            aside.rename(path)
+        return load_file(path)
+
+    def write(self, name: str, results: dict[str, Any]) -> None:
+        """Write `results/NAME.json` with its provenance."""
+        given = self.arguments
+        setting = {
+            "model": self.lm.name,
+            "windows_built": asdict(self.built),
+            "windows_scored": asdict(self.scored),
+            "valid_tokens": given.valid_tokens,
+            "test_tokens": given.test_tokens,
+        }
+        write_results(given.results / f"{name}.json", {"setting": setting, **results})
+
+    @contextmanager
+    def picture(self, name: str, panels: int = 1) -> Iterator[list[Any]]:
+        """Draw `results/NAME.png` on panels side by side."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # draws without a display
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(max(6.4, 4.4 * panels), 3.8), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = list(figure.subplots(1, panels, squeeze=False)[0])
+        yield axes
+        for panel in axes:
+            panel.spines[["top", "right"]].set_visible(False)
+            panel.grid(visible=True, color="#e5e7e9", linewidth=0.7)
+            panel.set_axisbelow(True)
+            if panel.get_legend_handles_labels()[0]:
+                panel.legend(fontsize=8, frameon=False)
+        figure.savefig(self.arguments.results / f"{name}.png", dpi=110)
+
+
+class FirstRows(Datastore):
+    """A datastore of which only the first rows are found."""
+
+    def __init__(self, path: Path, kept_rows: int) -> None:
+        self._kept_rows = kept_rows
+        super().__init__(path)
+
+    def refresh(self) -> bool:
+        """See what other writers committed since, of the first rows."""
+        changed = super().refresh()
+        self.rows = min(self.rows, self._kept_rows)
+        return changed
+
+    def key_blocks(self, max_rows: int, first_row: int = 0) -> Iterator[tuple[int, Tensor]]:
+        """Yield (row of the first, keys) of the first rows."""
+        for start, keys in super().key_blocks(max_rows, first_row):
+            if start >= self.rows:
+                return
+            yield start, keys[: self.rows - start]
+
+
+def digest_of(*made_of: Any) -> str:
+    """Return a name for what is made of these plain values."""
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
