@@ -16,6 +16,7 @@ DESIGNED = {
     "eval",
     "generate",
     "explain",
+    "explore",
     "serve",
     "info",
     "forget",

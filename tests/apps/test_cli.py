@@ -276,19 +276,73 @@ def test_explain_a_text_and_a_file(work: Path, models: Path) -> None:
     assert ok_json("explain", "docs.store", "some.txt")["tokens"] == explained
     out = ok("explain", "docs.store", text, "--tokens", "2", "--sources", "1")
     assert text in out
-    assert out.count("p_LM") == 2
-    assert out.count("texts/") == 2
-    assert "texts/0.txt" in out or "texts/1.txt" in out or "texts/2.txt" in out
-    assert out.count("p_kNN") == 2
+    assert len(re.findall(r"^token \d+ ", out, re.MULTILINE)) == 2
+    named = re.findall(r"d² \S+ +(\S+), token \d+\n", out)
+    assert len(named) == 2
+    assert set(named) <= {"texts/0.txt", "texts/1.txt", "texts/2.txt"}
     assert "p_LM" not in ok("explain", "docs.store", text, "--tokens", "0")
     most = max(range(len(explained)), key=lambda number: abs(explained[number]["gain"]))
     assert most > 0
     shown = ok("explain", "docs.store", text, "--tokens", "1")
-    assert f"token {most} {explained[most]['text']!r}: p_LM " in shown, "the most changed first"
+    assert f"token {most} {explained[most]['text']!r}\n" in shown, "the most changed first"
+    chosen = ok("explain", "docs.store", text, "--at", "3", "--at", "0")
+    assert re.findall(r"^token (\d+) ", chosen, re.MULTILINE) == ["0", "3"]
 
     options = memorized(models, "a[:x:] = [bold]:100:[/bold]")
     out = ok("explain", "code.store", "a[:x:] = [bold]:100:[/bold]", *options)
     assert "a[:x:] = [bold]:100:[/bold]" in out
+
+
+def test_explain_groups_by_vote_and_adds_up_documents(work: Path) -> None:
+    plain = ok_json("explain", "docs.store", "The nearest neighbors", "--sources", "4")
+    out = ok("explain", "docs.store", "The nearest neighbors", "--at", "2", "--sources", "4")
+    token = plain["tokens"][2]
+    named = {source["token"] for source in token["sources"]} | {token["token"]}
+    lines = out.splitlines()
+    for vote in token["votes"]:
+        described = f"{vote['weight']:.1%} of the vote, {vote['neighbors']} neighbor"
+        if vote["token"] in named:
+            (place,) = [n for n, line in enumerate(lines) if line.startswith(f"  {vote['text']!r}")]
+            assert described in lines[place]
+            own = [s for s in token["sources"] if s["token"] == vote["token"]]
+            assert len(own) == 0 or f"{own[0]['weight']:.1%}" in lines[place + 1]
+        else:
+            assert described in out.partition("others: ")[2]
+    total = sum(credit["tokens"] for credit in plain["documents"])
+    parts = sum(credit["tokens"] for token in plain["tokens"] for credit in token["credits"])
+    assert total == pytest.approx(parts)
+    assert f"the language model │ {len(plain['tokens']) - total:6.1f}" in out
+
+
+def test_explain_what_is_generated(work: Path) -> None:
+    text = "The nearest"
+    written = ok_json("generate", "docs.store", text, "--max-new-tokens", "5")
+    plain = ok_json("explain", "docs.store", text, "--generate", "5")
+    assert [token["token"] for token in plain["tokens"]] == written["tokens"]
+    assert plain["text"] == written["text"]
+    out = ok("explain", "docs.store", text, "--generate", "5")
+    assert text + written["text"] in out
+    assert "who wrote these 5 tokens" in out
+
+
+def test_explain_writes_a_page(work: Path) -> None:
+    out = ok("explain", "docs.store", "<b>nearest</b>", "--html", "why.html")
+    assert out.endswith("page: why.html\n")
+    page = (work / "why.html").read_text(encoding="utf-8")
+    assert "<b>nearest" not in page
+    assert "http:" not in page
+    assert "https:" not in page
+    before = page
+    ok_json("explain", "docs.store", "<b>nearest</b>", "--html", "why.html", "--tokens", "0")
+    assert (work / "why.html").read_text(encoding="utf-8") == before
+    for wrong, message in [(".", "html must be a file"), ("no/why.html", "no such folder")]:
+        assert_refused(work, ("explain", "docs.store", "x", "--html", wrong), message)
+    assert_refused(work, ("explain", "docs.store", "x", "--at", "1"), "at must be below 1")
+
+
+def test_a_text_moves_no_cursor(work: Path) -> None:
+    out = ok("explain", "docs.store", "a\x1b[2J\x9b2J\rb", "--at", "0")
+    assert not set("\x1b\x9b\r") & set(out)
 
 
 @pytest.mark.parametrize("text", ["word " * 100, "two\nlines", "x" * 300], ids=len)

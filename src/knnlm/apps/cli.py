@@ -8,7 +8,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from knnlm.apps import console, serve_command, store_commands, text_commands
+from knnlm.apps import (
+    console,
+    explain_command,
+    explore_command,
+    serve_command,
+    store_commands,
+    text_commands,
+)
 from knnlm.errors import KNNLMError
 
 
@@ -47,7 +54,8 @@ app.command()(store_commands.index)
 app.command()(text_commands.tune)
 app.command("eval")(text_commands.evaluate)
 app.command()(text_commands.generate)
-app.command()(text_commands.explain)
+app.command()(explain_command.explain)
+app.command()(explore_command.explore)
 app.command()(serve_command.serve)
 app.command()(store_commands.info)
 app.command()(store_commands.forget)

@@ -21,7 +21,6 @@ from rich.text import Text
 from knnlm.progress import Advance
 
 if TYPE_CHECKING:
-    from knnlm.attribution import Explanation
     from knnlm.datastore.datastore import Datastore
     from knnlm.mixture.parameters import Parameters
     from knnlm.perplexity import PerplexityReport
@@ -202,57 +201,6 @@ def print_tuning(tuning: "Tuning") -> None:
         )
         if tuning.tokens < LEAST_TOKENS:
             OUT.print(f"learned weights need {LEAST_TOKENS:,} tokens to tune on, or more")
-
-
-def print_explanations(explanations: Sequence["Explanation"], chosen: Sequence[int]) -> None:
-    """Print the text coloured by gain and loss, then the sources of the chosen tokens."""
-    text = Text()
-    for explanation in explanations:
-        text.append(explanation.text, style=_gain_style(explanation.gain))
-    OUT.print(text, soft_wrap=True)
-    OUT.print(
-        Text.assemble(("green", "green"), ": the datastore helped, ", ("red", "red"), ": it hurt\n")
-    )
-    for number in chosen:
-        explanation = explanations[number]
-        OUT.print(
-            Text.assemble(
-                f"token {number} ",
-                (repr(explanation.text), "bold"),
-                f": p_LM {_probability(explanation.lm_log_prob)}, "
-                f"p_kNN {explanation.knn_prob:.3f}, p {_probability(explanation.log_prob)} "
-                f"({explanation.gain:+.2f} nats)",
-            ),
-            soft_wrap=True,
-        )
-        for source in explanation.sources:
-            OUT.print(
-                Text.assemble(
-                    f"  {source.weight:6.1%}  ",
-                    (f"{source.document}, token {source.position}", "cyan"),
-                    "\n          …",
-                    _one_line(source.before),
-                    (_one_line(source.value), "reverse"),
-                    _one_line(source.after),
-                    "…",
-                ),
-                soft_wrap=True,
-            )
-        OUT.print()
-
-
-def _gain_style(gain: float) -> str:
-    if abs(gain) < 0.1:
-        return ""
-    return ("green" if gain > 0 else "red") + (" bold" if abs(gain) > 1 else "")
-
-
-def _probability(log_prob: float) -> str:
-    return f"{2.718281828459045**log_prob:.3f}"
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\r", "").replace("\n", "⏎").replace("\t", "→")
 
 
 def describe(store: "Datastore") -> dict[str, Any]:

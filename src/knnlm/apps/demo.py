@@ -16,6 +16,7 @@ from rich.text import Text
 
 import knnlm
 from knnlm.apps import console
+from knnlm.apps.explain_view import print_explanations
 from knnlm.errors import MissingDependencyError
 from knnlm.plots import plot_tuning
 
@@ -54,15 +55,16 @@ def run(folder: Path, model: str | None) -> None:
     _step(5, "writing on, without and with the memory")
     forgetful = knnlm.KNNLM(lm, store, lmbda=0.0)
     for name, writer in (("LM alone", forgetful), ("kNN-LM", remembering)):
-        written = writer.generate(_PROMPT, max_new_tokens=48).text
-        text = Text.assemble((_PROMPT, "dim"), written)
+        generation = writer.generate(_PROMPT, max_new_tokens=48)
+        text = Text.assemble((_PROMPT, "dim"), generation.text)
         console.OUT.print(Panel(text, title=name, title_align="left"))
 
     _step(6, "which passages spoke for what the kNN-LM wrote")
-    explanations = knnlm.explain(remembering, _PROMPT + written, sources=2)
-    new = range(len(lm.encode([_PROMPT])[0]), len(explanations))
+    prompt = len(lm.encode([_PROMPT])[0])
+    explanations = remembering.explain(_PROMPT, generated=generation.tokens, sources=2)
+    new = range(prompt, len(explanations))
     most = sorted(new, key=lambda number: -explanations[number].gain)[:3]
-    console.print_explanations(explanations, sorted(most))
+    print_explanations(explanations, sorted(most), first=prompt)
     store.close()
     _go_on(folder, sources)
 

@@ -22,6 +22,13 @@ from knnlm.apps.text_commands import open_model
 from knnlm.errors import missing_dependency
 
 
+def check_installed(purpose: str, extra: str) -> None:
+    """Refuse, in one line, where a package that the server needs is missing."""
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_dependency(package, purpose, extra)
+
+
 def serve(
     store: Store,
     also: Also = None,
@@ -67,9 +74,7 @@ def serve(
 
         knnlm serve docs.store
     """
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_dependency(package, "serving", "server")
+    check_installed("serving", "server")
     from knnlm.apps.server.limits import Limits
     from knnlm.apps.server.service import Service, check_exposure, listen
 

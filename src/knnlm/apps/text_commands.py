@@ -1,4 +1,4 @@
-"""The commands that read text with a language model: build, tune, eval, generate, explain."""
+"""The commands that read text with a language model: build, tune, eval, generate."""
 
 import os
 import time
@@ -85,7 +85,8 @@ def _one_or_each(values: list[Any] | None) -> Any:
     return values[0] if len(values) == 1 else values
 
 
-def _check_writable(folder: Path) -> None:
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that nothing can be written to, before the work; DatastoreWriteError."""
     if not folder.is_dir():
         raise DatastoreWriteError(f"cannot write to {folder}: no such folder; make it first")
     if not os.access(folder, os.W_OK):
@@ -237,7 +238,7 @@ def tune(
     opened = open_model(store, also, model, dtype, device)
     picture = plot or store / "tuning.png"
     for folder in (store, picture.parent):
-        _check_writable(folder)  # before the work
+        check_writable(folder)  # before the work
     tuning = knnlm.tune(
         opened,
         documents,
@@ -339,47 +340,3 @@ def generate(
     else:
         typer.secho(prompt, dim=True, nl=False)  # which wraps no line and expands no tab
         typer.echo(generation.text)
-
-
-def explain(
-    store: Store,
-    text: Annotated[
-        str, typer.Argument(help="A text, or the path of a UTF-8 file.", show_default=False)
-    ],
-    also: Also = None,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    tokens: Annotated[
-        int, typer.Option(help="Show the sources of so many tokens, the most changed first.", min=0)
-    ] = 5,
-    sources: Annotated[int, typer.Option(help="Sources named for each token.", min=1)] = 3,
-    dtype: ModelDtype = Dtype.auto,
-    device: Device = "auto",
-    as_json: Json = False,
-) -> None:
-    """Show for each token of a text what the datastore changed, and which passages spoke for it.
-
-    The text comes coloured: green where the datastore helped, red where it hurt.
-
-        knnlm explain docs.store "def create_task(self, coro):"
-    """
-    import knnlm
-
-    if _is_file(text):
-        text = "".join(block for d in knnlm.read_documents(text) for block in d.blocks())
-    opened = open_model(store, also, model, dtype, device, k, lmbda, temperature)
-    explanations = knnlm.explain(opened, text, sources=sources)
-    if as_json:
-        console.print_json({"tokens": [explanation.to_dict() for explanation in explanations]})
-        return
-    most = sorted(range(len(explanations)), key=lambda n: -abs(explanations[n].gain))[:tokens]
-    console.print_explanations(explanations, sorted(most))
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except OSError:  # too long for a name
-        return False

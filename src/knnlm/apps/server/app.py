@@ -1,9 +1,7 @@
-"""The routes: /v1/completions, /v1/models, /v1/explain, /health, /metrics."""
+"""The routes: /v1/completions, /v1/models, /v1/explain, /health, /metrics, and the explorer's."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -11,12 +9,14 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
+from knnlm.apps.explorer import routes as explorer
 from knnlm.apps.server import refusals
 from knnlm.apps.server.answers import Answer, Piece, explanation_info, refusal_of
-from knnlm.apps.server.engine import Engine, Facts, QueueFullError, UnavailableError
+from knnlm.apps.server.engine import Engine, Facts
 from knnlm.apps.server.gate import Gate
+from knnlm.apps.server.inbox import Inbox, unless_left
 from knnlm.apps.server.intake import RequestReader
-from knnlm.apps.server.jobs import Event, Explained, Failed, Job
+from knnlm.apps.server.jobs import Explained, Failed
 from knnlm.apps.server.limits import Limits
 from knnlm.apps.server.metrics import Metrics
 from knnlm.apps.server.openai_schema import (
@@ -36,61 +36,6 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorResponse, "description": "The server failed, or is stopping."},
 }
 _JSON = "application/json"
-
-
-class _Inbox:
-    """The events of one request's jobs, on their way from the model thread to the event loop."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._jobs: Sequence[Job] = ()
-
-    def post(self, number: int, event: Event) -> None:
-        """Take an event; called in the model thread."""
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            self._loop.call_soon_threadsafe(self._events.put_nowait, (number, event))
-
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue the jobs; raises RefusalError."""
-        self._jobs = jobs
-        try:
-            self._engine.submit(jobs)
-        except QueueFullError as error:
-            raise RefusalError(429, str(error), headers={"Retry-After": "1"}) from error
-        except UnavailableError as error:
-            raise RefusalError(503, str(error), headers={"Retry-After": "5"}) from error
-
-    async def next_event(self) -> tuple[int, Event]:
-        """Wait for the next event."""
-        return await self._events.get()
-
-    def cancel(self) -> None:
-        """Free the places of what is not finished."""
-        for job in self._jobs:
-            job.cancel()
-        self._engine.wake()
-
-
-async def _wait_for_departure(request: Request) -> None:
-    """Return when the client has left."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _unless_left(request: Request, inbox: _Inbox, answer: Any) -> Any:
-    """Return what `answer` gives, or None, having given it up, if the client leaves before."""
-    answering = asyncio.ensure_future(answer)
-    leaving = asyncio.ensure_future(_wait_for_departure(request))
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return answering.result() if answering.done() else None
-    finally:
-        for task in (answering, leaving):
-            task.cancel()
-        if not answering.done() or answering.cancelled():
-            inbox.cancel()
 
 
 def create_app(
@@ -127,18 +72,18 @@ def create_app(
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         check_model(body.model)
-        inbox = _Inbox(engine)
+        inbox = Inbox(engine)
         prompts = await run_in_threadpool(reader.encode, body.prompt)
         answer = Answer(name, body, prompts, inbox.next_event)
         inbox.submit(reader.completions(body, prompts, inbox.post))
         if not body.stream:
-            whole = await _unless_left(request, inbox, _cancelling(inbox, answer.whole()))
+            whole = await unless_left(request, inbox, _cancelling(inbox, answer.whole()))
             if whole is None:
                 return Response(status_code=CLIENT_LEFT)
             return Response(whole.model_dump_json(exclude_none=False), media_type=_JSON)
         pieces = answer.pieces()
         # what is refused or fails before the first piece has a status of its own
-        first = await _unless_left(request, inbox, _cancelling(inbox, anext(pieces)))
+        first = await unless_left(request, inbox, _cancelling(inbox, anext(pieces)))
         if first is None:
             return Response(status_code=CLIENT_LEFT)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
@@ -160,9 +105,9 @@ def create_app(
     )
     async def explain(body: ExplainRequest, request: Request) -> Response:
         check_model(body.model)
-        inbox = _Inbox(engine)
+        inbox = Inbox(engine)
         inbox.submit([await run_in_threadpool(reader.explanation, body, inbox.post)])
-        received = await _unless_left(request, inbox, inbox.next_event())
+        received = await unless_left(request, inbox, inbox.next_event())
         if received is None:
             return Response(status_code=CLIENT_LEFT)
         _, event = received
@@ -190,6 +135,7 @@ def create_app(
     async def metrics_page() -> Response:
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
+    explorer.install(app, engine, name)
     return Gate(
         app,
         limits=limits,
@@ -200,7 +146,7 @@ def create_app(
     )
 
 
-async def _cancelling(inbox: _Inbox, answer: Any) -> Any:
+async def _cancelling(inbox: Inbox, answer: Any) -> Any:
     """Free the places of the other jobs where one has failed."""
     try:
         return await answer
@@ -213,7 +159,7 @@ async def _events(
     answer: Answer,
     first: Piece,
     pieces: AsyncIterator[Piece],
-    inbox: _Inbox,
+    inbox: Inbox,
     with_usage: bool,
 ) -> AsyncIterator[str]:
     """Yield server-sent events; when the client leaves, the generator is closed."""

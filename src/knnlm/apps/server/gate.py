@@ -7,12 +7,13 @@ from collections.abc import Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from knnlm.apps.explorer.page import ASKED_PATHS, PAGE_PATHS
 from knnlm.apps.server.limits import Limits
 from knnlm.apps.server.metrics import Metrics
 from knnlm.apps.server.refusals import CLIENT_LEFT, RefusalError
 
-_OPEN = {"/health"}
-_TAKES_JSON = {"/v1/completions", "/v1/explain"}
+_OPEN = {"/health", *PAGE_PATHS}  # the explorer's page itself shows nothing: it asks for the key
+_TAKES_JSON = {"/v1/completions", "/v1/explain", *ASKED_PATHS}
 _THROWN_AWAY_BYTES = 64 << 20  # read of a body that is too large, so that its sender sees why
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from knnlm.apps.server.mixing import Overrides
 from knnlm.attribution import Explanation
+from knnlm.knn_lm import KNNLM
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,14 @@ class Failed:
     stopping: bool = False
 
 
-Event = PromptRead | Grown | Explained | Failed
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """The only event of a query."""
+
+    value: Any
+
+
+Event = PromptRead | Grown | Explained | Answered | Failed
 
 
 @dataclass(eq=False, slots=True)
@@ -120,3 +128,10 @@ class TextToExplain(Job):
 
     text: str
     options: dict[str, Any]
+
+
+@dataclass(eq=False, slots=True)
+class Query(Job):
+    """Anything else that only the model thread may ask the kNN-LM."""
+
+    ask: Callable[[KNNLM], Any]

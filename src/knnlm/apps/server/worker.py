@@ -16,12 +16,14 @@ import torch
 
 from knnlm.apps.server.decoding import Cached, Decoder, Step
 from knnlm.apps.server.jobs import (
+    Answered,
     Completion,
     Explained,
     Failed,
     Grown,
     Job,
     PromptRead,
+    Query,
     ScoredToken,
     TextToExplain,
 )
@@ -120,6 +122,8 @@ class Worker:
                 self._prompts.append(_Prompt(job, mixer, stream))
             elif isinstance(job, TextToExplain):
                 self._explain(job, mixer)
+            elif isinstance(job, Query):
+                job.post(Answered(job.ask(self._with(mixer))))
         except Exception as error:
             self._fail(job, error)
 
@@ -136,11 +140,14 @@ class Worker:
         self._mixer = replace(self._mixer, memories=tuple(changed))
 
     def _explain(self, job: TextToExplain, mixer: Mixer) -> None:
-        model = copy.copy(self._model)
-        model.mixer = mixer
-        explanations = explain(model, job.text, **job.options)
+        explanations = explain(self._with(mixer), job.text, **job.options)
         _check_numbers(torch.tensor([one.log_prob for one in explanations]))
         job.post(Explained(explanations))
+
+    def _with(self, mixer: Mixer) -> KNNLM:
+        model = copy.copy(self._model)
+        model.mixer = mixer
+        return model
 
     def _fail(self, job: Job, error: Exception) -> None:
         job.cancel()
