@@ -157,6 +157,8 @@ def draw_growth() -> None:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_yticks([m * 10.0**e for e in range(-2, 2) for m in (1, 2, 5)])
+    axes.set_ylim(0.6 * times[0], 1.3 * times[0] * (entries[-1] / entries[0]) ** 0.5)
     axes.xaxis.set_major_formatter(FuncFormatter(plain))
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
