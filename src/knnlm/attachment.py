@@ -86,10 +86,10 @@ class Attachment:
 
     def _search_ahead(self, keys: Float[Tensor, "batch time dim"]) -> None:
         """Begin the search for one new position; the model's head takes longer than that."""
-        self._pending.neighbors = None
+        self._pending.asked = None
         if keys.is_cpu and keys.shape[:2].numel() == 1 and self.mixer.counts:
             query = keys[0]
-            self._pending.neighbors = self._ahead.submit(lambda: self.mixer.search(query))
+            self._pending.asked = self._ahead.submit(lambda: self.mixer.ask(query))
 
     def _mix_output(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -130,9 +130,9 @@ class Attachment:
             recollection = self._caches.recall(given, output, read.detach())
             recalled = self.mixer.nearest(recollection.of(kept.flatten()))
         lm_log_probs = torch.log_softmax(logits.float(), dim=-1)
-        begun = self._pending.neighbors
-        neighbors = self.mixer.search(keys.flatten(0, 1)) if begun is None else begun.result()
-        mixed = self.mixer.mix_vocabulary(neighbors, recalled, lm_log_probs.flatten(0, 1))
+        begun = self._pending.asked
+        asked = self.mixer.ask(keys.flatten(0, 1)) if begun is None else begun.result()
+        mixed = self.mixer.mix_vocabulary(asked, recalled, lm_log_probs.flatten(0, 1))
         return mixed.reshape(lm_log_probs.shape)
 
 

@@ -99,8 +99,8 @@ class KNNLM:
             cache = self.mixer.new_cache(reading.keys)
             recollection = cache.recall(tokens.to(reading.keys.device), reading.keys)
             recalled = self.mixer.nearest(recollection)
-        neighbors = self.mixer.search(reading.keys.flatten(0, 1))
-        mixed = self.mixer.mix_vocabulary(neighbors, recalled, log_probs.flatten(0, 1))
+        asked = self.mixer.ask(reading.keys.flatten(0, 1))
+        mixed = self.mixer.mix_vocabulary(asked, recalled, log_probs.flatten(0, 1))
         return mixed.reshape(log_probs.shape)
 
     def perplexity(

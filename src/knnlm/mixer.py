@@ -5,6 +5,7 @@ Fixed weights, or a gate that chooses them for each token; datastores, and the c
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor
@@ -22,7 +23,12 @@ from knnlm.mixture.continuous_cache import (
     Recollection,
 )
 from knnlm.mixture.features import LMSummary, Voters, summarize_lm
-from knnlm.mixture.interpolation import Votes, interpolate_vocabulary, neighbor_log_weights
+from knnlm.mixture.interpolation import (
+    TokenVotes,
+    Votes,
+    interpolate_vocabulary,
+    neighbor_log_weights,
+)
 from knnlm.mixture.tuned import TunedMixture
 
 
@@ -74,9 +80,13 @@ class Mixer:
         assert self.cache is not None
         return recollection.nearest(self.cache.votes.k)
 
-    def search(self, keys: Float[Tensor, "query dim"]) -> list[Neighbors]:
-        """Return the neighbors of each key in each memory in `searched`; of no key, none."""
-        return [memory.search(keys) for memory in self.searched] if len(keys) else []
+    def ask(self, keys: Float[Tensor, "query dim"]) -> "Asked":
+        """Search each memory in `searched`, and sum what is voted for as far as that is known."""
+        neighbors = [memory.search(keys) for memory in self.searched] if len(keys) else []
+        if self.gate is not None:
+            return Asked(neighbors, [])
+        votes = [memory.vote(f) for memory, f in zip(self.searched, neighbors, strict=False)]
+        return Asked(neighbors, [one.by_token() for one in votes])
 
     def votes(
         self,
@@ -92,13 +102,7 @@ class Mixer:
         """
         if self.gate is None:
             votes = [memory.vote(found) for memory, found in zip(memories, neighbors, strict=True)]
-            if recalled is not None:
-                assert self.cache is not None
-                temperature, lmbda = self.cache.votes.temperature, self.cache.votes.lmbda
-                log_weights = neighbor_log_weights(recalled.squared_distances, temperature)
-                present = recalled.squared_distances[:, 0].isfinite()
-                votes.append(Votes(log_weights, recalled.tokens, lmbda, present))
-            return votes
+            return [*votes, *self._cache_votes(recalled)]
         assert lm is not None
         voters = [
             Voters(found.squared_distances.float(), memory.tokens(found))
@@ -112,21 +116,45 @@ class Mixer:
             for asked, of_source in zip(voters, gate(lm, voters), strict=True)
         ]
 
+    def _cache_votes(self, recalled: Recalled | None) -> list[Votes]:
+        """Return the continuous cache's fixed vote, if it has one."""
+        if recalled is None:
+            return []
+        assert self.cache is not None
+        temperature, lmbda = self.cache.votes.temperature, self.cache.votes.lmbda
+        log_weights = neighbor_log_weights(recalled.squared_distances, temperature)
+        present = recalled.squared_distances[:, 0].isfinite()
+        return [Votes(log_weights, recalled.tokens, lmbda, present)]
+
     def mix_vocabulary(
         self,
-        neighbors: Sequence[Neighbors],
+        asked: "Asked",
         recalled: Recalled | None,
         lm_log_probs: Float[Tensor, "query vocab"],
     ) -> Float[Tensor, "query vocab"]:
-        """Return log p of every token; see `votes`.
+        """Return log p of every token. asked: what `ask` found; recalled: see `votes`.
 
         Where nothing counts, `lm_log_probs` come back as they are.
         """
         if not self.counts or len(lm_log_probs) == 0:
             return lm_log_probs
-        lm = None if self.gate is None else summarize_lm(lm_log_probs.detach())
-        votes = self.votes(self.searched, neighbors, recalled, lm)
-        return interpolate_vocabulary(lm_log_probs, votes)
+        if self.gate is None:
+            by_token = [*asked.votes, *(one.by_token() for one in self._cache_votes(recalled))]
+        else:
+            lm = summarize_lm(lm_log_probs.detach())
+            votes = self.votes(self.searched, asked.neighbors, recalled, lm)
+            by_token = [one.by_token() for one in votes]
+        return interpolate_vocabulary(lm_log_probs, by_token)
+
+
+class Asked(NamedTuple):
+    """What was found near some keys: in each memory in `Mixer.searched`.
+
+    votes: for each token, where weights are fixed; a gate has to see the language model first.
+    """
+
+    neighbors: list[Neighbors]
+    votes: list[TokenVotes]
 
 
 def open_mixer(

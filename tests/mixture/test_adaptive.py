@@ -82,7 +82,7 @@ def of_vocabulary(lm: Tensor, voters: list[Voters], votes: list[SourceVotes]) ->
         Votes(own.log_weights, of_source.tokens, own.lmbda, of_source.present)
         for of_source, own in zip(voters, votes, strict=True)
     ]
-    return interpolate_vocabulary(lm, components)
+    return interpolate_vocabulary(lm, [one.by_token() for one in components])
 
 
 def test_the_gate_is_a_mixture_of_its_components() -> None:

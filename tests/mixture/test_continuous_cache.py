@@ -65,7 +65,7 @@ def assert_equal_to_brute_force(
     present = recalled.values >= 0
     nothing = torch.full((len(keys), VOCAB), -torch.inf)
     component = Votes(weights, recalled.values.clamp_min(0), 1.0, present.any(dim=1))
-    dense = interpolate_vocabulary(nothing, [component]).exp()
+    dense = interpolate_vocabulary(nothing, [component.by_token()]).exp()
     votes = (recalled.values == targets[:, None]) & present
     sparse = target_knn_log_probs(weights, votes).exp()
     expected = torch.zeros(len(keys), VOCAB)

@@ -25,7 +25,7 @@ def dense_knn_log_probs(log_weights: Tensor, tokens: Tensor, vocab_size: int) ->
     """log p_kNN over the vocabulary: the mixture at λ = 1, −inf for a query without neighbors."""
     nothing = torch.full((len(tokens), vocab_size), -torch.inf)
     everyone = torch.ones(len(tokens), dtype=torch.bool)
-    return interpolate_vocabulary(nothing, [Votes(log_weights, tokens, 1.0, everyone)])
+    return interpolate_vocabulary(nothing, [Votes(log_weights, tokens, 1.0, everyone).by_token()])
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_dense_scores_equal_knn_transformers(
 
     present = torch.ones(len(values), dtype=torch.bool)
     component = Votes(weights, values, 0.25, present)
-    mixed = interpolate_vocabulary(oracle["lm_log_probs"], [component])
+    mixed = interpolate_vocabulary(oracle["lm_log_probs"], [component.by_token()])
     expected = oracle[f"full_interpolated_T{temperature}_lambda0.25"]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
 
@@ -142,7 +142,7 @@ def test_probabilities_sum_to_one() -> None:
     ones = torch.ones(len(lm))
     torch.testing.assert_close(knn.exp().sum(dim=1)[present], ones[present], atol=1e-5, rtol=0)
     for lmbda in (0.0, 0.3, 1.0):
-        mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present)])
+        mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present).by_token()])
         torch.testing.assert_close(mixed.exp().sum(dim=1), ones, atol=1e-5, rtol=0)
 
 
@@ -151,8 +151,10 @@ def test_the_ends_of_lmbda_are_exact() -> None:
     present = distances.isfinite().any(dim=1)
     weights = neighbor_log_weights(distances, 1.0)
     knn = dense_knn_log_probs(weights, values, vocab_size)
-    assert torch.equal(interpolate_vocabulary(lm, [Votes(weights, values, 0.0, present)]), lm)
-    at_one = interpolate_vocabulary(lm, [Votes(weights, values, 1.0, present)])
+    assert torch.equal(
+        interpolate_vocabulary(lm, [Votes(weights, values, 0.0, present).by_token()]), lm
+    )
+    at_one = interpolate_vocabulary(lm, [Votes(weights, values, 1.0, present).by_token()])
     assert torch.equal(at_one[present], knn[present])
     assert torch.equal(at_one[~present], lm[~present]), "without a neighbor, p is p_LM"
     for target in range(vocab_size):
@@ -167,12 +169,12 @@ def test_lmbda_and_temperature_may_differ_by_query() -> None:
     present = distances.isfinite().any(dim=1)
     lmbda, temperature = torch.linspace(0, 1, len(lm)), torch.linspace(0.5, 9, len(lm))
     weights = neighbor_log_weights(distances, temperature[:, None])
-    mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present)])
+    mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present).by_token()])
     for query, (weight, own) in enumerate(zip(lmbda.tolist(), temperature.tolist(), strict=True)):
         one = slice(query, query + 1)
         own_weights = neighbor_log_weights(distances[one], own)
         alone = interpolate_vocabulary(
-            lm[one], [Votes(own_weights, values[one], weight, present[one])]
+            lm[one], [Votes(own_weights, values[one], weight, present[one]).by_token()]
         )
         torch.testing.assert_close(mixed[query], alone[0])
 
@@ -183,7 +185,7 @@ def test_gradients_count_a_token_of_many_votes_once() -> None:
     weights, present = neighbor_log_weights(distances, 2.0), distances.isfinite().any(dim=1)
     knn = dense_knn_log_probs(weights, values, lm.shape[1])
     logits = lm.clone().requires_grad_()
-    mixed = interpolate_vocabulary(logits, [Votes(weights, values, 0.4, present)])
+    mixed = interpolate_vocabulary(logits, [Votes(weights, values, 0.4, present).by_token()])
     (gradient,) = torch.autograd.grad(mixed.square().sum(), logits)
     lmbda = 0.4 * present[:, None].float()
     plain = torch.log(lmbda * knn.exp() + (1 - lmbda) * logits.exp())
@@ -203,13 +205,13 @@ def test_several_components_equal_float64_arithmetic() -> None:
         parts.append(Votes(weights, v, lmbda, present))
         weight = lmbda * present[:, None].double()
         expected = expected + weight * (knn.double().exp() - lm.double().exp())
-    mixed = interpolate_vocabulary(lm, parts)
+    mixed = interpolate_vocabulary(lm, [part.by_token() for part in parts])
     torch.testing.assert_close(mixed.double().exp(), expected, atol=1e-6, rtol=1e-5)
-    reversed_mixed = interpolate_vocabulary(lm, parts[::-1])
+    reversed_mixed = interpolate_vocabulary(lm, [part.by_token() for part in parts[::-1]])
     torch.testing.assert_close(mixed, reversed_mixed, atol=1e-5, rtol=1e-5)
     assert torch.equal(interpolate_vocabulary(lm, []), lm)
     none = [part._replace(lmbda=0.0) for part in parts]
-    assert torch.equal(interpolate_vocabulary(lm, none), lm)
+    assert torch.equal(interpolate_vocabulary(lm, [part.by_token() for part in none]), lm)
 
 
 def test_lmbdas_that_add_up_to_one_but_for_a_rounding() -> None:

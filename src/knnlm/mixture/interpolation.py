@@ -66,6 +66,24 @@ class Votes(NamedTuple):
         log_probs = target_knn_log_probs(self.log_weights, self.tokens == targets[:, None])
         return Component(log_probs, self.lmbda, self.present)
 
+    def by_token(self) -> "TokenVotes":
+        """Return what each token was given."""
+        summed = _sum_by_token(self.log_weights, self.tokens)
+        return TokenVotes(*summed, self.lmbda, self.present)
+
+
+class TokenVotes(NamedTuple):
+    """What each token was given by the neighbors in one datastore; see `Votes`.
+
+    queries, tokens: each pair that was voted for, once; log_probs: log p_kNN of it.
+    """
+
+    queries: Int[Tensor, " vote"]
+    tokens: Int[Tensor, " vote"]
+    log_probs: Float[Tensor, " vote"]
+    lmbda: float | Float[Tensor, " query"]
+    present: Bool[Tensor, " query"]
+
 
 def interpolate(
     lm_log_probs: Float[Tensor, " query"], components: Sequence[Component]
@@ -84,7 +102,7 @@ def interpolate(
 
 
 def interpolate_vocabulary(
-    lm_log_probs: Float[Tensor, "query vocab"], components: Sequence[Votes]
+    lm_log_probs: Float[Tensor, "query vocab"], components: Sequence[TokenVotes]
 ) -> Float[Tensor, "query vocab"]:
     """Return what `interpolate` does, of every token.
 
@@ -93,14 +111,15 @@ def interpolate_vocabulary(
     log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
     mixed = lm_log_probs + log_rest[:, None]
     for votes, log_lmbda in zip(components, log_lmbdas, strict=True):
-        queries, tokens, log_probs = _sum_by_token(votes.log_weights, votes.tokens)
-        own = mixed[queries, tokens]
-        mixed[queries, tokens] = torch.logaddexp(own, log_probs + log_lmbda[queries])
+        own = mixed[votes.queries, votes.tokens]
+        voted = votes.log_probs + log_lmbda[votes.queries]
+        mixed[votes.queries, votes.tokens] = torch.logaddexp(own, voted)
     return mixed
 
 
 def _log_shares(
-    lm_log_probs: Float[Tensor, "query *vocab"], components: Sequence[Component] | Sequence[Votes]
+    lm_log_probs: Float[Tensor, "query *vocab"],
+    components: Sequence[Component] | Sequence[TokenVotes],
 ) -> tuple[list[Float[Tensor, " query"]], Float[Tensor, " query"]]:
     """Return log λ of each component, −inf where it is absent, and the logarithm of the rest."""
     total = lm_log_probs.new_zeros(len(lm_log_probs))

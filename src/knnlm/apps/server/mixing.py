@@ -78,7 +78,7 @@ def mix_step(mixer: Mixer, step: Step) -> Mixture:
     """Return the mixture after each position of a step; λ = 0 is not searched."""
     mixer = replace(mixer, memories=mixer.searched)
     started = time.perf_counter()
-    neighbors = tuple(memory.search(step.keys) for memory in mixer.memories)
+    asked = mixer.ask(step.keys)
     seconds = time.perf_counter() - started
-    log_probs = mixer.mix_vocabulary(neighbors, None, step.log_probs)
-    return Mixture(log_probs, step.log_probs, mixer, neighbors, seconds)
+    log_probs = mixer.mix_vocabulary(asked, None, step.log_probs)
+    return Mixture(log_probs, step.log_probs, mixer, tuple(asked.neighbors), seconds)
