@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ import knnlm
 from knnlm.attachment import attach
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import AttachmentError, DatastoreMismatchError, InvalidArgumentError
+from knnlm.errors import (
+    AttachmentError,
+    DatastoreChangedError,
+    DatastoreMismatchError,
+    InvalidArgumentError,
+)
 from knnlm.index.exact import ExactIndex
 from knnlm.index.protocol import Neighbors
 from knnlm.language_model import LanguageModel
@@ -168,6 +174,25 @@ def test_only_kept_positions_are_searched(llama: tuple[LanguageModel, Datastore]
         tokens = inputs["input_ids"][row, count:]
         expected = slow_log_probs(lm, store, tokens)
         torch.testing.assert_close(everything[row, count:].double(), expected, atol=1e-3, rtol=1e-3)
+
+
+class _Refusing:
+    def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
+        raise DatastoreChangedError("compacted meanwhile")
+
+
+def test_a_search_beside_the_head_fails_like_any_other(
+    llama: tuple[LanguageModel, Datastore],
+) -> None:
+    lm, store = llama
+    inputs, _ = padded(lm, PROMPTS[:1])
+    threads, settings = threading.active_count(), torch.get_num_threads()
+    with attach(lm.model, store, index=_Refusing(), **GIVEN):
+        for tokens in (inputs["input_ids"][:, :1], inputs["input_ids"]):
+            with pytest.raises(DatastoreChangedError, match="compacted meanwhile"):
+                lm.model(tokens)
+    assert threading.active_count() == threads, "an attachment's thread ends with it"
+    assert torch.get_num_threads() == settings
 
 
 def test_a_tuple_instead_of_an_output(of_family: tuple[LanguageModel, Datastore]) -> None:
