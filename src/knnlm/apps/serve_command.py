@@ -91,7 +91,8 @@ def serve(
     def announce() -> None:
         shown = f"[{host}]" if ":" in host else host
         parameters = "; ".join(
-            f"{entries:,} entries, {console.settings_line([of_one])}"
+            f"{entries:,} entries, "
+            + ("learned weights" if facts.learned else console.settings_line([of_one]))
             for entries, of_one in zip(facts.entries, facts.parameters, strict=True)
         )
         console.OUT.print(
