@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from experiment import Experiment
 from measuring import cached, component, measure, mixed, papers_recipe, percent
-from texts import DOMAINS, Domain
+from texts import Domain
 
 from knnlm.mixture.interpolation import interpolate
 from knnlm.tuning import fit_lmbdas, sweep
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--domain", nargs=4, action="append", metavar=("NAME", "TRAIN", "VALID", "TEST")
     )
     given = experiment.arguments
-    domains = [experiment.domain_named(name) for name in DOMAINS]
+    domains = experiment.domains
     if given.domain:
         domains = [
             Domain(name, [train], [valid], [test], given.entries)

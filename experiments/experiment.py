@@ -110,6 +110,13 @@ class Experiment:
             self.parser.error("--train must come with --valid and --test: text to tune and test on")
         return Domain("given", given.train, given.valid, given.test, given.entries)
 
+    @property
+    def domains(self) -> list[Domain]:
+        """The three default collections, or the one that is given."""
+        if self.arguments.train is not None:
+            return [self.domain]
+        return [self.domain_named(name) for name in DOMAINS]
+
     def domain_named(self, name: str) -> Domain:
         """Return one of the three default collections."""
         domain = DOMAINS[name](self.work)

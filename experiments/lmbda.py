@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from experiment import Experiment
 from measuring import PAPERS_RECIPE, cached, component, perplexity
-from texts import DOMAINS
 
 from knnlm.mixture.interpolation import interpolate
 
@@ -21,8 +20,7 @@ LMBDAS = [step / 20 for step in range(20)]
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each λ on each pair of text and datastore."""
     experiment = Experiment(__doc__, argv)
-    given = experiment.arguments.train is not None
-    domains = [experiment.domain] if given else [experiment.domain_named(name) for name in DOMAINS]
+    domains = experiment.domains
     curves: dict[str, dict[str, list[float]]] = {}
     for domain in domains:
         test = experiment.test(domain)

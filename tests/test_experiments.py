@@ -108,7 +108,7 @@ def test_lambda_0_is_the_language_model(run: Run) -> None:
 
 
 def test_all_of_the_datastore_is_the_paper_recipe(run: Run) -> None:
-    whole = run("datastore_size")["points"][-1]["perplexity"]
+    whole = run("datastore_size")["curves"]["given"][-1]["perplexity"]
     assert whole == run("in_domain")["measured"]["+ kNN"]["perplexity"]
     assert whole == run("quantized_distances")["measured"]["exact search"]["perplexity"]
 
@@ -173,7 +173,7 @@ def test_ngrams_against_kneser_and_ney_by_hand() -> None:
 
 
 def test_only_the_first_rows_are_found(run: Run) -> None:
-    points = run("datastore_size")["points"]
+    points = run("datastore_size")["curves"]["given"]
     assert [point["entries"] for point in points] == sorted(point["entries"] for point in points)
     assert (
         points[0]["median_nearest_squared_distance"]
