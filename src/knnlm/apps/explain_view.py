@@ -87,7 +87,8 @@ def _print_source(source: "Source") -> None:
         Text.assemble(
             f"    {source.weight:6.1%}  d² {source.squared_distance:<8.4g} ",
             (f"{_printable(source.document)}, token {source.position}", "cyan"),
-            "\n            …",
+            "\n            ",
+            "…" if source.before else "",
             _one_line(source.before),
             (_one_line(source.value), "reverse"),
             _one_line(source.after),

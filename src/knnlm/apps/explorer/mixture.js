@@ -4,7 +4,9 @@
 const Mixture = (() => {
   /** Decode little-endian base64 into a typed array. */
   function unpack(text, Type) {
-    const bytes = Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+    const characters = atob(text);
+    const bytes = new Uint8Array(characters.length);
+    for (let place = 0; place < bytes.length; place += 1) bytes[place] = characters.charCodeAt(place);
     return new Type(bytes.buffer);
   }
 

@@ -107,7 +107,8 @@
     selected = -1;
     credited = null;
     at("result").hidden = false;
-    at("subtitle").textContent = `${analysis.model} · ${analysis.stores
+    const model = analysis.model.startsWith("/") ? analysis.model.split("/").pop() : analysis.model;
+    at("subtitle").textContent = `${model} · ${analysis.stores
       .map((store) => `${store.path} (${store.entries.toLocaleString("en")} entries)`)
       .join(" · ")}`;
     at("sliders").replaceChildren(Sliders.make(analysis.stores, settings, changed, later));
@@ -115,7 +116,8 @@
     update();
     const isWritten = analysis.generatedFrom < analysis.count;
     at("written-legend").hidden = !isWritten;
-    let best = isWritten ? analysis.generatedFrom : 0;
+    // the first token's neighbors are the beginnings of documents, and say little
+    let best = isWritten ? analysis.generatedFrom : Math.min(1, analysis.count - 1);
     for (let token = best; token < analysis.count; token += 1) {
       if (gain(token) > gain(best)) best = token;
     }

@@ -32,6 +32,10 @@ function probability(value) {
   return value < 0.001 ? value.toExponential(1) : value.toFixed(3);
 }
 
+function distance(value) {
+  return value < 0.01 ? value.toExponential(1) : value.toPrecision(4);
+}
+
 function signed(value, digits = 2) {
   return `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`;
 }
@@ -91,7 +95,7 @@ const TokenPanel = (() => {
     return element(
       "blockquote",
       { className: "passage" },
-      `…${text.before}`,
+      text.before && `…${text.before}`,
       element("mark", {}, text.value.trim() ? text.value : visible(text.value)),
       `${/^\s+$/.test(text.value) ? text.value.replace(/^ +/, "") : ""}${text.after}…`,
     );
@@ -107,7 +111,7 @@ const TokenPanel = (() => {
       element(
         "div",
         { className: "where" },
-        `${percent(neighbor.weight)} · d² ${neighbor.squaredDistance.toPrecision(4)} · ${where}`,
+        `${percent(neighbor.weight)} · d² ${distance(neighbor.squaredDistance)} · ${where}`,
         analysis.stores.length > 1 ? ` · ${store.path}` : "",
       ),
       passage(neighbor, store.passages),
