@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,19 @@ def test_one_file_does_the_same_without_a_server(
     assert page.locator("#detail mark").count() > 0
     assert page.is_hidden("#ask")
     assert page.locator("img").count() == 0
+
+
+def test_learned_weights_have_a_figure_of_their_own(
+    page: Any, with_parameters: Callable[..., KNNLM], tmp_path: Path
+) -> None:
+    analysis = replace(analyze(with_parameters(lmbda=0.3), TEXT), learned=True)
+    (tmp_path / "why.html").write_text(standalone_page(analysis), encoding="utf-8")
+    page.goto((tmp_path / "why.html").as_uri())
+    report = with_parameters(lmbda=0.3).perplexity([Document("t", TEXT)])
+    put(page, lmbda=0.9)
+    assert figure(page, "learned") == pytest.approx(report.knn.perplexity, rel=1e-4)
+    assert "learned weights" in page.inner_text("#detail")
+    assert page.is_visible("#fixed-note")
 
 
 def test_a_server_with_a_key_asks_for_it(browser: Any, path: Path) -> None:
