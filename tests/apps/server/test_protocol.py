@@ -434,6 +434,21 @@ def test_odd_prompts(served: Served, model: KNNLM, prompt: str) -> None:
     assert choice.text == prompt + generation.text
 
 
+@pytest.mark.parametrize("host", ["knnlm.example", "localhost.example:80", "10.0.0.1", ""])
+def test_a_name_that_was_pointed_here_is_refused(served: Served, host: str) -> None:
+    with served.http() as client:
+        answer = client.get("/v1/models", headers={"Host": host})
+    assert answer.status_code == 403
+    assert answer.json()["error"]["type"] == "permission_error"
+    assert "--api-key" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:8000", "127.0.0.1:80", "[::1]:8000"])
+def test_this_machines_own_names_are_answered(served: Served, host: str) -> None:
+    with served.http() as client:
+        assert client.get("/v1/models", headers={"Host": host}).status_code == 200
+
+
 def test_a_key(path: Path) -> None:
     with serving(lambda: opening(path), api_key=KEY) as served:
         with served.openai(api_key=KEY) as client:

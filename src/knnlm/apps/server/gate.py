@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import time
 from collections.abc import Callable
 
@@ -88,6 +89,7 @@ class Gate:
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None:
+            _check_host(scope)
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
@@ -129,6 +131,26 @@ class Gate:
                 headers={"Connection": "close"},
             )
         return b"".join(parts)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address is this machine's alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _check_host(scope: Scope) -> None:
+    """Refuse a browser that was told that somebody else's name is this machine's address."""
+    given = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
+    name = given.rpartition("]")[0][1:] if given.startswith("[") else given.partition(":")[0]
+    if not is_loopback(name):
+        raise RefusalError(
+            403,
+            f"a server without a key answers to localhost and 127.0.0.1 only, not to {name!r}: "
+            "start it with --api-key",
+        )
 
 
 def _check_content_type(scope: Scope) -> None:

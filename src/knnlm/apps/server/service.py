@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
 import socket
 import threading
@@ -16,6 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from knnlm.apps.server.app import create_app
 from knnlm.apps.server.engine import Engine, Facts
+from knnlm.apps.server.gate import is_loopback
 from knnlm.apps.server.limits import Limits
 from knnlm.apps.server.metrics import Metrics
 from knnlm.errors import InvalidArgumentError
@@ -28,18 +28,11 @@ def check_exposure(host: str, api_key: str | None) -> None:
     """Refuse to let strangers in; raises InvalidArgumentError."""
     if api_key is not None and (not api_key.isascii() or not api_key.strip()):
         raise InvalidArgumentError("api_key must be ASCII and not empty: choose another, or none")
-    if api_key is None and not _is_loopback(host):
+    if api_key is None and not is_loopback(host):
         raise InvalidArgumentError(
             f"host {host or repr('')} can be reached by others and needs a key: set --api-key or "
             "KNNLM_API_KEY, or listen on 127.0.0.1"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def listen(host: str, port: int) -> socket.socket:
