@@ -1,4 +1,4 @@
-# make demo   a real model gets better at a real text by remembering it (about 7 minutes)
+# make demo   a real model gets better at a real text by remembering it (about 8 minutes)
 # make test   everything that CI runs
 # make setup  the virtual environment of the demo; the tests add what only they need
 
