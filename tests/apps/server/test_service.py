@@ -119,7 +119,9 @@ def test_a_client_that_leaves_frees_its_place(path: Path, stream: bool, is_waiti
             staying.start()
             wait_for(lambda: not engine.is_idle)
         body = json.dumps(LONG | {"stream": stream}).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: {len(body)}\r\n"
+        head = (
+            f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
+        )
         head += "Content-Type: application/json\r\n\r\n"
         address = served.url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1]))) as leaving:
@@ -249,10 +251,10 @@ def test_slow_senders_are_cut_off(path: Path) -> None:
         for sent, answered in [
             (b"POST /v1/comp", b""),
             (b"", b""),
-            (b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nX: ", b""),
+            (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nX: ", b""),
             (
-                b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-                b"Content-Length: 90\r\n\r\n{",
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: 90\r\n\r\n{",
                 b"HTTP/1.1 408 ",
             ),
         ]:
@@ -265,7 +267,7 @@ def test_slow_senders_are_cut_off(path: Path) -> None:
         with socket.create_connection((address[0], int(address[1])), timeout=10) as client:
             for _ in range(3):
                 time.sleep(0.3)
-                client.sendall(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+                client.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
                 answer = b""
                 while not answer.endswith(b"}"):
                     answer += client.recv(10_000)
