@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 import knnlm.mixture_fitting
+from knnlm.apps import console
 from knnlm.attachment import attach
 from knnlm.corpus import Document
 from knnlm.datastore.build import build
@@ -224,6 +225,16 @@ def test_the_perplexities_of_tune_are_those_of_eval(
         "learned weights + cache",
     ]
     assert fits["λ by distance"].perplexity < tuning.lm_perplexity
+
+
+def test_info_names_what_learned_weights_gave(
+    tuned: tuple[Datastore, Tuning], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, tuning = tuned
+    console.print_store(store)
+    (learned,) = (fit.perplexity for fit in tuning.fits if fit.name == "learned weights")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert f"learned weights {learned:.3f}" in shown
 
 
 def test_a_short_text_is_not_learned_from(llama_lm: LanguageModel, tmp_path: Path) -> None:

@@ -281,9 +281,9 @@ def print_store(store: "Datastore") -> None:
             f"{tuning['tokens']:,} tuning tokens"
             + "".join(f", together with {other}" for other in tuning.get("together_with", []))
         )
-        learned = [fit for fit in tuning.get("fits", []) if fit["held_out"]]
         if store.is_learned:
-            rows["parameters"] += f"; learned weights {learned[0]['perplexity']:.3f}"
+            perplexities = {fit["name"]: fit["perplexity"] for fit in tuning["fits"]}
+            rows["parameters"] += f"; learned weights {perplexities['learned weights']:.3f}"
     OUT.print(str(store.path), style="bold", markup=False)
     table = Table(show_header=False)
     for name, value in rows.items():
