@@ -11,10 +11,9 @@ from starlette.concurrency import run_in_threadpool
 
 from knnlm.apps.explorer import page
 from knnlm.apps.explorer.analysis import analyze, describe_stores, read_passages
-from knnlm.apps.server.answers import refusal_of
 from knnlm.apps.server.engine import Engine
-from knnlm.apps.server.inbox import Inbox, unless_left
-from knnlm.apps.server.jobs import Answered, Failed, Query
+from knnlm.apps.server.inbox import Inbox, ask_once
+from knnlm.apps.server.jobs import Answered, Query
 from knnlm.apps.server.mixing import Overrides
 from knnlm.apps.server.refusals import CLIENT_LEFT
 from knnlm.errors import InvalidArgumentError
@@ -50,13 +49,9 @@ def install(app: FastAPI, engine: Engine, name: str) -> None:
 
     async def ask(request: Request, question: Callable[[KNNLM], Any]) -> Response:
         inbox = Inbox(engine)
-        inbox.submit([Query(partial(inbox.post, 0), Overrides(), question)])
-        received = await unless_left(request, inbox, inbox.next_event())
-        if received is None:
+        event = await ask_once(request, inbox, Query(partial(inbox.post, 0), Overrides(), question))
+        if event is None:
             return Response(status_code=CLIENT_LEFT)
-        _, event = received
-        if isinstance(event, Failed):
-            raise refusal_of(event)
         assert isinstance(event, Answered)
         content = await run_in_threadpool(json.dumps, event.value, allow_nan=False)
         return Response(content, media_type="application/json")

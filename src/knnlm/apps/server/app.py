@@ -11,12 +11,12 @@ from starlette.concurrency import run_in_threadpool
 
 from knnlm.apps.explorer import routes as explorer
 from knnlm.apps.server import refusals
-from knnlm.apps.server.answers import Answer, Piece, explanation_info, refusal_of
+from knnlm.apps.server.answers import Answer, Piece, explanation_info
 from knnlm.apps.server.engine import Engine, Facts
 from knnlm.apps.server.gate import Gate
-from knnlm.apps.server.inbox import Inbox, unless_left
+from knnlm.apps.server.inbox import Inbox, ask_once, unless_left
 from knnlm.apps.server.intake import RequestReader
-from knnlm.apps.server.jobs import Explained, Failed
+from knnlm.apps.server.jobs import Explained
 from knnlm.apps.server.limits import Limits
 from knnlm.apps.server.metrics import Metrics
 from knnlm.apps.server.openai_schema import (
@@ -106,13 +106,10 @@ def create_app(
     async def explain(body: ExplainRequest, request: Request) -> Response:
         check_model(body.model)
         inbox = Inbox(engine)
-        inbox.submit([await run_in_threadpool(reader.explanation, body, inbox.post)])
-        received = await unless_left(request, inbox, inbox.next_event())
-        if received is None:
+        job = await run_in_threadpool(reader.explanation, body, inbox.post)
+        event = await ask_once(request, inbox, job)
+        if event is None:
             return Response(status_code=CLIENT_LEFT)
-        _, event = received
-        if isinstance(event, Failed):
-            raise refusal_of(event)
         assert isinstance(event, Explained)
         tokens = [explanation_info(one) for one in event.explanations]
         return Response(

@@ -7,8 +7,9 @@ from typing import Any
 
 from fastapi import Request
 
+from knnlm.apps.server.answers import refusal_of
 from knnlm.apps.server.engine import Engine, QueueFullError, UnavailableError
-from knnlm.apps.server.jobs import Event, Job
+from knnlm.apps.server.jobs import Event, Failed, Job
 from knnlm.apps.server.refusals import RefusalError
 
 
@@ -51,6 +52,18 @@ async def _wait_for_departure(request: Request) -> None:
     """Return when the client has left."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def ask_once(request: Request, inbox: Inbox, job: Job) -> Event | None:
+    """Return what one job answers, None if the client leaves before; raises RefusalError."""
+    inbox.submit([job])
+    received = await unless_left(request, inbox, inbox.next_event())
+    if received is None:
+        return None
+    event: Event = received[1]
+    if isinstance(event, Failed):
+        raise refusal_of(event)
+    return event
 
 
 async def unless_left(request: Request, inbox: Inbox, answer: Any) -> Any:
