@@ -4,7 +4,7 @@ Fixed weights, or a gate that chooses them for each token; datastores, and the c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -29,7 +29,6 @@ from knnlm.mixture.interpolation import (
     interpolate_vocabulary,
     neighbor_log_weights,
 )
-from knnlm.mixture.tuned import TunedMixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,40 +175,28 @@ def open_mixer(
     datastore of another model, InvalidArgumentError.
     """
     memories = open_memories(model, store, k=k, lmbda=lmbda, temperature=temperature, index=index)
+    fixed = not learned or any(given is not None for given in (k, lmbda, temperature))
+    if isinstance(cache, CacheParameters):
+        return _with_fixed_cache(memories, cache)
+    if fixed and not cache:
+        return Mixer(memories)
     stores = as_stores(store)
     tuned = stores[0].mixture(stores[1:])
-    asked = any(given is not None for given in (k, lmbda, temperature))
-    mixer = _choose(memories, tuned, cache, fixed=asked or not learned)
-    if mixer.gate is None:
-        return mixer
-    return replace(mixer, gate=mixer.gate.to(model.device))
-
-
-def _choose(
-    memories: tuple[Memory, ...],
-    tuned: TunedMixture | None,
-    cache: CacheParameters | bool,
-    *,
-    fixed: bool,
-) -> Mixer:
-    if cache is False:
-        gate = None if tuned is None or fixed else tuned.gate
-        return Mixer(memories, None, gate)
-    if cache is not True:
-        _check_total(memories, cache)
-        return Mixer(memories, cache)
-    if tuned is None:
+    if cache and tuned is None:
         raise InvalidArgumentError(
             "cache must have been tuned for these datastores, and it was not: run knnlm tune, or "
             "give its parameters"
         )
+    if tuned is None:
+        return Mixer(memories)
     if fixed:
-        _check_total(memories, tuned.cache)
-        return Mixer(memories, tuned.cache)
-    if tuned.cache_gate is not None:
-        return Mixer(memories, tuned.cache, tuned.cache_gate)
-    beside = override(memories, lmbda=tuned.lmbdas)
-    return Mixer(beside, tuned.cache)
+        return _with_fixed_cache(memories, tuned.cache)
+    gate = tuned.cache_gate if cache else tuned.gate
+    if gate is not None:
+        return Mixer(memories, tuned.cache if cache else None, gate.to(model.device))
+    if not cache:
+        return Mixer(memories)
+    return Mixer(override(memories, lmbda=tuned.lmbdas), tuned.cache)
 
 
 def override_mixer(
@@ -223,11 +210,10 @@ def override_mixer(
     if k is None and lmbda is None and temperature is None:
         return mixer
     memories = override(mixer.memories, k=k, lmbda=lmbda, temperature=temperature)
-    if mixer.cache is not None:
-        _check_total(memories, mixer.cache)
-    return replace(mixer, memories=memories, gate=None)
+    return Mixer(memories) if mixer.cache is None else _with_fixed_cache(memories, mixer.cache)
 
 
-def _check_total(memories: Sequence[Memory], cache: CacheParameters) -> None:
+def _with_fixed_cache(memories: tuple[Memory, ...], cache: CacheParameters) -> Mixer:
     weights = [*(memory.parameters for memory in memories), cache.votes]
     check_total(weights, "the datastores and the continuous cache")
+    return Mixer(memories, cache)
