@@ -219,11 +219,7 @@ def explain_scores(
         [v.log_weights.exp() * shares[:, which, None] for which, v in enumerate(votes)], dim=1
     )
     strongest = weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
-    present = [found.present for found in scores.neighbors]
-    if recalled is not None:
-        present.append(recalled.tokens >= 0)
     tokens = torch.cat([of_source.tokens for of_source in votes], dim=1)
-    tokens = tokens.masked_fill(~torch.cat(present, dim=1), -1)
     text = [*text_before, *scores.targets.tolist()]
     for number, token in enumerate(scores.targets.tolist()):
         named = []
@@ -299,7 +295,6 @@ def _credits(
     for which, of_source in enumerate(votes):
         is_own = of_source.tokens[number] == token
         if which < len(neighbors):
-            is_own &= neighbors[which].present[number]
             rows = neighbors[which].rows[number][is_own]
             places = [(documents[which].store, name) for name in documents[which].names(rows)]
         else:

@@ -38,15 +38,15 @@ class Memory:
         return self.index.search(keys.float(), self.parameters.k)
 
     def tokens(self, neighbors: Neighbors) -> Int[Tensor, "query k"]:
-        """Return the token that each neighbor votes for; what an absent one has means nothing."""
+        """Return the token that each neighbor votes for, −1 where it is absent."""
         values = self.store.values[neighbors.rows.clamp_min(0).cpu()]
-        return values.to(neighbors.rows.device)
+        return values.to(neighbors.rows.device).masked_fill(~neighbors.present, -1)
 
     def votes_for_targets(
         self, neighbors: Neighbors, targets: Int[Tensor, " query"]
     ) -> Bool[Tensor, "query k"]:
         """Return which neighbors have the query's target as their value."""
-        return (self.tokens(neighbors) == targets[:, None]) & neighbors.present
+        return self.tokens(neighbors) == targets[:, None]
 
     def vote(self, neighbors: Neighbors) -> Votes:
         """Return what the neighbors say, and how much that counts."""

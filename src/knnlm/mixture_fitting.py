@@ -88,10 +88,7 @@ def read_held_out(
     ):
         assert scores.lm is not None
         voters = tuple(
-            Voters(
-                found.squared_distances,
-                memory.tokens(found).masked_fill(~found.present, -1),
-            )
+            Voters(found.squared_distances, memory.tokens(found))
             for memory, found in zip(memories, scores.neighbors, strict=True)
         )
         parts.append(
@@ -136,9 +133,12 @@ def fit_mixture(
     parameters: the best fixed ones of each datastore. A gate is kept where it predicts text that it
     was not fitted to better than fixed weights do text that they were fitted to.
     """
-    knn_ratios = [
-        _ratios(text, Voters(*(part[:, : p.k] for part in of_store)), p.temperature)
+    voters = [
+        Voters(*(part[:, : p.k] for part in of_store))
         for of_store, p in zip(text.voters, parameters, strict=True)
+    ]
+    knn_ratios = [
+        _ratios(text, nearest, p.temperature) for nearest, p in zip(voters, parameters, strict=True)
     ]
     fixed = _mixed(text, torch.stack(knn_ratios, dim=1), [p.lmbda for p in parameters])
     cache, lmbdas, with_cache = _fit_cache(text, knn_ratios, progress)
@@ -147,13 +147,9 @@ def fit_mixture(
     if len(text) < LEAST_TOKENS:
         return mixture, tuple(fits)
     if len(parameters) == 1:
-        by_distance = _by_distance(text, text.voters[0], knn_ratios[0])
+        by_distance = _by_distance(text, voters[0], knn_ratios[0])
         fits.append(_fit("λ by distance", text, by_distance, held_out=True))
     sources = [Source(p.k, p.temperature) for p in parameters]
-    voters = [
-        Voters(*(part[:, : p.k] for part in of_store))
-        for of_store, p in zip(text.voters, parameters, strict=True)
-    ]
     recalled = text.recalled[CACHE_SIZES.index(cache.size)]
     cache_source = Source(CACHE_K, cache.votes.temperature)
     remembered = Voters(recalled.squared_distances, recalled.tokens)

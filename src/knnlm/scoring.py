@@ -119,7 +119,7 @@ class _Scorer:
             new = slice(starts[scores.number], starts[scores.number + 1])
             log_probs[new], queries[new] = scores.log_probs, scores.keys
             if scores.summary is not None:
-                summaries[scores.number] = LMSummary(*(part.cpu() for part in scores.summary))
+                summaries[scores.number] = scores.summary.cpu()
         summary = None
         if wanted.summary:
             summary = LMSummary.join([summaries[number] for number in range(len(windows))])

@@ -79,6 +79,10 @@ class LMSummary(NamedTuple):
         """Return that of some of the queries."""
         return LMSummary(self.entropy[queries], self.log_prob[queries], self.token[queries])
 
+    def cpu(self) -> "LMSummary":
+        """Return the same in the machine's own memory."""
+        return LMSummary(*(column.cpu() for column in self))
+
     @classmethod
     def join(cls, parts: Sequence["LMSummary"]) -> "LMSummary":
         """Return that of consecutive queries."""

@@ -68,7 +68,7 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; arrays as base64, little-endian."""
         values = [
-            memory.tokens(found).masked_fill(~found.present, -1)
+            memory.tokens(found)
             for memory, found in zip(self.memories, self.neighbors, strict=True)
         ]
         mentioned = torch.cat([self.tokens, self.lm_top.flatten(), *(v.flatten() for v in values)])
@@ -175,7 +175,7 @@ def _read(lm: LanguageModel, mixer: Mixer, window: Window) -> _Read:
         top.append(likeliest.indices.cpu())
         top_log_probs.append(likeliest.values.cpu())
         if mixer.gate is not None:
-            summaries.append(LMSummary(*(part.cpu() for part in summarize_lm(distribution))))
+            summaries.append(summarize_lm(distribution).cpu())
     keys = reading.keys[0, window.context :].float()
     neighbors = []
     for memory in mixer.memories:

@@ -17,7 +17,7 @@ from knnlm.index.protocol import Neighbors
 from knnlm.language_model import LanguageModel
 from knnlm.memory import for_each
 from knnlm.mixer import Mixer, override_mixer
-from knnlm.mixture.features import LMSummary, summarize_lm
+from knnlm.mixture.features import summarize_lm
 from knnlm.scoring import Scores
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 24, 8
@@ -66,7 +66,7 @@ class Mixture:
         )
         summary = None
         if self.mixer.gate is not None:
-            summary = LMSummary(*(p.cpu() for p in summarize_lm(self.lm_log_probs[[place]])))
+            summary = summarize_lm(self.lm_log_probs[[place]]).cpu()
         scores = Scores([], torch.tensor([token]), lm_log_probs, neighbors, lm=summary)
         (explanation,) = explain_scores(
             lm, self.mixer, scores, sources, _TOKENS_BEFORE, _TOKENS_AFTER
