@@ -4,7 +4,8 @@
 
 The same model generates greedily from the same prompts (the beginnings of the texts), without a
 datastore and with STORE attached (searched with its own index), in turn in one process; one
-sequence at a time and in a batch. A ratio is the median of the ratios of neighbouring runs.
+sequence at a time and in a batch. Weights are fixed for each k, and learned if `knnlm tune` stored
+such. A ratio is the median of the ratios of neighbouring runs.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import torch
 
 import knnlm
 from knnlm.index.policy import describe_index
+from knnlm.mixture.parameters import Parameters
 from knnlm.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results" / "generation.json"
@@ -59,9 +61,10 @@ def main() -> None:
         assert output.shape[1] == inputs.shape[1] + arguments.new_tokens
         return seconds / int(arguments.new_tokens)
 
+    learned = [None] if store.is_learned else []
     measured = []
     for size in arguments.batch:
-        for k in arguments.k:
+        for k in [*arguments.k, *learned]:
             alone: list[float] = []
             attached: list[float] = []
             for repetition in range(arguments.repetitions + 1):
@@ -76,14 +79,16 @@ def main() -> None:
             ratio = statistics.median(b / a for a, b in zip(alone, attached, strict=True))
             one = {
                 "batch": size,
-                "k": k,
+                "weights": "fixed" if k else "learned",
+                "k": k or (store.parameters or Parameters()).k,
                 "ratio": ratio,
                 "alone_milliseconds": statistics.median(alone) * 1e3,
                 "attached_milliseconds": statistics.median(attached) * 1e3,
             }
             measured.append(one)
             print(
-                f"batch {size}, k {k}: {one['alone_milliseconds']:.2f} ms a step alone, "
+                f"batch {size}, k {one['k']}, {one['weights']} weights: "
+                f"{one['alone_milliseconds']:.2f} ms a step alone, "
                 f"{one['attached_milliseconds']:.2f} attached: {ratio:.3f}×",
                 flush=True,
             )

@@ -27,7 +27,7 @@ from torch import Tensor
 from knnlm.mixture.continuous_cache import ContinuousCache, join_recalled
 from knnlm.mixture.features import Source, Voters
 from knnlm.mixture.gate_training import fit_gate, make_examples
-from knnlm.mixture.interpolation import Component, interpolate, target_knn_log_probs
+from knnlm.mixture.interpolation import interpolate
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning import fit_lmbdas, sweep
 
@@ -125,7 +125,7 @@ def remember(held_out: HeldOut, size: int) -> Voters:
     for inputs, keys in zip(*columns, strict=True):
         parts.append(cache.recall(inputs.long()[None], keys[None]).nearest(CACHE_K))
     recalled = join_recalled(parts)
-    return Voters(recalled.squared_distances, recalled.tokens)
+    return recalled.voters
 
 
 def learned(
@@ -141,13 +141,9 @@ def learned(
     test_voters = [nearest(v, s.k) for v, s in zip(test_voters, sources, strict=True)]
     examples = make_examples(sources, valid.lm, valid.lm_log_probs, voters, valid.targets)
     gate = fit_gate(sources, examples).gate
-    components = []
     with torch.no_grad():
-        for of_source, votes in zip(test_voters, gate(test.lm, test_voters), strict=True):
-            matches = of_source.tokens == test.targets[:, None]
-            log_probs = target_knn_log_probs(votes.log_weights, matches)
-            components.append(Component(log_probs, votes.lmbda, of_source.present))
-    return interpolate(test.lm_log_probs, components)
+        votes = gate(test.lm, test_voters)
+    return interpolate(test.lm_log_probs, [one.for_targets(test.targets) for one in votes])
 
 
 def nearest(voters: Voters, k: int) -> Voters:

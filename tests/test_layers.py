@@ -37,7 +37,7 @@ LAYERS = [
     ],
     ["memory"],
     ["mixer"],
-    ["scoring", "attached_cache"],
+    ["scoring", "attached_cache", "beside"],
     ["attachment"],
     ["perplexity_tally"],
     ["perplexity", "attribution"],

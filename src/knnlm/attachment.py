@@ -18,15 +18,16 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnlm.attached_cache import SequenceCaches
+from knnlm.beside import Beside
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import AttachmentError
-from knnlm.index.ivf_workers import Workers
 from knnlm.index.protocol import Index
 from knnlm.keyed_model import KeyedModel
 from knnlm.memory import ForEach, as_stores
 from knnlm.mixer import Mixer, open_mixer
 from knnlm.mixture.continuous_cache import CacheParameters
 
+_AHEAD = 4  # sequences; more keep all cores busy, so that nothing is won by searching beside
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -52,7 +53,7 @@ class Attachment:
         self._keyed = keyed
         self._signature = inspect.signature(self.model.forward)
         self._hooks = ExitStack()
-        self._ahead = Workers(1)
+        self._ahead = Beside()
         self._hooks.callback(self._ahead.close)
         self._pending = threading.local()
         begin = torch.compiler.disable(self._search_ahead)  # type: ignore[no-untyped-call]
@@ -85,11 +86,12 @@ class Attachment:
             self.detach()
 
     def _search_ahead(self, keys: Float[Tensor, "batch time dim"]) -> None:
-        """Begin the search for one new position; the model's head takes longer than that."""
+        """Begin the search for a few new positions; the model's head takes longer than that."""
         self._pending.asked = None
-        if keys.is_cpu and keys.shape[:2].numel() == 1 and self.mixer.counts:
-            query = keys[0]
-            self._pending.asked = self._ahead.submit(lambda: self.mixer.ask(query))
+        few = keys.shape[1] == 1 and len(keys) <= _AHEAD
+        if few and keys.is_cpu and self.mixer.counts:
+            queries = keys[:, 0]
+            self._pending.asked = self._ahead.begin(lambda: self.mixer.ask(queries))
 
     def _mix_output(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

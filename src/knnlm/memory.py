@@ -12,6 +12,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
 from knnlm.keyed_model import KeyedModel
+from knnlm.mixture.features import Voters
 from knnlm.mixture.interpolation import Votes, neighbor_log_weights
 from knnlm.mixture.parameters import Parameters
 
@@ -41,6 +42,10 @@ class Memory:
         """Return the token that each neighbor votes for, −1 where it is absent."""
         values = self.store.values[neighbors.rows.clamp_min(0).cpu()]
         return values.to(neighbors.rows.device).masked_fill(~neighbors.present, -1)
+
+    def voters(self, neighbors: Neighbors) -> Voters:
+        """Return the neighbors as voters."""
+        return Voters(neighbors.squared_distances.float(), self.tokens(neighbors))
 
     def votes_for_targets(
         self, neighbors: Neighbors, targets: Int[Tensor, " query"]

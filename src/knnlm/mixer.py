@@ -22,7 +22,7 @@ from knnlm.mixture.continuous_cache import (
     Recalled,
     Recollection,
 )
-from knnlm.mixture.features import LMSummary, Voters, summarize_lm
+from knnlm.mixture.features import LMSummary, Weighed, summarize_lm, weigh
 from knnlm.mixture.interpolation import (
     TokenVotes,
     Votes,
@@ -80,12 +80,17 @@ class Mixer:
         return recollection.nearest(self.cache.votes.k)
 
     def ask(self, keys: Float[Tensor, "query dim"]) -> "Asked":
-        """Search each memory in `searched`, and sum what is voted for as far as that is known."""
+        """Search each memory in `searched`, and do all that needs no language model."""
         neighbors = [memory.search(keys) for memory in self.searched] if len(keys) else []
-        if self.gate is not None:
-            return Asked(neighbors, [])
-        votes = [memory.vote(f) for memory, f in zip(self.searched, neighbors, strict=False)]
-        return Asked(neighbors, [one.by_token() for one in votes])
+        found = list(zip(self.searched, neighbors, strict=False))
+        if self.gate is None:
+            return Asked(
+                neighbors, [memory.vote(of_one).by_token() for memory, of_one in found], []
+            )
+        voters = [memory.voters(of_one) for memory, of_one in found]
+        sources = self.gate.sources
+        weighed = [weigh(*of_source) for of_source in zip(sources, voters, strict=False)]
+        return Asked(neighbors, [], weighed)
 
     def votes(
         self,
@@ -103,17 +108,10 @@ class Mixer:
             votes = [memory.vote(found) for memory, found in zip(memories, neighbors, strict=True)]
             return [*votes, *self._cache_votes(recalled)]
         assert lm is not None
-        voters = [
-            Voters(found.squared_distances.float(), memory.tokens(found))
-            for memory, found in zip(memories, neighbors, strict=True)
-        ]
+        voters = [memory.voters(found) for memory, found in zip(memories, neighbors, strict=True)]
         if recalled is not None:
-            voters.append(Voters(recalled.squared_distances, recalled.tokens))
-        gate = self.gate.to(lm.entropy.device)
-        return [
-            Votes(of_source.log_weights, asked.tokens, of_source.lmbda, asked.present)
-            for asked, of_source in zip(voters, gate(lm, voters), strict=True)
-        ]
+            voters.append(recalled.voters)
+        return self.gate.to(lm.entropy.device)(lm, voters)
 
     def _cache_votes(self, recalled: Recalled | None) -> list[Votes]:
         """Return the continuous cache's fixed vote, if it has one."""
@@ -140,20 +138,25 @@ class Mixer:
         if self.gate is None:
             by_token = [*asked.votes, *(one.by_token() for one in self._cache_votes(recalled))]
         else:
+            weighed = asked.weighed
+            if recalled is not None:
+                weighed = [*weighed, weigh(self.gate.sources[-1], recalled.voters)]
             lm = summarize_lm(lm_log_probs.detach())
-            votes = self.votes(self.searched, asked.neighbors, recalled, lm)
-            by_token = [one.by_token() for one in votes]
+            gate = self.gate.to(lm.entropy.device)
+            by_token = [one.by_token() for one in gate.choose(lm, weighed)]
         return interpolate_vocabulary(lm_log_probs, by_token)
 
 
 class Asked(NamedTuple):
     """What was found near some keys: in each memory in `Mixer.searched`.
 
-    votes: for each token, where weights are fixed; a gate has to see the language model first.
+    votes: for each token, where weights are fixed. weighed: for a gate, which has to see the
+    language model before it chooses.
     """
 
     neighbors: list[Neighbors]
     votes: list[TokenVotes]
+    weighed: list[Weighed]
 
 
 def open_mixer(

@@ -88,8 +88,7 @@ def read_held_out(
     ):
         assert scores.lm is not None
         voters = tuple(
-            Voters(found.squared_distances, memory.tokens(found))
-            for memory, found in zip(memories, scores.neighbors, strict=True)
+            memory.voters(found) for memory, found in zip(memories, scores.neighbors, strict=True)
         )
         parts.append(
             HeldOutText(scores.targets, scores.lm_log_probs, scores.lm, voters, scores.recalled)
@@ -152,7 +151,7 @@ def fit_mixture(
     sources = [Source(p.k, p.temperature) for p in parameters]
     recalled = text.recalled[CACHE_SIZES.index(cache.size)]
     cache_source = Source(CACHE_K, cache.votes.temperature)
-    remembered = Voters(recalled.squared_distances, recalled.tokens)
+    remembered = recalled.voters
     gate, log_probs = _fit_gate(text, sources, voters, progress)
     fits.append(_fit("learned weights", text, log_probs, held_out=True))
     if fits[-1].perplexity < fits[0].perplexity:
@@ -213,8 +212,7 @@ def _fit_cache(
     tried: dict[tuple[int, float], float] = {}
 
     def try_out(number: int, temperature: float, steps: int) -> tuple[list[float], Tensor]:
-        recalled = text.recalled[number]
-        voters = Voters(recalled.squared_distances, recalled.tokens)
+        voters = text.recalled[number].voters
         ratios = torch.stack([*knn_ratios, _ratios(text, voters, temperature)], dim=1)
         weights = fit_weights(ratios, steps)
         return weights, _mixed(text, ratios, weights)

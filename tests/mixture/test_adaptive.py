@@ -10,23 +10,22 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from knnlm.errors import DatastoreCorruptError
-from knnlm.mixture.adaptive import LEAST_LM_WEIGHT, BucketedLambda, LearnedGate, SourceVotes
+from knnlm.mixture.adaptive import LEAST_LM_WEIGHT, BucketedLambda, LearnedGate
 from knnlm.mixture.features import (
     TEMPERATURES,
     Source,
     Voters,
-    component_log_weights,
+    Weighed,
     count_features,
     query_features,
     summarize_lm,
+    weigh,
 )
 from knnlm.mixture.interpolation import (
-    Component,
     Votes,
     interpolate,
     interpolate_vocabulary,
     neighbor_log_weights,
-    target_knn_log_probs,
 )
 
 VOCAB = 11
@@ -63,39 +62,35 @@ def some_queries(queries: int = 40) -> tuple[Tensor, list[Voters], Tensor]:
     return lm, voters, torch.randint(0, VOCAB, (queries,), generator=generator)
 
 
-def of_targets(
-    lm: Tensor, voters: list[Voters], votes: list[SourceVotes], targets: Tensor
-) -> Tensor:
-    components = [
-        Component(
-            target_knn_log_probs(own.log_weights, of_source.tokens == targets[:, None]),
-            own.lmbda,
-            of_source.present,
-        )
-        for of_source, own in zip(voters, votes, strict=True)
-    ]
+def of_targets(lm: Tensor, votes: list[Votes], targets: Tensor) -> Tensor:
+    components = [one.for_targets(targets) for one in votes]
     return interpolate(lm.gather(1, targets[:, None])[:, 0], components)
 
 
-def of_vocabulary(lm: Tensor, voters: list[Voters], votes: list[SourceVotes]) -> Tensor:
-    components = [
-        Votes(own.log_weights, of_source.tokens, own.lmbda, of_source.present)
-        for of_source, own in zip(voters, votes, strict=True)
-    ]
-    return interpolate_vocabulary(lm, [one.by_token() for one in components])
+def of_vocabulary(lm: Tensor, votes: list[Votes]) -> Tensor:
+    return interpolate_vocabulary(lm, [one.by_token() for one in votes])
+
+
+def lmbda_of(votes: Votes) -> Tensor:
+    assert isinstance(votes.lmbda, Tensor)
+    return votes.lmbda
+
+
+def weighed(voters: list[Voters]) -> list[Weighed]:
+    return [weigh(source, of_source) for source, of_source in zip(SOURCES, voters, strict=True)]
 
 
 def test_the_gate_is_a_mixture_of_its_components() -> None:
     lm, voters, _ = some_queries()
     gate, summary = random_gate(), summarize_lm(lm)
-    mixed = of_vocabulary(lm, voters, gate(summary, voters)).double().exp()
-    shares = [component_log_weights(s, v) for s, v in zip(SOURCES, voters, strict=True)]
-    weights = gate.weights(query_features(summary, SOURCES, voters, shares)).double()
+    mixed = of_vocabulary(lm, gate(summary, voters)).double().exp()
+    sources = weighed(voters)
+    weights = gate.weights(query_features(summary, sources)).double()
     for query in range(len(lm)):
         expected = weights[query, 0] * lm[query].double().exp()
         column = 1
-        for of_source, of_components in zip(voters, shares, strict=True):
-            for component in of_components:
+        for of_source, log_weights, *_ in sources:
+            for component in log_weights:
                 weight = weights[query, column]
                 column += 1
                 if not bool(of_source.present[query]):
@@ -121,10 +116,10 @@ def test_the_weights_are_the_mean_of_the_networks() -> None:
 def test_one_target_and_the_whole_vocabulary_agree() -> None:
     lm, voters, _ = some_queries()
     votes = random_gate()(summarize_lm(lm), voters)
-    whole = of_vocabulary(lm, voters, votes)
+    whole = of_vocabulary(lm, votes)
     for token in range(VOCAB):
         targets = torch.full((len(lm),), token)
-        found = of_targets(lm, voters, votes, targets)
+        found = of_targets(lm, votes, targets)
         torch.testing.assert_close(found, whole[:, token], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(whole.exp().sum(dim=1), torch.ones(len(lm)), atol=1e-5, rtol=0)
 
@@ -134,26 +129,25 @@ def test_a_query_without_voters_keeps_the_lm_to_the_bit() -> None:
     votes = random_gate()(summarize_lm(lm), voters)
     nobody = slice(4, 8)
     assert not any(bool(of_source.present[nobody].any()) for of_source in voters)
-    assert torch.equal(of_vocabulary(lm, voters, votes)[nobody], lm[nobody])
+    assert torch.equal(of_vocabulary(lm, votes)[nobody], lm[nobody])
     own = lm.gather(1, targets[:, None])[:, 0]
-    assert torch.equal(of_targets(lm, voters, votes, targets)[nobody], own[nobody])
+    assert torch.equal(of_targets(lm, votes, targets)[nobody], own[nobody])
 
 
 def test_a_source_without_voters_leaves_its_weight_to_the_lm() -> None:
     lm, voters, _ = some_queries()
     gate, summary = random_gate(), summarize_lm(lm)
     votes = gate(summary, voters)
-    shares = [component_log_weights(s, v) for s, v in zip(SOURCES, voters, strict=True)]
-    weights = gate.weights(query_features(summary, SOURCES, voters, shares))
+    weights = gate.weights(query_features(summary, weighed(voters)))
     only_second, only_first = slice(0, 4), slice(8, 12)
     first = len(TEMPERATURES)
-    assert bool((votes[0].lmbda[only_second] == 0).all())
-    assert bool((votes[1].lmbda[only_first] == 0).all())
+    assert bool((lmbda_of(votes[0])[only_second] == 0).all())
+    assert bool((lmbda_of(votes[1])[only_first] == 0).all())
     torch.testing.assert_close(
-        votes[1].lmbda[only_second], weights[only_second, 1 + first :].sum(1)
+        lmbda_of(votes[1])[only_second], weights[only_second, 1 + first :].sum(1)
     )
     torch.testing.assert_close(
-        votes[0].lmbda[only_first], weights[only_first, 1 : 1 + first].sum(1)
+        lmbda_of(votes[0])[only_first], weights[only_first, 1 : 1 + first].sum(1)
     )
 
 
@@ -180,7 +174,7 @@ def test_many_queries_are_weighed_as_one() -> None:
         one = slice(query, query + 1)
         alone = gate(summary.of(one), [of_source.of(one) for of_source in voters])
         for mine, ours in zip(alone, together, strict=True):
-            torch.testing.assert_close(mine.lmbda[0], ours.lmbda[query])
+            torch.testing.assert_close(lmbda_of(mine)[0], lmbda_of(ours)[query])
             torch.testing.assert_close(mine.log_weights[0], ours.log_weights[query])
 
 
@@ -193,7 +187,7 @@ def test_a_gate_is_saved_as_tensors_and_json() -> None:
     for mine, ours in zip(
         again(summarize_lm(lm), voters), gate(summarize_lm(lm), voters), strict=True
     ):
-        assert torch.equal(mine.lmbda, ours.lmbda)
+        assert torch.equal(lmbda_of(mine), lmbda_of(ours))
         assert torch.equal(mine.log_weights, ours.log_weights)
     with refusal(DatastoreCorruptError, "network.3 is missing", "tune the datastore again"):
         tensors = gate.to_tensors()
@@ -209,9 +203,9 @@ def test_a_gate_sure_of_the_lm_gives_the_lm() -> None:
     gate = random_gate()
     gate.parameters[-1][:, :, 0] = 1e4
     votes = gate(summarize_lm(lm), voters)
-    assert torch.equal(of_vocabulary(lm, voters, votes), lm)
+    assert torch.equal(of_vocabulary(lm, votes), lm)
     own = lm.gather(1, targets[:, None])[:, 0]
-    assert torch.equal(of_targets(lm, voters, votes, targets), own)
+    assert torch.equal(of_targets(lm, votes, targets), own)
 
 
 def test_no_query_needs_no_votes() -> None:
@@ -219,7 +213,7 @@ def test_no_query_needs_no_votes() -> None:
     none = slice(0, 0)
     votes = random_gate()(summarize_lm(lm).of(none), [of_source.of(none) for of_source in voters])
     assert [own.log_weights.shape for own in votes] == [(0, 16), (0, 5)]
-    assert [own.lmbda.shape for own in votes] == [(0,), (0,)]
+    assert [lmbda_of(own).shape for own in votes] == [(0,), (0,)]
 
 
 def test_buckets_are_ranges_of_the_nearest_distance() -> None:
@@ -234,7 +228,8 @@ def test_one_bucket_is_the_paper_s_mixture() -> None:
     of_source = voters[0]
     lmbda = BucketedLambda(torch.empty(0), torch.tensor([0.25]))(of_source.squared_distances)
     weights = neighbor_log_weights(of_source.squared_distances, 2.0)
-    knn = target_knn_log_probs(weights, of_source.tokens == targets[:, None])
-    own = lm.gather(1, targets[:, None])[:, 0]
-    adaptive = interpolate(own, [Component(knn, lmbda, of_source.present)])
-    assert torch.equal(adaptive, interpolate(own, [Component(knn, 0.25, of_source.present)]))
+    adaptive = Votes(weights, of_source.tokens, lmbda, of_source.present)
+    assert torch.equal(
+        of_targets(lm, [adaptive], targets),
+        of_targets(lm, [adaptive._replace(lmbda=0.25)], targets),
+    )

@@ -13,10 +13,10 @@ from knnlm.mixture.features import (
     LMSummary,
     Source,
     Voters,
-    component_log_weights,
     count_features,
     query_features,
     summarize_lm,
+    weigh,
 )
 
 VOCAB = 9
@@ -39,7 +39,7 @@ def some_lm(queries: int = 30, seed: int = 1) -> LMSummary:
 
 
 def features_of(source: Source, voters: Voters, lm: LMSummary) -> Tensor:
-    return query_features(lm, [source], [voters], [component_log_weights(source, voters)])
+    return query_features(lm, [weigh(source, voters)])
 
 
 def test_the_lm_in_three_numbers() -> None:
@@ -52,7 +52,7 @@ def test_the_lm_in_three_numbers() -> None:
 
 def test_components_are_softmaxes_at_several_temperatures() -> None:
     source, voters = Source(21, 3.0), some_voters()
-    weights = component_log_weights(source, voters)
+    weights = weigh(source, voters).log_weights
     energies = [-voters.squared_distances.double() / (3.0 * factor) for factor in TEMPERATURES]
     for log_weights, energy in zip(weights, energies, strict=True):
         expected = torch.softmax(energy, dim=1).float().nan_to_num(nan=0.0)
@@ -62,7 +62,7 @@ def test_components_are_softmaxes_at_several_temperatures() -> None:
 def test_features_equal_a_slow_count() -> None:
     source, voters, lm = Source(21, 3.0), some_voters(), some_lm()
     found = features_of(source, voters, lm)
-    weights = component_log_weights(source, voters)[1].double().exp()
+    weights = weigh(source, voters).log_weights[1].double().exp()
     ranks = [1, 2, 4, 8, 16]
     for query in range(30):
         there = voters.squared_distances[query].isfinite()

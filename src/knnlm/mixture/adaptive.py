@@ -6,7 +6,7 @@ the neighbors' vote counts for it. Neither ever silences the language model.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from knnlm.mixture.features import (
     LMSummary,
     Source,
     Voters,
-    component_log_weights,
+    Weighed,
     count_features,
     query_features,
+    weigh,
 )
+from knnlm.mixture.interpolation import Votes
 
 LEAST_LM_WEIGHT = 1e-3  # what no vote can take from the LM, however sure it looks
 _AT_ONCE = 512  # queries whose components are held at once
@@ -46,18 +48,6 @@ class BucketedLambda:
         nearest = squared_distances[:, 0].contiguous()
         lmbdas = self.lmbdas[torch.bucketize(nearest, self.edges)]
         return lmbdas.masked_fill(nearest.isposinf(), 0.0)
-
-
-@dataclass(frozen=True, slots=True)
-class SourceVotes:
-    """How a source's voters enter the mixture.
-
-    log_weights: each voter's log share of the source's vote. lmbda: the source's weight, of each
-    query; 0 where it has no voter.
-    """
-
-    log_weights: Float[Tensor, "query k"]
-    lmbda: Float[Tensor, " query"]
 
 
 class LearnedGate:
@@ -92,39 +82,37 @@ class LearnedGate:
         standard = self.standardize(features).expand(len(self.parameters[0]), -1, -1)
         return network_log_weights(self.parameters, standard).exp().mean(dim=0)
 
-    def __call__(self, lm: LMSummary, voters: Sequence[Voters]) -> list[SourceVotes]:
+    def __call__(self, lm: LMSummary, voters: Sequence[Voters]) -> list[Votes]:
         """Return how each source's voters enter the mixture; the LM has the rest of the weight.
 
-        What a source without voters would have had is the LM's too.
+        A source without voters has weight 0; what it would have had is the LM's too.
         """
-        parts = [
-            self._votes(lm.of(queries), [of_source.of(queries) for of_source in voters])
-            for start in range(0, max(len(lm.token), 1), _AT_ONCE)
-            for queries in [slice(start, start + _AT_ONCE)]
-        ]
+        parts = []
+        for start in range(0, max(len(lm.token), 1), _AT_ONCE):
+            queries = slice(start, start + _AT_ONCE)
+            weighed = [
+                weigh(source, of_source.of(queries))
+                for source, of_source in zip(self.sources, voters, strict=True)
+            ]
+            parts.append(self.choose(lm.of(queries), weighed))
         return [
-            SourceVotes(
-                torch.cat([part.log_weights for part in of_source]),
-                torch.cat([part.lmbda for part in of_source]),
-            )
+            Votes(*(torch.cat(column) for column in zip(*of_source, strict=True)))
             for of_source in zip(*parts, strict=True)
         ]
 
-    def _votes(self, lm: LMSummary, voters: Sequence[Voters]) -> list[SourceVotes]:
-        log_weights = [
-            component_log_weights(source, of_source)
-            for source, of_source in zip(self.sources, voters, strict=True)
-        ]
-        weights = self.weights(query_features(lm, self.sources, voters, log_weights))
+    def choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> list[Votes]:
+        """Return what a call returns, of voters that were weighed before the LM had spoken."""
+        weights = self.weights(query_features(lm, weighed))
         of_sources = weights[:, 1:].chunk(len(self.sources), dim=1)
         votes = []
-        for of_source, log_shares, shares in zip(voters, log_weights, of_sources, strict=True):
+        for of_source, shares in zip(weighed, of_sources, strict=True):
             lmbda = shares.sum(dim=1)
             # each voter's part in the sum of the components; a gate may be sure enough for λ = 0
             of_lmbda = shares / lmbda[:, None].clamp_min(torch.finfo(lmbda.dtype).tiny)
-            parts = log_shares + of_lmbda.log().T[:, :, None]
-            present = of_source.present
-            votes.append(SourceVotes(parts.logsumexp(dim=0), lmbda.where(present, 0.0)))
+            parts = of_source.log_weights + of_lmbda.log().T[:, :, None]
+            present = of_source.voters.present
+            tokens = of_source.voters.tokens
+            votes.append(Votes(parts.logsumexp(dim=0), tokens, lmbda.where(present, 0.0), present))
         return votes
 
     def to(self, device: torch.device | str) -> "LearnedGate":

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm.errors import InvalidArgumentError
+from knnlm.mixture.features import Voters
 from knnlm.mixture.parameters import Parameters
 
 SIMILARITIES = ("distance", "dot")
@@ -71,6 +72,11 @@ class Recalled(NamedTuple):
     squared_distances: Float[Tensor, "query k"]
     tokens: Int[Tensor, "query k"]
     ages: Int[Tensor, "query k"]
+
+    @property
+    def voters(self) -> Voters:
+        """The pairs as voters."""
+        return Voters(self.squared_distances, self.tokens)
 
 
 @dataclass(frozen=True, slots=True)

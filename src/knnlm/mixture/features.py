@@ -108,43 +108,29 @@ def _summarize(log_probs: Float[Tensor, "query vocab"], space: Tensor) -> LMSumm
     return LMSummary(entropy, log_probs.gather(1, token[:, None])[:, 0], token)
 
 
-def component_log_weights(source: Source, voters: Voters) -> Float[Tensor, "component query k"]:
-    """Return each voter's log share of the vote at each of the source's temperatures."""
-    weights = [
-        neighbor_log_weights(voters.squared_distances, factor * source.temperature)
-        for factor in TEMPERATURES
-    ]
-    return torch.stack(weights)
+class Weighed(NamedTuple):
+    """What can be said of a source's voters before the language model has spoken.
 
-
-def query_features(
-    lm: LMSummary,
-    sources: Sequence[Source],
-    voters: Sequence[Voters],
-    log_weights: Sequence[Float[Tensor, "_ query _"]],
-) -> Float[Tensor, "query feature"]:
-    """Return all that a gate sees of each query.
-
-    log_weights: of `component_log_weights`, for each source.
+    log_weights: each voter's log share of the vote, at each of the source's temperatures.
+    features: columns of `query_features`.
     """
-    columns = [lm.entropy, lm.log_prob]
-    for source, of_source, weights in zip(sources, voters, log_weights, strict=True):
-        columns += _source_features(source, of_source, weights[_MIDDLE].exp(), lm)
-    return torch.stack(columns, dim=1)
+
+    voters: Voters
+    log_weights: Float[Tensor, "component query k"]
+    features: list[Float[Tensor, " query"]]
+    weights: Float[Tensor, "query k"]
+    best: Float[Tensor, " query"]
 
 
-def count_features(sources: Sequence[Source]) -> int:
-    """Return how many features `query_features` gives."""
-    nothing = torch.zeros(0)
-    lm = LMSummary(nothing, nothing, nothing.long())
-    voters = [Voters(torch.zeros(0, s.k), torch.zeros(0, s.k).long()) for s in sources]
-    weights = [component_log_weights(s, v) for s, v in zip(sources, voters, strict=True)]
-    return query_features(lm, sources, voters, weights).shape[1]
-
-
-def _source_features(
-    source: Source, voters: Voters, weights: Float[Tensor, "query k"], lm: LMSummary
-) -> list[Float[Tensor, " query"]]:
+def weigh(source: Source, voters: Voters) -> Weighed:
+    """Weigh a source's voters at each of its temperatures, and describe their vote."""
+    log_weights = torch.stack(
+        [
+            neighbor_log_weights(voters.squared_distances, factor * source.temperature)
+            for factor in TEMPERATURES
+        ]
+    )
+    weights = log_weights[_MIDDLE].exp()
     distances = voters.squared_distances / source.temperature
     logs = distances.clamp(_LEAST_DISTANCE, _GREATEST_DISTANCE).log()
     ranks = [2**power for power in range(source.k.bit_length())]
@@ -155,14 +141,27 @@ def _source_features(
     distinct = new.cumsum(dim=1).clamp_min(1)
     features += [distinct[:, rank - 1].log() for rank in held[1:]]
     best = votes.amax(dim=1)
-    own = (weights * (voters.tokens == lm.token[:, None])).sum(dim=1)
-    features += [
-        best.clamp_min(_LEAST_SHARE).log(),
-        torch.special.entr(votes).sum(dim=1),
-        own.clamp_min(_LEAST_SHARE).log(),
-        (own > best - _LEAST_SHARE).float(),  # both have the same favorite
-    ]
-    return features
+    features += [best.clamp_min(_LEAST_SHARE).log(), torch.special.entr(votes).sum(dim=1)]
+    return Weighed(voters, log_weights, features, weights, best)
+
+
+def query_features(lm: LMSummary, weighed: Sequence[Weighed]) -> Float[Tensor, "query feature"]:
+    """Return all that a gate sees of each query. weighed: the voters of each source."""
+    columns = [lm.entropy, lm.log_prob]
+    for one in weighed:
+        own = (one.weights * (one.voters.tokens == lm.token[:, None])).sum(dim=1)
+        same_favorite = own > one.best - _LEAST_SHARE
+        columns += [*one.features, own.clamp_min(_LEAST_SHARE).log(), same_favorite.float()]
+    return torch.stack(columns, dim=1)
+
+
+def count_features(sources: Sequence[Source]) -> int:
+    """Return how many features `query_features` gives."""
+    nothing = torch.zeros(0)
+    lm = LMSummary(nothing, nothing, nothing.long())
+    voters = [Voters(torch.zeros(0, s.k), torch.zeros(0, s.k).long()) for s in sources]
+    weighed = [weigh(s, v) for s, v in zip(sources, voters, strict=True)]
+    return query_features(lm, weighed).shape[1]
 
 
 def _count_votes(

@@ -22,8 +22,8 @@ from knnlm.mixture.features import (
     LMSummary,
     Source,
     Voters,
-    component_log_weights,
     query_features,
+    weigh,
 )
 from knnlm.mixture.interpolation import target_knn_log_probs
 
@@ -71,13 +71,13 @@ def make_examples(
     for start in range(0, len(targets), _AT_ONCE):
         part = slice(start, start + _AT_ONCE)
         those = [of_source.of(part) for of_source in voters]
-        weights = [component_log_weights(s, v) for s, v in zip(sources, those, strict=True)]
-        features.append(query_features(lm.of(part), sources, those, weights))
+        weighed = [weigh(s, v) for s, v in zip(sources, those, strict=True)]
+        features.append(query_features(lm.of(part), weighed))
         columns, there = [lm_log_probs[part]], []
-        for of_source, of_components in zip(those, weights, strict=True):
-            votes = of_source.tokens == targets[part, None]
-            columns += [target_knn_log_probs(one, votes) for one in of_components]
-            there += [of_source.present] * len(of_components)
+        for of_source in weighed:
+            votes = of_source.voters.tokens == targets[part, None]
+            columns += [target_knn_log_probs(one, votes) for one in of_source.log_weights]
+            there += [of_source.voters.present] * len(of_source.log_weights)
         log_probs.append(torch.stack(columns, dim=1))
         present.append(torch.stack(there, dim=1))
     return Examples(torch.cat(features), torch.cat(log_probs), torch.cat(present))
