@@ -5,7 +5,8 @@
 The same model generates greedily from the same prompts (the beginnings of the texts), without a
 datastore and with STORE attached (searched with its own index), in turn in one process; one
 sequence at a time and in a batch. Weights are fixed for each k, and learned if `knnlm tune` stored
-such. A ratio is the median of the ratios of neighbouring runs.
+such. A ratio is of a run to the mean of the runs alone before and after it; the median and the
+quartiles of all repetitions are shown.
 """
 
 import argparse
@@ -64,32 +65,36 @@ def main() -> None:
     learned = [None] if store.is_learned else []
     measured = []
     for size in arguments.batch:
-        for k in [*arguments.k, *learned]:
-            alone: list[float] = []
-            attached: list[float] = []
-            for repetition in range(arguments.repetitions + 1):
-                first = repetition * size % (len(prompts) - size + 1)
-                batch = prompts[first : first + size]
-                pair = [seconds_per_step(batch)]
+        runs: dict[int | None, list[tuple[float, float]]] = {k: [] for k in arguments.k + learned}
+        for repetition in range(arguments.repetitions + 1):
+            first = repetition * size % (len(prompts) - size + 1)
+            batch = prompts[first : first + size]
+            before = seconds_per_step(batch)
+            for k, of_setting in runs.items():
                 with knnlm.attach(lm.model, store, k=k):
-                    pair.append(seconds_per_step(batch))
+                    attached = seconds_per_step(batch)
+                after = seconds_per_step(batch)
                 if repetition > 0:  # the first compiles and reads the index into memory
-                    alone.append(pair[0])
-                    attached.append(pair[1])
-            ratio = statistics.median(b / a for a, b in zip(alone, attached, strict=True))
+                    of_setting.append(((before + after) / 2, attached))
+                before = after
+        for k, of_setting in runs.items():
+            ratios = [attached / alone for alone, attached in of_setting]
             one = {
                 "batch": size,
                 "weights": "fixed" if k else "learned",
                 "k": k or (store.parameters or Parameters()).k,
-                "ratio": ratio,
-                "alone_milliseconds": statistics.median(alone) * 1e3,
-                "attached_milliseconds": statistics.median(attached) * 1e3,
+                "ratio": statistics.median(ratios),
+                "quartiles": statistics.quantiles(ratios, n=4)[::2],
+                "alone_milliseconds": statistics.median(alone for alone, _ in of_setting) * 1e3,
+                "attached_milliseconds": statistics.median(own for _, own in of_setting) * 1e3,
             }
             measured.append(one)
+            low, high = one["quartiles"]
             print(
                 f"batch {size}, k {one['k']}, {one['weights']} weights: "
                 f"{one['alone_milliseconds']:.2f} ms a step alone, "
-                f"{one['attached_milliseconds']:.2f} attached: {ratio:.3f}×",
+                f"{one['attached_milliseconds']:.2f} attached: {one['ratio']:.3f}× "
+                f"({low:.3f}–{high:.3f})",
                 flush=True,
             )
     write_results(

@@ -43,12 +43,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Experiment:
-    """The command line of an experiment, and the work that it shares with the others.
+    """The command line of an experiment, and the work that it shares with the others."""
 
-    domain: the collection that it is about, unless --train, --valid and --test name another.
-    """
-
-    def __init__(self, docstring: str, argv: Sequence[str] | None, domain: str = "Python") -> None:
+    def __init__(self, docstring: str, argv: Sequence[str] | None) -> None:
         self.parser = argparse.ArgumentParser(description=docstring.splitlines()[0])
         add = self.parser.add_argument
         add("--model", required=True, help="hub name, folder or .gguf file")
@@ -62,7 +59,7 @@ class Experiment:
         add("--paper-protocol", action="store_true", help="1536/1536 built, 512 scored after 2560")
         add("--results", type=Path, default=RESULTS)
         self.add_argument = add
-        self._argv, self._domain = argv, domain
+        self._argv = argv
 
     @cached_property
     def arguments(self) -> argparse.Namespace:
@@ -102,10 +99,10 @@ class Experiment:
 
     @cached_property
     def domain(self) -> Domain:
-        """The collection that the experiment is about."""
+        """The collection that the experiment is about: Python's, or the one that is given."""
         given = self.arguments
         if given.train is None:
-            return self.domain_named(self._domain)
+            return self.domain_named("Python")
         if given.valid is None or given.test is None:
             self.parser.error("--train must come with --valid and --test: text to tune and test on")
         return Domain("given", given.train, given.valid, given.test, given.entries)
@@ -274,7 +271,7 @@ class Experiment:
             panel.grid(visible=True, color="#e5e7e9", linewidth=0.7)
             panel.set_axisbelow(True)
             if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize=8, frameon=False)
+                panel.legend(fontsize=8, framealpha=1.0, edgecolor="none")
         figure.savefig(self.arguments.results / f"{name}.png", dpi=110)
 
 

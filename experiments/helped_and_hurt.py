@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     mixtures = {
         "the paper's recipe": mixed(test_neighbors, recipe),
         "tuned k, λ, T": mixed(test_neighbors, tuned),
-        "learned weights": learned(valid, [voters], test, [test_voters], [tuned]),
+        "learned weights": learned(valid, [voters], test, [test_voters], [tuned])[1],
     }
     lm_probs = test.lm_log_probs.exp()
     surety = {

@@ -21,7 +21,16 @@ from typing import Any
 import torch
 from experiment import Experiment
 from jaxtyping import Float
-from measuring import HeldOut, cached, component, measure, papers_recipe, percent
+from measuring import (
+    HeldOut,
+    cached,
+    component,
+    measure,
+    papers_recipe,
+    percent,
+    perplexity,
+)
+from texts import Domain
 from torch import Tensor
 
 from knnlm.mixture.continuous_cache import ContinuousCache, join_recalled
@@ -39,82 +48,98 @@ CACHE_K = 256
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure the main collection, Python's library reference."""
     experiment = Experiment(__doc__, argv)
-    run(experiment, "in_domain", PAPER)
+    results = every_mixture(experiment, experiment.domain, PAPER)
+    experiment.write("in_domain", {"paper": PAPER, **results})
+    with experiment.picture("in_domain") as [panel]:
+        draw(panel, results["measured"], PAPER)
 
 
-def run(experiment: Experiment, name: str, paper: dict[str, float]) -> None:
-    """Measure every mixture on an experiment's collection, and write the results."""
-    store = experiment.store()
-    valid, test = experiment.valid(), experiment.test()
-    voters, test_voters = experiment.voters(store, valid), experiment.voters(store, test)
-    neighbors, test_neighbors = cached(valid, voters), cached(test, test_voters)
+def every_mixture(
+    experiment: Experiment, domain: Domain, paper: dict[str, float]
+) -> dict[str, Any]:
+    """Measure every mixture on a collection; print them beside the paper's.
 
-    caches = {size: cached(valid, remember(valid, size)) for size in CACHE_SIZES}
-    cache_sweeps = {size: sweep(caches[size]) for size in CACHE_SIZES}
-    size = min(CACHE_SIZES, key=lambda size: cache_sweeps[size].knn_perplexity)
-    cache, cache_alone = caches[size], cache_sweeps[size].parameters
-    test_remembered = remember(test, size)
-    test_cache = cached(test, test_remembered)
+    chosen: the one that is best on validation text, which gates that did not learn from it predict,
+    as in `knnlm tune`.
+    """
+    store = experiment.store(domain)
+    valid, test = experiment.valid(domain), experiment.test(domain)
+    remembered = {size: remember(valid, size) for size in CACHE_SIZES}
+    of_sizes = {size: sweep(cached(valid, remembered[size])) for size in CACHE_SIZES}
+    size = min(CACHE_SIZES, key=lambda size: of_sizes[size].knn_perplexity)
+    voters = {"kNN": experiment.voters(store, valid), "cache": remembered[size]}
+    test_voters = {"kNN": experiment.voters(store, test), "cache": remember(test, size)}
+    neighbors = {source: cached(valid, found) for source, found in voters.items()}
+    test_neighbors = {source: cached(test, found) for source, found in test_voters.items()}
 
-    recipe, tuned = papers_recipe(neighbors), sweep(neighbors).parameters
-    both = fit_lmbdas([neighbors, cache], [recipe, cache_alone])[0]
-    tuned_both = fit_lmbdas([neighbors, cache], [tuned, cache_alone])[0]
-    settings = {
-        "+ kNN": [(test_neighbors, recipe)],
-        "+ cache": [(test_cache, cache_alone)],
-        "+ kNN + cache": [(test_neighbors, both[0]), (test_cache, both[1])],
-        "+ kNN, tuned": [(test_neighbors, tuned)],
-        "+ kNN + cache, tuned": [(test_neighbors, tuned_both[0]), (test_cache, tuned_both[1])],
+    recipe, cache = papers_recipe(neighbors["kNN"]), of_sizes[size].parameters
+    tuned = sweep(neighbors["kNN"]).parameters
+    both = fit_lmbdas(list(neighbors.values()), [recipe, cache])[0]
+    tuned_both = fit_lmbdas(list(neighbors.values()), [tuned, cache])[0]
+    fixed = {
+        "+ kNN": {"kNN": recipe},
+        "+ cache": {"cache": cache},
+        "+ kNN + cache": {"kNN": both[0], "cache": both[1]},
+        "+ kNN, tuned": {"kNN": tuned},
+        "+ kNN + cache, tuned": {"kNN": tuned_both[0], "cache": tuned_both[1]},
     }
+    gated = {
+        "+ kNN, learned": {"kNN": tuned},
+        "+ kNN + cache, learned": {"kNN": tuned, "cache": cache},
+    }
+    on_valid = {"LM": perplexity(valid.lm_log_probs)}
     measured: dict[str, dict[str, Any]] = {"LM": measure(test, test.lm_log_probs)}
-    for setting, parts in settings.items():
-        log_probs = interpolate(test.lm_log_probs, [component(*part) for part in parts])
+    for setting, parameters in fixed.items():
+        components = [component(neighbors[source], p) for source, p in parameters.items()]
+        on_valid[setting] = perplexity(interpolate(valid.lm_log_probs, components))
+        components = [component(test_neighbors[source], p) for source, p in parameters.items()]
         measured[setting] = {
-            **measure(test, log_probs),
-            "parameters": [asdict(parameters) for _, parameters in parts],
+            **measure(test, interpolate(test.lm_log_probs, components)),
+            "parameters": [asdict(p) for p in parameters.values()],
         }
-    remembered = remember(valid, size)
-    for setting, of_valid, of_test, parameters in [
-        ("+ kNN, learned", [voters], [test_voters], [tuned]),
-        (
-            "+ kNN + cache, learned",
-            [voters, remembered],
-            [test_voters, test_remembered],
-            [tuned, cache_alone],
-        ),
-    ]:
-        log_probs = learned(valid, of_valid, test, of_test, parameters)
+    for setting, parameters in gated.items():
+        held_out, log_probs = learned(
+            valid,
+            [voters[source] for source in parameters],
+            test,
+            [test_voters[source] for source in parameters],
+            list(parameters.values()),
+        )
+        on_valid[setting] = perplexity(held_out)
         measured[setting] = measure(test, log_probs)
+    chosen = min(on_valid, key=on_valid.__getitem__)
 
+    print(f"{domain.name}, {store.rows:,} entries")
     for setting, numbers in measured.items():
+        numbers["valid_perplexity"] = on_valid[setting]
         of_paper = percent(paper[setting] / paper["LM"] - 1) if setting in paper else ""
         print(
             f"{setting:24} {numbers['perplexity']:8.4f} {percent(numbers['change']):>8}"
-            f"   paper {of_paper}"
+            f"   paper {of_paper:8}{' chosen' if setting == chosen else ''}"
         )
-    experiment.write(
-        name,
-        {"paper": paper, "entries": store.rows, "cache_size": size, "measured": measured},
+    return {"entries": store.rows, "cache_size": size, "chosen": chosen, "measured": measured}
+
+
+def draw(panel: Any, measured: dict[str, dict[str, Any]], paper: dict[str, float]) -> None:
+    """Draw every change from the LM alone, beside the paper's."""
+    shown = [setting for setting in measured if setting != "LM"]
+    changes = [100 * measured[setting]["change"] for setting in shown]
+    intervals = [[100 * bound for bound in measured[s]["change_interval"]] for s in shown]
+    spread = [
+        [change - low for change, (low, _) in zip(changes, intervals, strict=True)],
+        [high - change for change, (_, high) in zip(changes, intervals, strict=True)],
+    ]
+    panel.barh(shown, changes, xerr=spread, color="#c0392b", ecolor="#5d6d7e", label="here")
+    of_paper = [s for s in shown if s in paper]
+    panel.plot(
+        [100 * (paper[s] / paper["LM"] - 1) for s in of_paper],
+        of_paper,
+        "D",
+        color="#1b4f72",
+        label="the paper",
     )
-    with experiment.picture(name) as [panel]:
-        shown = [setting for setting in measured if setting != "LM"]
-        changes = [100 * measured[setting]["change"] for setting in shown]
-        intervals = [[100 * bound for bound in measured[s]["change_interval"]] for s in shown]
-        spread = [
-            [change - low for change, (low, _) in zip(changes, intervals, strict=True)],
-            [high - change for change, (_, high) in zip(changes, intervals, strict=True)],
-        ]
-        panel.barh(shown, changes, xerr=spread, color="#c0392b", ecolor="#5d6d7e", label="here")
-        of_paper_shown = [s for s in shown if s in paper]
-        panel.plot(
-            [100 * (paper[s] / paper["LM"] - 1) for s in of_paper_shown],
-            of_paper_shown,
-            "D",
-            color="#1b4f72",
-            label="the paper",
-        )
-        panel.invert_yaxis()
-        panel.set_xlabel("change of perplexity, %")
+    panel.invert_yaxis()
+    panel.set_xlabel("change of perplexity, %")
 
 
 def remember(held_out: HeldOut, size: int) -> Voters:
@@ -134,16 +159,20 @@ def learned(
     test: HeldOut,
     test_voters: Sequence[Voters],
     parameters: Sequence[Parameters],
-) -> Float[Tensor, " token"]:
-    """Fit a gate to validation text; return what it gives to the test text's tokens."""
+) -> tuple[Float[Tensor, " token"], Float[Tensor, " test_token"]]:
+    """Fit a gate to validation text; return log p of that text's tokens and of the test text's.
+
+    Of validation text, each block as networks predict it that learned from the others.
+    """
     sources = [Source(p.k, p.temperature) for p in parameters]
     voters = [nearest(v, s.k) for v, s in zip(voters, sources, strict=True)]
     test_voters = [nearest(v, s.k) for v, s in zip(test_voters, sources, strict=True)]
     examples = make_examples(sources, valid.lm, valid.lm_log_probs, voters, valid.targets)
-    gate = fit_gate(sources, examples).gate
+    fitted = fit_gate(sources, examples)
     with torch.no_grad():
-        votes = gate(test.lm, test_voters)
-    return interpolate(test.lm_log_probs, [one.for_targets(test.targets) for one in votes])
+        votes = fitted.gate(test.lm, test_voters)
+    components = [one.for_targets(test.targets) for one in votes]
+    return fitted.held_out_log_probs, interpolate(test.lm_log_probs, components)
 
 
 def nearest(voters: Voters, k: int) -> Voters:

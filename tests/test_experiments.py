@@ -141,6 +141,11 @@ def test_agrees_with_the_library(run: Run, tmp_path: Path) -> None:
     assert report.lm.perplexity == pytest.approx(measured["LM"]["perplexity"], rel=1e-5)
     assert report.knn.perplexity == pytest.approx(measured["+ kNN"]["perplexity"], rel=1e-5)
     assert report.lm.word_perplexity == pytest.approx(measured["LM"]["word_perplexity"], rel=1e-3)
+    report = model.perplexity(knnlm.read_documents(work.parent / "valid"), max_tokens=500)
+    on_valid = {setting: numbers["valid_perplexity"] for setting, numbers in measured.items()}
+    assert report.lm.perplexity == pytest.approx(on_valid["LM"], rel=1e-5)
+    assert report.knn.perplexity == pytest.approx(on_valid["+ kNN"], rel=1e-5)
+    assert on_valid[results["chosen"]] == min(on_valid.values())
 
 
 def test_the_papers_protocol(tmp_path: Path) -> None:
