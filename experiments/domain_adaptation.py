@@ -9,11 +9,13 @@ Other collections: --domain NAME TRAIN VALID TEST, once for each.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from experiment import Experiment
 from measuring import cached, component, measure, mixed, papers_recipe, percent
 from texts import Domain
 
+from knnlm.language_model import LanguageModel
 from knnlm.mixture.interpolation import interpolate
 from knnlm.tuning import fit_lmbdas, sweep
 
@@ -23,21 +25,35 @@ PAPER = {"lm": 34.84, "knn": 20.47, "change": 20.47 / 34.84 - 1, "lmbda": 0.65}
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each collection with each datastore."""
     experiment = Experiment(__doc__, argv)
+    domains = named_domains(experiment)
+    results = adapt(experiment, domains)
+    experiment.write("domain_adaptation", {"paper": PAPER, **results})
+    with experiment.picture("domain_adaptation") as [panel]:
+        draw(panel, domains, results["measured"])
+
+
+def named_domains(experiment: Experiment) -> list[Domain]:
+    """Return the collections that --domain names, or the default ones."""
     experiment.add_argument(
         "--domain", nargs=4, action="append", metavar=("NAME", "TRAIN", "VALID", "TEST")
     )
     given = experiment.arguments
-    domains = experiment.domains
-    if given.domain:
-        domains = [
-            Domain(name, [train], [valid], [test], given.entries)
-            for name, train, valid, test in given.domain
-        ]
-    stores = [experiment.store(domain) for domain in domains]
+    if not given.domain:
+        return experiment.domains
+    return [
+        Domain(name, [train], [valid], [test], given.entries)
+        for name, train, valid, test in given.domain
+    ]
 
+
+def adapt(
+    experiment: Experiment, domains: Sequence[Domain], lm: LanguageModel | None = None
+) -> dict[str, Any]:
+    """Measure each collection with each datastore, and with all at once; print the changes."""
+    stores = [experiment.store(domain, lm) for domain in domains]
     measured = {}
     for domain in domains:
-        valid, test = experiment.valid(domain), experiment.test(domain)
+        valid, test = experiment.valid(domain, lm), experiment.test(domain, lm)
         tuned_on = [cached(valid, experiment.voters(store, valid)) for store in stores]
         tested_on = [cached(test, experiment.voters(store, test)) for store in stores]
         of_domain = {"LM": measure(test, test.lm_log_probs)}
@@ -69,23 +85,22 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{domain.name:12} {name:14} {numbers['perplexity']:8.3f}"
                 f" {percent(numbers['change'])}"
             )
-    experiment.write(
-        "domain_adaptation",
-        {
-            "paper": PAPER,
-            "entries": {d.name: s.rows for d, s in zip(domains, stores, strict=True)},
-            "measured": measured,
-        },
-    )
-    with experiment.picture("domain_adaptation") as [panel]:
-        columns = [*(f"+ {domain.name}" for domain in domains), "+ all"]
-        for number, column in enumerate(columns):
-            changes = [100 * measured[domain.name][column]["change"] for domain in domains]
-            places = [place + 0.2 * (number - 1.5) for place in range(len(domains))]
-            panel.bar(places, changes, width=0.18, label=f"datastore {column[2:]}")
-        panel.set_xticks(range(len(domains)), [f"{domain.name} text" for domain in domains])
-        panel.axhline(0, color="black", linewidth=0.8)
-        panel.set_ylabel("change of perplexity, %")
+    entries = {d.name: s.rows for d, s in zip(domains, stores, strict=True)}
+    return {"entries": entries, "measured": measured}
+
+
+def draw(
+    panel: Any, domains: Sequence[Domain], measured: dict[str, dict[str, dict[str, Any]]]
+) -> None:
+    """Draw each collection's changes beside each other, a bar for each datastore."""
+    columns = [*(f"+ {domain.name}" for domain in domains), "+ all"]
+    for number, column in enumerate(columns):
+        changes = [100 * measured[domain.name][column]["change"] for domain in domains]
+        places = [place + 0.2 * (number - 1.5) for place in range(len(domains))]
+        panel.bar(places, changes, width=0.18, label=f"datastore {column[2:]}")
+    panel.set_xticks(range(len(domains)), [f"{domain.name} text" for domain in domains])
+    panel.axhline(0, color="black", linewidth=0.8)
+    panel.set_ylabel("change of perplexity, %")
 
 
 if __name__ == "__main__":

@@ -10,23 +10,17 @@ trained on), then --entries tokens; beside it the model that was tuned on all --
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
-import torch
 from experiment import Experiment, digest_of
 from measuring import cached, measure, mixed, papers_recipe, percent
-from torch.nn.functional import cross_entropy
+from training import Recipe, kept_model, train
 
 from knnlm.language_model import LanguageModel
-from knnlm.progress import Progress
-from knnlm.windows import Window
 
 PAPER = {"LM 100M": 19.59, "LM 100M + kNN of 3B": 13.73, "LM 3B": 15.17}
 TUNED_ON, ENTRIES = 8_192, 49_152
-LEARNING_RATE = 1e-4
-WARM_UP = 4  # steps
-BATCH = 2  # windows
+TUNING = Recipe(batch=2, learning_rate=1e-4, warm_up=4)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -66,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "paper": PAPER,
             "untuned": untuned.name,
             "entries": store.rows,
-            "learning_rate": LEARNING_RATE,
+            "tuning": asdict(TUNING),
             "measured": measured,
         },
     )
@@ -80,48 +74,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def tuned_model(experiment: Experiment, sources: Sequence[str], tokens: int) -> LanguageModel:
     """Return the model after one pass over the first tokens of a text, kept in --work."""
-    untuned = experiment.lm
     windows = experiment.windows(sources, tokens)
+
+    def tune() -> LanguageModel:
+        lm = LanguageModel.load(experiment.arguments.model)
+        train(lm, windows, TUNING, experiment.progress)
+        return lm
+
     inputs = [window.tokens.tolist() for window in windows]
-    folder: Path = experiment.work / digest_of(
-        "tuned", untuned.weights_fingerprint, inputs, LEARNING_RATE, BATCH
+    fingerprint = experiment.lm.weights_fingerprint
+    return kept_model(
+        experiment,
+        digest_of("tuned", fingerprint, inputs, TUNING.learning_rate, TUNING.batch),
+        tune,
     )
-    if not folder.exists():
-        model = LanguageModel.load(experiment.arguments.model)
-        train(model, windows, experiment.progress)
-        aside = folder.with_suffix(".aside")
-        model.save(aside)
-        aside.rename(folder)
-    return LanguageModel.load(folder)
-
-
-def train(lm: LanguageModel, windows: Sequence[Window], progress: Progress) -> None:
-    """Tune all weights on windows in their order, with AdamW; the rate falls to 0 in a line."""
-    model = lm.model.train()
-    torch.manual_seed(0)
-    batches = [windows[start : start + BATCH] for start in range(0, len(windows), BATCH)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - step / len(batches))
-    )
-    with progress.task("tune the model", sum(w.new for w in windows), "tokens") as advance:
-        for batch in batches:
-            new = sum(window.new for window in batch)
-            for window in batch:
-                tokens = torch.from_numpy(window.tokens).long().to(lm.device)
-                logits = model(input_ids=tokens[None, :-1], use_cache=False).logits[0]
-                nats = cross_entropy(
-                    logits[window.context :].float(),
-                    tokens[1 + window.context :],
-                    reduction="sum",
-                )
-                (nats / new).backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            advance(new)
-    model.eval()
 
 
 if __name__ == "__main__":

@@ -29,11 +29,12 @@ EXPERIMENTS = [
     "other_domain",
     "quantized_distances",
     "rare_and_factual",
+    "stranger",
     "sweep",
     "temperature",
 ]
 OPTIONS = {"more_data": ["--tuned-on", "300", "--entries", "900"]}
-SHARED = {"experiment", "measuring", "texts", "reference"}
+SHARED = {"experiment", "measuring", "reference", "texts", "training"}
 
 Run = Callable[..., dict[str, Any]]
 
@@ -61,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     def run_main(name: str, *options: str) -> dict[str, Any]:
         held_out = [str(texts["valid"]), str(texts["test"])]
         sources = ["--train", str(texts["train"]), "--valid", held_out[0], "--test", held_out[1]]
-        if name == "domain_adaptation":
+        if name in ("domain_adaptation", "stranger"):
             sources = ["--domain", "one", str(texts["train"]), *held_out]
             sources += ["--domain", "two", str(texts["other"]), *held_out]
         common = ["--model", str(model), "--work", str(folder / "work")]
