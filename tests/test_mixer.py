@@ -25,6 +25,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreCorruptError, InvalidArgumentError, UnsupportedModelError
 from knnlm.knn_lm import KNNLM
 from knnlm.language_model import LanguageModel
+from knnlm.mixer import override_mixer
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.tuned import TunedMixture
@@ -71,35 +72,35 @@ def dense_log_probs(model: KNNLM, document: Document) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("given", "learned", "cached"),
+    ("given", "weights", "cached"),
     [
-        ({}, True, False),
-        ({"cache": True}, True, True),
-        ({"learned": False}, False, False),
-        ({"learned": False, "cache": True}, False, True),
-        ({"lmbda": 0.4, "cache": True}, False, True),
-        ({"lmbda": 0.4, "cache": CACHE}, False, True),
-        ({"temperature": 3.0}, False, False),
+        ({}, "learned", False),
+        ({"cache": True}, "learned", True),
+        ({"weights": "fixed"}, "fixed", False),
+        ({"weights": "fixed", "cache": True}, "fixed", True),
+        ({"weights": "distance"}, "distance", False),
+        ({"lmbda": 0.4, "cache": True}, "fixed", True),
+        ({"lmbda": 0.4, "cache": CACHE}, "fixed", True),
+        ({"temperature": 3.0}, "fixed", False),
     ],
 )
 def test_a_report_equals_the_whole_distribution(
     llama_lm: LanguageModel,
     tuned: tuple[Datastore, Tuning],
     given: dict[str, Any],
-    learned: bool,
+    weights: str,
     cached: bool,
 ) -> None:
-    store, tuning = tuned
+    store, _ = tuned
     model = KNNLM(llama_lm, store, **given)
-    expected_gate = tuning.mixture.cache_gate if cached else tuning.mixture.gate
-    assert (model.mixer.gate is not None) == (learned and expected_gate is not None)
+    assert model.mixer.weights == weights
     assert (model.mixer.cache is not None) == cached
     for document in TEXTS:
         report = model.perplexity([document], windowing=replace(model.windowing, window=256))
         dense = dense_log_probs(model, document)
         assert report.tokens == len(dense)
         assert report.knn.nats_per_token == pytest.approx(-float(dense.mean()), rel=1e-4)
-        assert report.learned == (model.mixer.gate is not None)
+        assert report.weights == weights
         assert report.cache == model.mixer.cache
         lm = dense_log_probs(KNNLM(llama_lm, store, lmbda=0.0), document)
         assert report.share_hurt == pytest.approx(float((dense < lm - 0.1).float().mean()))
@@ -163,6 +164,10 @@ def test_what_is_stored_comes_back_and_is_for_these_datastores_only(
             assert ours.sources == theirs.sources
             for one, other in zip(ours.parameters, theirs.parameters, strict=True):
                 assert torch.equal(one, other)
+    assert tuning.mixture.by_distance is not None
+    assert stored.by_distance is not None
+    for name, tensor in tuning.mixture.by_distance.to_tensors().items():
+        assert torch.equal(tensor, stored.by_distance.to_tensors()[name])
     other = build(tmp_path / "other", llama_lm, distinct_documents(1), window=48)
     assert store.mixture([other]) is None
     assert KNNLM(llama_lm, [store, other], lmbda=[0.1, 0.1]).mixer.gate is None
@@ -209,7 +214,7 @@ def test_the_perplexities_of_tune_are_those_of_eval(
 ) -> None:
     store, tuning = tuned
     fits = {fit.name: fit for fit in tuning.fits}
-    fixed = KNNLM(llama_lm, store, learned=False).perplexity(HELD_OUT)
+    fixed = KNNLM(llama_lm, store, weights="fixed").perplexity(HELD_OUT)
     assert fits["fixed weights"].perplexity == pytest.approx(fixed.knn.perplexity, rel=1e-4)
     assert fits["fixed weights"].share_hurt == pytest.approx(fixed.share_hurt, abs=1e-6)
     mixture = tuning.mixture
@@ -237,6 +242,31 @@ def test_info_names_what_learned_weights_gave(
     assert f"learned weights {learned:.3f}" in shown
 
 
+def test_lambda_by_distance_suits_the_text_that_it_was_fitted_to(
+    llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning]
+) -> None:
+    store, tuning = tuned
+    fixed = KNNLM(llama_lm, store, weights="fixed").perplexity(HELD_OUT)
+    model = KNNLM(llama_lm, store, weights="distance")
+    assert model.perplexity(HELD_OUT).knn.perplexity < fixed.knn.perplexity
+    buckets = tuning.mixture.by_distance
+    assert buckets is not None
+    keys = llama_lm.keys_and_logits(torch.tensor([[0, 5, 9, 11, 40, 7]])).keys[0]
+    (memory,) = model.memories
+    votes = memory.vote(memory.search(keys))
+    nearest = memory.search(keys).squared_distances[:, :1]
+    assert torch.equal(torch.as_tensor(votes.lmbda), buckets(nearest))
+
+
+def test_lambda_by_distance_is_fixed_again_where_lambda_is_given(
+    llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning]
+) -> None:
+    mixer = KNNLM(llama_lm, tuned[0], weights="distance").mixer
+    overridden = override_mixer(mixer, lmbda=0.0)
+    assert (overridden.weights, overridden.counts) == ("fixed", False)
+    assert override_mixer(mixer).weights == "distance"
+
+
 def test_a_short_text_is_not_learned_from(llama_lm: LanguageModel, tmp_path: Path) -> None:
     store = build(tmp_path / "s", llama_lm, distinct_documents(2), window=64)
     with pytest.MonkeyPatch.context() as patch:
@@ -244,10 +274,13 @@ def test_a_short_text_is_not_learned_from(llama_lm: LanguageModel, tmp_path: Pat
         tuning = tune(KNNLM(llama_lm, store), HELD_OUT, max_k=16)
     assert tuning.mixture.gate is None
     assert tuning.mixture.cache_gate is None
+    assert tuning.mixture.by_distance is None
     assert [fit.held_out for fit in tuning.fits] == [False, False]
     tuning.save([store], ["held"])
     assert not store.is_learned
     assert KNNLM(llama_lm, store, cache=True).mixer.cache == tuning.mixture.cache
+    with refusal(InvalidArgumentError, "weights='distance' must have been tuned", "run knnlm tune"):
+        KNNLM(llama_lm, store, weights="distance")
 
 
 def test_refusals(llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning], tmp_path: Path) -> None:
@@ -257,6 +290,13 @@ def test_refusals(llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning], tmp_
     untuned = build(tmp_path / "s", llama_lm, distinct_documents(1), window=64)
     with refusal(InvalidArgumentError, "cache must have been tuned", "run knnlm tune"):
         KNNLM(llama_lm, untuned, cache=True)
+    with refusal(InvalidArgumentError, "weights='distance' must have been tuned", "run knnlm tune"):
+        KNNLM(llama_lm, untuned, weights="distance")
+    for given in ({"k": 3}, {"lmbda": 0.1}, {"temperature": 2.0}, {"cache": True}):
+        with refusal(InvalidArgumentError, "weights='distance' must come without k, lmbda"):
+            KNNLM(llama_lm, store, weights="distance", **given)
+    with refusal(InvalidArgumentError, "weights must be one of tuned, distance, fixed, got 'best'"):
+        KNNLM(llama_lm, store, weights="best")
 
 
 # attached
@@ -290,13 +330,14 @@ WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("how", ["learned", "learned with cache", "fixed with cache"])
+@pytest.mark.parametrize("how", ["learned", "distance", "learned with cache", "fixed with cache"])
 def test_attached_it_equals_reading_everything_again(
     llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning], way: str, how: str
 ) -> None:
     store, _ = tuned
     settings: dict[str, dict[str, Any]] = {
         "learned": {},
+        "distance": {"weights": "distance"},
         "learned with cache": {"cache": True},
         "fixed with cache": {"lmbda": 0.3, "cache": CACHE},
     }

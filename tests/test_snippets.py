@@ -9,6 +9,7 @@ import pytest
 from conftest import PROSE, byte_tokenizer, tiny_llama
 from stores import distinct_documents
 
+import knnlm.mixture_fitting
 from knnlm.datastore.build import build
 from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
@@ -60,10 +61,14 @@ def test_attaching(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "docs/attaching.md" in (ROOT / "README.md").read_text()
 
 
-def test_mixing(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mixing(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knnlm.mixture_fitting, "LEAST_TOKENS", 32)
     names = run("docs/mixing.md")
     assert "fixed weights + cache" in capsys.readouterr().out
-    assert names["fixed"].mixer.gate is None
+    assert names["fixed"].mixer.weights == "fixed"
+    assert names["by_distance"].mixer.weights == "distance"
     assert names["with_cache"].mixer.cache == names["tuning"].mixture.cache
     assert "docs/mixing.md" in (ROOT / "README.md").read_text()
 

@@ -147,7 +147,7 @@ def attach(
     temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
     cache: CacheParameters | bool = False,
-    learned: bool = True,
+    weights: str = "tuned",
 ) -> Attachment:
     """Let an unmodified HF causal LM answer with the kNN-LM's mixture.
 
@@ -156,9 +156,9 @@ def attach(
 
     store: one datastore, or several whose λ add up to at most 1; then k, lmbda, temperature and
     index are one value for all or a sequence with one for each. By default they are what `tune`
-    stored with the datastore, else the paper's. learned: whether the gate that `tune` stored
-    chooses λ and T of each token, as long as none of k, lmbda, temperature is given. cache: the
-    continuous cache, True for the one that `tune` stored; it follows the sequences being read.
+    stored with the datastore, else the paper's. weights: `tuned`, `distance` or `fixed`, as of
+    `KNNLM`. cache: the continuous cache, True for the one that `tune` stored; it follows the
+    sequences being read.
     Outside a `with` block, call the attachment's `detach()`.
 
     The tokenizer is not seen, so not checked: use the one that the datastore was built with. Raises
@@ -175,7 +175,7 @@ def attach(
         temperature=temperature,
         index=index,
         cache=cache,
-        learned=learned,
+        weights=weights,
     )
     return Attachment(keyed, mixer)
 

@@ -41,8 +41,9 @@ class KNNLM:
     k, lmbda, temperature: by default what `tune` stored with the datastore, else the paper's
     1024, 0.25 and 1, with k at most the number of entries.
     index: what finds the neighbors; by default the datastore's.
-    learned: whether the gate that `tune` stored for these datastores chooses λ and T of each token,
-    as long as none of k, lmbda, temperature is given. False: they are fixed.
+    weights: `tuned` lets the gate that `tune` stored for these datastores choose λ and T of each
+    token, as long as none of k, lmbda, temperature is given; `distance` chooses λ by the distance
+    of the nearest neighbor, as tuned (Drozdov et al. 2022); `fixed` is the paper's.
     cache: the continuous cache (Grave et al. 2017), a further component; True for the one that
     `tune` stored.
 
@@ -60,7 +61,7 @@ class KNNLM:
         temperature: ForEach[float] = None,
         index: ForEach[Index] = None,
         cache: CacheParameters | bool = False,
-        learned: bool = True,
+        weights: str = "tuned",
     ) -> None:
         self.lm = lm
         self.mixer: Mixer = open_mixer(
@@ -71,7 +72,7 @@ class KNNLM:
             temperature=temperature,
             index=index,
             cache=cache,
-            learned=learned,
+            weights=weights,
         )
         """What is mixed with the language model, and how."""
 

@@ -12,6 +12,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
 from knnlm.keyed_model import KeyedModel
+from knnlm.mixture.adaptive import BucketedLambda
 from knnlm.mixture.features import Voters
 from knnlm.mixture.interpolation import Votes, neighbor_log_weights
 from knnlm.mixture.parameters import Parameters
@@ -23,16 +24,21 @@ ForEach: TypeAlias = Value | Sequence[Value | None] | None
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """A datastore in a mixture: how it is searched, and how its neighbors' vote counts."""
+    """A datastore in a mixture: how it is searched, and how its neighbors' vote counts.
+
+    by_distance: gives each query its λ, in place of the parameters'; None for that one.
+    """
 
     store: Datastore
     index: Index
     parameters: Parameters
+    by_distance: BucketedLambda | None = None
 
     @property
     def counts(self) -> bool:
         """Whether it can change anything: λ > 0, and an entry to find."""
-        return self.parameters.lmbda > 0.0 and len(self.store) > 0
+        weighs = self.parameters.lmbda > 0.0 or self.by_distance is not None
+        return weighs and len(self.store) > 0
 
     def search(self, keys: Float[Tensor, "query dim"]) -> Neighbors:
         """Return the k nearest entries of each key, k being its parameter."""
@@ -55,10 +61,11 @@ class Memory:
 
     def vote(self, neighbors: Neighbors) -> Votes:
         """Return what the neighbors say, and how much that counts."""
+        distances = neighbors.squared_distances
         return Votes(
-            neighbor_log_weights(neighbors.squared_distances, self.parameters.temperature),
+            neighbor_log_weights(distances, self.parameters.temperature),
             self.tokens(neighbors),
-            self.parameters.lmbda,
+            self.parameters.lmbda if self.by_distance is None else self.by_distance(distances),
             neighbors.present.any(dim=1),
         )
 
@@ -120,12 +127,15 @@ def override(
     lmbda: ForEach[float] = None,
     temperature: ForEach[float] = None,
 ) -> tuple[Memory, ...]:
-    """Return the memories with what is asked for; the rules are those of `choose_parameters`."""
+    """Return the memories with what is asked for, and λ fixed.
+
+    The rules are those of `choose_parameters`.
+    """
     stores = [memory.store for memory in memories]
     defaults = [memory.parameters for memory in memories]
     chosen = _fill_in(stores, defaults, k, lmbda, temperature)
     return tuple(
-        replace(memory, parameters=parameters)
+        replace(memory, parameters=parameters, by_distance=None)
         for memory, parameters in zip(memories, chosen, strict=True)
     )
 

@@ -4,7 +4,7 @@ Fixed weights, or a gate that chooses them for each token; datastores, and the c
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -30,18 +30,28 @@ from knnlm.mixture.interpolation import (
     neighbor_log_weights,
 )
 
+WEIGHTS = ("tuned", "distance", "fixed")
+
 
 @dataclass(frozen=True, slots=True)
 class Mixer:
     """Everything that is mixed with a language model's predictions.
 
     cache: the continuous cache, None for none. gate: chooses every weight; without one, each
-    memory's λ and the cache's are fixed.
+    memory chooses its own, and the cache's is fixed.
     """
 
     memories: tuple[Memory, ...]
     cache: CacheParameters | None = None
     gate: LearnedGate | None = None
+
+    @property
+    def weights(self) -> str:
+        """What chooses them: `learned`, `distance` or `fixed`."""
+        if self.gate is not None:
+            return "learned"
+        by_distance = any(memory.by_distance is not None for memory in self.memories)
+        return "distance" if by_distance else "fixed"
 
     @property
     def searched(self) -> tuple[Memory, ...]:
@@ -168,17 +178,28 @@ def open_mixer(
     temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
     cache: CacheParameters | bool = False,
-    learned: bool = True,
+    weights: str = "tuned",
 ) -> Mixer:
     """Open one or several datastores for a model, and choose how they are mixed.
 
-    Weights are those of the gate that `tune` stored for these datastores, if `learned`; fixed
-    where k, lmbda, temperature or the cache's parameters are given, and where there is no gate.
-    cache: True for the continuous cache that `tune` stored. Raises DatastoreMismatchError for a
-    datastore of another model, InvalidArgumentError.
+    weights: `tuned` for the gate that `tune` stored for these datastores, but fixed where k, lmbda,
+    temperature or the cache's parameters are given, and where there is no gate; `fixed`; or
+    `distance` for the λ by the nearest distance that `tune` stored for a datastore. cache: True for
+    the continuous cache that `tune` stored. Raises DatastoreMismatchError for a datastore of
+    another model, InvalidArgumentError.
     """
+    if weights not in WEIGHTS:
+        raise InvalidArgumentError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
     memories = open_memories(model, store, k=k, lmbda=lmbda, temperature=temperature, index=index)
-    fixed = not learned or any(given is not None for given in (k, lmbda, temperature))
+    given = any(one is not None for one in (k, lmbda, temperature))
+    if weights == "distance":
+        if given or cache:
+            raise InvalidArgumentError(
+                "weights='distance' must come without k, lmbda, temperature and cache: it uses the "
+                "k and T that it was tuned with"
+            )
+        return Mixer(_by_distance(memories))
+    fixed = weights == "fixed" or given
     if isinstance(cache, CacheParameters):
         return _with_fixed_cache(memories, cache)
     if fixed and not cache:
@@ -214,6 +235,16 @@ def override_mixer(
         return mixer
     memories = override(mixer.memories, k=k, lmbda=lmbda, temperature=temperature)
     return Mixer(memories) if mixer.cache is None else _with_fixed_cache(memories, mixer.cache)
+
+
+def _by_distance(memories: tuple[Memory, ...]) -> tuple[Memory, ...]:
+    tuned = memories[0].store.mixture() if len(memories) == 1 else None
+    if tuned is None or tuned.by_distance is None:
+        raise InvalidArgumentError(
+            "weights='distance' must have been tuned for this datastore alone, on text that was "
+            "long enough, and it was not: run knnlm tune, or choose tuned or fixed"
+        )
+    return (replace(memories[0], by_distance=tuned.by_distance),)
 
 
 def _with_fixed_cache(memories: tuple[Memory, ...], cache: CacheParameters) -> Mixer:

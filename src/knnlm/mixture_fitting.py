@@ -10,7 +10,7 @@ from torch import Tensor
 
 from knnlm.corpus import Document
 from knnlm.knn_lm import KNNLM
-from knnlm.mixture.adaptive import LearnedGate
+from knnlm.mixture.adaptive import BucketedLambda, LearnedGate
 from knnlm.mixture.continuous_cache import CacheParameters, Recalled, join_recalled
 from knnlm.mixture.features import LMSummary, Source, Voters
 from knnlm.mixture.gate_training import (
@@ -146,8 +146,12 @@ def fit_mixture(
     if len(text) < LEAST_TOKENS:
         return mixture, tuple(fits)
     if len(parameters) == 1:
-        by_distance = _by_distance(text, voters[0], knn_ratios[0])
-        fits.append(_fit("λ by distance", text, by_distance, held_out=True))
+        log_probs = _held_out_by_distance(text, voters[0], knn_ratios[0])
+        fits.append(_fit("λ by distance", text, log_probs, held_out=True))
+        everything = torch.ones(len(text), dtype=torch.bool)
+        mixture = replace(
+            mixture, by_distance=_fit_by_distance(text, voters[0], knn_ratios[0], everything)
+        )
     sources = [Source(p.k, p.temperature) for p in parameters]
     recalled = text.recalled[CACHE_SIZES.index(cache.size)]
     cache_source = Source(CACHE_K, cache.votes.temperature)
@@ -163,24 +167,28 @@ def fit_mixture(
     return mixture, tuple(fits)
 
 
-def _by_distance(
+def _fit_by_distance(
+    text: HeldOutText,
+    voters: Voters,
+    ratios: Float[Tensor, " token"],
+    tokens: Bool[Tensor, " token"],
+) -> BucketedLambda:
+    """Fit λ by the nearest distance (Drozdov et al. 2022) to some tokens."""
+    lm_log_probs = text.lm_log_probs[tokens].double()
+    nearest = voters.squared_distances[tokens, 0]
+    return fit_buckets(nearest, lm_log_probs, lm_log_probs + ratios[tokens].log())
+
+
+def _held_out_by_distance(
     text: HeldOutText, voters: Voters, ratios: Float[Tensor, " token"]
 ) -> Float[Tensor, " token"]:
-    """Return the true tokens' log p where λ goes by the nearest distance (Drozdov et al. 2022).
-
-    Each block of the text with the λ that suit the others.
-    """
+    """Return the true tokens' log p, each block of the text with the λ that suit the others."""
     log_probs = torch.empty(len(text), dtype=torch.float64)
     block = torch.arange(len(text)) * _BLOCKS // len(text)
-    lm_log_probs = text.lm_log_probs.double()
     for held_out in range(_BLOCKS):
-        others, own = block != held_out, block == held_out
-        lmbda = fit_buckets(
-            voters.squared_distances[others, 0],
-            lm_log_probs[others],
-            lm_log_probs[others] + ratios[others].log(),
-        )(voters.squared_distances[own])
-        log_probs[own] = lm_log_probs[own] + torch.log1p(lmbda * (ratios[own] - 1))
+        own = block == held_out
+        lmbda = _fit_by_distance(text, voters, ratios, ~own)(voters.squared_distances[own])
+        log_probs[own] = text.lm_log_probs[own] + torch.log1p(lmbda * (ratios[own] - 1))
     return log_probs
 
 

@@ -69,11 +69,11 @@ class Seconds:
 class PerplexityReport:
     """The LM and the kNN-LM on one text.
 
-    parameters: of each datastore. learned: whether a gate chose their λ and T for each token
-    instead. cache: the continuous cache, if one was mixed in. tokens_helped, tokens_hurt: tokens to
-    which the mixture gives more, or less, than the LM alone. share_hurt: of tokens that it gives at
-    least 0.1 nats less. change, change_error: of perplexity against the LM's, −0.1 for 10 % less,
-    and its standard error. frequencies: from tokens that the datastores lack to the most frequent.
+    parameters: of each datastore. weights: what chose those of each token, see `Mixer.weights`.
+    cache: the continuous cache, if one was mixed in. tokens_helped, tokens_hurt: tokens to which
+    the mixture gives more, or less, than the LM alone. share_hurt: of tokens that it gives at least
+    0.1 nats less. change, change_error: of perplexity against the LM's, −0.1 for 10 % less, and its
+    standard error. frequencies: from tokens that the datastores lack to the most frequent.
     """
 
     documents: int
@@ -85,7 +85,7 @@ class PerplexityReport:
     change: float
     change_error: float | None
     parameters: tuple[Parameters, ...]
-    learned: bool
+    weights: str
     cache: CacheParameters | None
     tokens_helped: int
     tokens_hurt: int
@@ -200,7 +200,7 @@ def evaluate(
         change=perplexity_of((knn_nats - lm_nats) / tokens) - 1,
         change_error=change_error,
         parameters=tuple(memory.parameters for memory in mixer.memories),
-        learned=mixer.gate is not None,
+        weights=mixer.weights,
         cache=mixer.cache,
         tokens_helped=tally.helped,
         tokens_hurt=tally.hurt,

@@ -116,6 +116,7 @@ class Tuning:
         mixture = {
             "cache": asdict(self.mixture.cache),
             "lmbdas": self.mixture.lmbdas,
+            "by_distance": self.mixture.by_distance is not None,
             "learned": self.mixture.gate is not None,
             "learned_with_cache": self.mixture.cache_gate is not None,
         }

@@ -105,7 +105,7 @@ def _finite(value: Any) -> Any:
 
 def print_perplexity(report: "PerplexityReport") -> None:
     """Print the LM and the kNN-LM side by side."""
-    weights = "learned weights" if report.learned else settings_line(report.parameters)
+    weights = weights_line(report.weights, report.parameters)
     cache = "" if report.cache is None else f", a cache of {report.cache.size:,} tokens"
     OUT.print(f"{report.tokens:,} tokens of {report.documents:,} documents, {weights}{cache}")
     table = Table()
@@ -153,6 +153,15 @@ def settings_line(parameters: "Sequence[Parameters]") -> str:
     return "; ".join(f"k {p.k}, λ {p.lmbda:g}, T {p.temperature:g}" for p in parameters)
 
 
+def weights_line(weights: str, parameters: "Sequence[Parameters]") -> str:
+    """Return what chooses the weights, and k, λ and T where these are fixed."""
+    if weights == "learned":
+        return "learned weights"
+    if weights == "distance":
+        return "λ by distance, " + "; ".join(f"k {p.k}, T {p.temperature:g}" for p in parameters)
+    return settings_line(parameters)
+
+
 def print_tuning(tuning: "Tuning") -> None:
     """Print what was chosen, and how perplexity depends on k and on the way to mix."""
     from knnlm.mixture_fitting import LEAST_TOKENS
@@ -186,8 +195,8 @@ def print_tuning(tuning: "Tuning") -> None:
     OUT.print(ways)
     if tuning.mixture.gate is not None:
         OUT.print(
-            "stored learned weights, which every command uses unless k, λ or T is given; --fixed: "
-            f"{settings_line(tuning.parameters)}"
+            "stored learned weights, which every command uses unless k, λ or T is given; "
+            f"--weights fixed: {settings_line(tuning.parameters)}"
         )
     elif not any(parameters.lmbda for parameters in tuning.parameters):
         OUT.print(

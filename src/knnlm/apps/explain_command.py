@@ -13,7 +13,6 @@ from knnlm.apps.options import (
     Cache,
     Device,
     Dtype,
-    Fixed,
     Json,
     K,
     Lmbda,
@@ -21,6 +20,8 @@ from knnlm.apps.options import (
     ModelDtype,
     Store,
     Temperature,
+    Weights,
+    WeightsOption,
 )
 from knnlm.apps.text_commands import check_writable, open_model
 from knnlm.errors import InvalidArgumentError
@@ -40,7 +41,7 @@ def explain(
     lmbda: Lmbda = None,
     temperature: Temperature = None,
     cache: Cache = False,
-    fixed: Fixed = False,
+    weights: WeightsOption = Weights.tuned,
     generate: Annotated[
         int,
         typer.Option(help="Continue the text by so many tokens, and explain those.", min=0),
@@ -85,7 +86,7 @@ def explain(
             raise InvalidArgumentError(f"html must be a file to write, got the folder {html}")
         check_writable(html.parent)
     opened = open_model(
-        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, fixed=fixed
+        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, weights=weights
     )
     generated: list[int] = []
     if generate:

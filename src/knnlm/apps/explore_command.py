@@ -10,13 +10,14 @@ from knnlm.apps.options import (
     Also,
     Device,
     Dtype,
-    Fixed,
     K,
     Lmbda,
     Model,
     ModelDtype,
     Store,
     Temperature,
+    Weights,
+    WeightsOption,
 )
 from knnlm.apps.serve_command import check_installed
 from knnlm.apps.text_commands import open_model
@@ -33,7 +34,7 @@ def explore(
     k: K = None,
     lmbda: Lmbda = None,
     temperature: Temperature = None,
-    fixed: Fixed = False,
+    weights: WeightsOption = Weights.tuned,
     dtype: ModelDtype = Dtype.auto,
     device: Device = "auto",
 ) -> None:
@@ -56,7 +57,9 @@ def explore(
             webbrowser.open(url)
 
     service = Service(
-        lambda: open_model(store, also, model, dtype, device, k, lmbda, temperature, fixed=fixed),
+        lambda: open_model(
+            store, also, model, dtype, device, k, lmbda, temperature, weights=weights
+        ),
         name=store.resolve().name,
         on_start=announce,
     )

@@ -33,6 +33,14 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+class Weights(StrEnum):
+    """What chooses how much each token's neighbors count."""
+
+    tuned = "tuned"
+    distance = "distance"
+    fixed = "fixed"
+
+
 class Key(StrEnum):
     """Which hidden state of the last layer is the key."""
 
@@ -119,8 +127,12 @@ Cache = Annotated[
     bool,
     typer.Option("--cache", help="Mix in the continuous cache of the text itself, as tuned."),
 ]
-Fixed = Annotated[
-    bool,
-    typer.Option("--fixed", help="Fixed λ and T, also where tune stored a learned mixture."),
+WeightsOption = Annotated[
+    Weights,
+    typer.Option(
+        "--weights",
+        help="tuned: learned weights where tune stored them; distance: λ by the nearest distance; "
+        "fixed: one λ and T.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

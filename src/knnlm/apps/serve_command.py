@@ -10,13 +10,14 @@ from knnlm.apps.options import (
     Also,
     Device,
     Dtype,
-    Fixed,
     K,
     Lmbda,
     Model,
     ModelDtype,
     Store,
     Temperature,
+    Weights,
+    WeightsOption,
 )
 from knnlm.apps.text_commands import open_model
 from knnlm.errors import missing_dependency
@@ -63,7 +64,7 @@ def serve(
     k: K = None,
     lmbda: Lmbda = None,
     temperature: Temperature = None,
-    fixed: Fixed = False,
+    weights: WeightsOption = Weights.tuned,
     dtype: ModelDtype = Dtype.auto,
     device: Device = "auto",
 ) -> None:
@@ -91,8 +92,7 @@ def serve(
     def announce() -> None:
         shown = f"[{host}]" if ":" in host else host
         parameters = "; ".join(
-            f"{entries:,} entries, "
-            + ("learned weights" if facts.learned else console.settings_line([of_one]))
+            f"{entries:,} entries, {console.weights_line(facts.weights, [of_one])}"
             for entries, of_one in zip(facts.entries, facts.parameters, strict=True)
         )
         console.OUT.print(
@@ -102,7 +102,9 @@ def serve(
 
     served = name or store.resolve().name
     service = Service(
-        lambda: open_model(store, also, model, dtype, device, k, lmbda, temperature, fixed=fixed),
+        lambda: open_model(
+            store, also, model, dtype, device, k, lmbda, temperature, weights=weights
+        ),
         name=served,
         limits=limits,
         api_key=api_key,

@@ -18,7 +18,6 @@ from knnlm.apps.options import (
     Context,
     Device,
     Dtype,
-    Fixed,
     IndexKind,
     Json,
     K,
@@ -32,6 +31,8 @@ from knnlm.apps.options import (
     Temperature,
     TextColumn,
     Texts,
+    Weights,
+    WeightsOption,
     Window,
 )
 from knnlm.errors import DatastoreWriteError, InvalidArgumentError
@@ -60,7 +61,7 @@ def open_model(
     temperature: list[float] | None = None,
     *,
     cache: bool = False,
-    fixed: bool = False,
+    weights: Weights = Weights.tuned,
 ) -> "KNNLM":
     """Open datastores and model; parameters are refused before the model is loaded."""
     from knnlm.datastore.datastore import Datastore
@@ -75,7 +76,7 @@ def open_model(
     for store in stores:
         console.warn_of_poor_recall(store)
     lm = load_model(stores[0], model, dtype, device)
-    return KNNLM(lm, stores, **given, cache=cache, learned=not fixed)
+    return KNNLM(lm, stores, **given, cache=cache, weights=weights.value)
 
 
 def _one_or_each(values: list[Any] | None) -> Any:
@@ -265,7 +266,7 @@ def evaluate(
     lmbda: Lmbda = None,
     temperature: Temperature = None,
     cache: Cache = False,
-    fixed: Fixed = False,
+    weights: WeightsOption = Weights.tuned,
     max_tokens: MaxTokens = None,
     window: Window = None,
     context: Context = None,
@@ -285,7 +286,7 @@ def evaluate(
 
     documents = knnlm.read_documents(*text, text_column=text_column)
     opened = open_model(
-        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, fixed=fixed
+        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, weights=weights
     )
     report = opened.perplexity(
         documents,
@@ -308,7 +309,7 @@ def generate(
     lmbda: Lmbda = None,
     temperature: Temperature = None,
     cache: Cache = False,
-    fixed: Fixed = False,
+    weights: WeightsOption = Weights.tuned,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")
@@ -327,7 +328,7 @@ def generate(
         knnlm generate docs.store "The nearest neighbors"
     """
     opened = open_model(
-        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, fixed=fixed
+        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, weights=weights
     )
     options: dict[str, Any] = (
         {"do_sample": True, "temperature": sampling_temperature, "top_p": top_p, "top_k": 0}

@@ -45,9 +45,24 @@ class BucketedLambda:
 
     def __call__(self, squared_distances: Float[Tensor, "query k"]) -> Float[Tensor, " query"]:
         """Return each query's λ; 0 where it has no neighbor."""
-        nearest = squared_distances[:, 0].contiguous()
+        nearest = squared_distances[:, 0].float().cpu().contiguous()
         lmbdas = self.lmbdas[torch.bucketize(nearest, self.edges)]
-        return lmbdas.masked_fill(nearest.isposinf(), 0.0)
+        return lmbdas.masked_fill(nearest.isposinf(), 0.0).to(squared_distances.device)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """Return the tensors to save."""
+        return {"edges": self.edges, "lmbdas": self.lmbdas}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "BucketedLambda":
+        """Undo `to_tensors`; raises DatastoreCorruptError."""
+        edges, lmbdas = _take(tensors, "edges", "lmbdas")
+        if len(lmbdas) != len(edges) + 1:
+            raise DatastoreCorruptError(
+                f"stored λ by distance must be one more than their {len(edges)} edges, got "
+                f"{len(lmbdas)}: tune the datastore again"
+            )
+        return cls(edges, lmbdas)
 
 
 class LearnedGate:

@@ -8,9 +8,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from knnlm.errors import DatastoreCorruptError
-from knnlm.mixture.adaptive import LearnedGate
+from knnlm.mixture.adaptive import BucketedLambda, LearnedGate
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters
 
@@ -22,22 +23,27 @@ class TunedMixture:
     """A continuous cache that suits the text, and gates that choose the weights of each token.
 
     cache, lmbdas: the cache, with its λ, and each datastore's λ beside it, where weights are fixed.
-    gate: of the language model and the datastores, cache_gate: of these and the cache; None where
-    the tuning text was too short for one, or fixed weights predict it better.
+    by_distance: λ of one datastore by the nearest distance, beside its own k and T. gate: of the
+    language model and the datastores, cache_gate: of these and the cache. None where the tuning
+    text was too short for one; a gate, too, where fixed weights predict it better.
     """
 
     cache: CacheParameters
     lmbdas: tuple[float, ...]
+    by_distance: BucketedLambda | None = None
     gate: LearnedGate | None = None
     cache_gate: LearnedGate | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """Return all of it as plain values, for JSON."""
         gates = {name: gate for name in _GATES if (gate := getattr(self, name)) is not None}
+        parts: dict[str, BucketedLambda | LearnedGate] = dict(gates)
+        if self.by_distance is not None:
+            parts["by_distance"] = self.by_distance
         tensors = {
             f"{name}.{part}": tensor.contiguous()
-            for name, gate in gates.items()
-            for part, tensor in gate.to_tensors().items()
+            for name, of_name in parts.items()
+            for part, tensor in of_name.to_tensors().items()
         }
         data = save(tensors)
         return {
@@ -58,18 +64,20 @@ class TunedMixture:
             tensors = load(data)
             cache = dict(stored["cache"])
             cache["votes"] = Parameters(**cache["votes"])
-            gates = {
-                name: LearnedGate.from_tensors(
-                    {
-                        part.removeprefix(f"{name}."): tensor
-                        for part, tensor in tensors.items()
-                        if part.startswith(f"{name}.")
-                    },
-                    description,
-                )
-                for name, description in stored["gates"].items()
-            }
-            return cls(CacheParameters(**cache), tuple(stored["lmbdas"]), **gates)
+            parts: dict[str, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                of_name, _, part = name.partition(".")
+                parts.setdefault(of_name, {})[part] = tensor
+            buckets = parts.get("by_distance")
+            return cls(
+                CacheParameters(**cache),
+                tuple(stored["lmbdas"]),
+                None if buckets is None else BucketedLambda.from_tensors(buckets),
+                **{
+                    name: LearnedGate.from_tensors(parts[name], description)
+                    for name, description in stored["gates"].items()
+                },
+            )
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise DatastoreCorruptError(
                 f"the stored mixture cannot be read ({error}): tune the datastore again"

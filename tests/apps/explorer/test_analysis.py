@@ -120,10 +120,10 @@ def test_learned_weights_are_those_of_the_model(
     assert model.mixer.gate is not None
     plain = analyze(model, TEXT).to_dict()
     expected = [explanation.log_prob for explanation in model.explain(TEXT)]
-    learned = unpacked(plain["learned_log_probs"], "<f4")
+    learned = unpacked(plain["tuned_log_probs"], "<f4")
     np.testing.assert_allclose(learned, expected, atol=1e-4)
-    fixed = KNNLM(lm, Datastore(tmp_path / "s"), learned=False)
-    assert analyze(fixed, TEXT).to_dict()["learned_log_probs"] is None
+    fixed = KNNLM(lm, Datastore(tmp_path / "s"), weights="fixed")
+    assert analyze(fixed, TEXT).to_dict()["tuned_log_probs"] is None
 
 
 def test_passages_of_forgotten_documents_are_withheld(tmp_path: Path) -> None:

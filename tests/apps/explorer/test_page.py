@@ -305,13 +305,13 @@ def test_one_file_does_the_same_without_a_server(
 def test_learned_weights_have_a_figure_of_their_own(
     page: Any, with_parameters: Callable[..., KNNLM], tmp_path: Path
 ) -> None:
-    analysis = replace(analyze(with_parameters(lmbda=0.3), TEXT), learned=True)
+    analysis = replace(analyze(with_parameters(lmbda=0.3), TEXT), weights="learned")
     (tmp_path / "why.html").write_text(standalone_page(analysis), encoding="utf-8")
     page.goto((tmp_path / "why.html").as_uri())
     report = with_parameters(lmbda=0.3).perplexity([Document("t", TEXT)])
     put(page, lmbda=0.9)
-    assert figure(page, "learned") == pytest.approx(report.knn.perplexity, rel=1e-4)
-    assert "learned weights" in page.inner_text("#detail")
+    assert figure(page, "tuned") == pytest.approx(report.knn.perplexity, rel=1e-4)
+    assert "tuned weights" in page.inner_text("#detail")
     assert page.is_visible("#fixed-note")
 
 

@@ -51,12 +51,13 @@ class Analysis:
 
     generated_from: the first token that the model wrote itself; their number where it wrote none.
     lm_top: the LM's likeliest tokens in each place. neighbors: in each memory, of its k or more.
-    log_probs: of the tokens under the model's own mixture, `learned` or fixed. All in nats.
+    weights: of the model's own mixture (see `Mixer.weights`); log_probs: of the tokens under it.
+    All in nats.
     """
 
     lm: LanguageModel
     memories: tuple[Memory, ...]
-    learned: bool
+    weights: str
     tokens: Int[Tensor, " token"]
     generated_from: int
     lm_log_probs: Float[Tensor, " token"]
@@ -80,7 +81,7 @@ class Analysis:
             "lm_log_probs": _packed(self.lm_log_probs, "<f4"),
             "lm_top": _packed(self.lm_top, "<i4"),
             "lm_top_log_probs": _packed(self.lm_top_log_probs, "<f4"),
-            "learned_log_probs": _packed(self.log_probs, "<f4") if self.learned else None,
+            "tuned_log_probs": None if self.weights == "fixed" else _packed(self.log_probs, "<f4"),
             "vocabulary": {
                 str(token): self.lm.decode([token])
                 for token in np.unique(mentioned.numpy()).tolist()
@@ -143,7 +144,7 @@ def analyze(
     return Analysis(
         lm=lm,
         memories=mixer.memories,
-        learned=mixer.gate is not None,
+        weights=mixer.weights,
         tokens=torch.tensor(tokens),
         generated_from=len(tokens) - len(generated),
         lm_log_probs=torch.cat([part.lm_log_probs for part in parts]),

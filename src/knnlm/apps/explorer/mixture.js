@@ -22,7 +22,7 @@ const Mixture = (() => {
       lmLogProbs: unpack(plain.lm_log_probs, Float32Array),
       lmTop: unpack(plain.lm_top, Int32Array),
       lmTopLogProbs: unpack(plain.lm_top_log_probs, Float32Array),
-      learned: plain.learned_log_probs && unpack(plain.learned_log_probs, Float32Array),
+      tuned: plain.tuned_log_probs && unpack(plain.tuned_log_probs, Float32Array),
       stores: plain.datastores.map((store) => ({
         ...store,
         squaredDistances: unpack(store.squared_distances, Float32Array),

@@ -167,8 +167,8 @@
     at("worst").textContent = most < 1 ? `At this λ no token can lose more than ${(-Math.log1p(-most)).toFixed(2)} nats.` : "";
     at("change").textContent = `${signed((knn / lm - 1) * 100, 1)} %`;
     at("helped").textContent = `${percent(helped / analysis.count)} / ${percent(hurt / analysis.count)}`;
-    at("learned-figure").hidden = at("fixed-note").hidden = !analysis.learned;
-    if (analysis.learned) figure("learned-perplexity", Mixture.perplexity(analysis.learned));
+    at("tuned-figure").hidden = at("fixed-note").hidden = !analysis.tuned;
+    if (analysis.tuned) figure("tuned-perplexity", Mixture.perplexity(analysis.tuned));
     showCredits(analysis.count - from, from > 0);
     if (selected >= 0) showToken();
   }

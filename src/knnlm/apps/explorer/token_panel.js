@@ -154,7 +154,7 @@ const TokenPanel = (() => {
     sections.sort((one, other) => (other.token === own) - (one.token === own)); // it first
     const count = (group) => state.opened.get(group.token) ?? MEMBERS;
     const lm = analysis.lmLogProbs[token];
-    const learned = analysis.learned ? analysis.learned[token] : null;
+    const tuned = analysis.tuned ? analysis.tuned[token] : null;
     panel.replaceChildren(
       element(
         "h2",
@@ -170,7 +170,7 @@ const TokenPanel = (() => {
         `${probability(mixed.knnProbs[token])}, mixed `,
         element("strong", {}, probability(Math.exp(mixed.logProbs[token]))),
         `: ${signed(mixed.logProbs[token] - lm)} nats`,
-        learned === null ? "" : `; with learned weights ${signed(learned - lm)} nats`,
+        tuned === null ? "" : `; with tuned weights ${signed(tuned - lm)} nats`,
       ),
       element(
         "div",

@@ -34,7 +34,7 @@ class Facts:
     """What the HTTP side has to know of the model, which it may not touch.
 
     tokenizer: the model's own; whoever uses it works on a copy. max_window: positions that prompt
-    and completion may fill together; None for no limit. learned: whether a gate chooses λ and T.
+    and completion may fill together; None for no limit. weights: see `Mixer.weights`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -43,7 +43,7 @@ class Facts:
     max_window: int | None
     entries: tuple[int, ...]
     parameters: tuple[Parameters, ...]
-    learned: bool
+    weights: str
 
 
 class Engine:
@@ -192,5 +192,5 @@ def _facts(model: KNNLM) -> Facts:
         max_window=model.lm.max_window,
         entries=tuple(len(memory.store) for memory in model.memories),
         parameters=tuple(memory.parameters for memory in model.memories),
-        learned=model.mixer.gate is not None,
+        weights=model.mixer.weights,
     )
