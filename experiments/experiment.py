@@ -271,7 +271,8 @@ class Experiment:
             panel.grid(visible=True, color="#e5e7e9", linewidth=0.7)
             panel.set_axisbelow(True)
             if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize=8, framealpha=1.0, edgecolor="none")
+                below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
+                panel.legend(fontsize=8, frameon=False, ncols=2, **below)
         figure.savefig(self.arguments.results / f"{name}.png", dpi=110)
 
 
