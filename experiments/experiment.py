@@ -122,7 +122,7 @@ class Experiment:
     def store(self, domain: Domain | None = None, lm: LanguageModel | None = None) -> Datastore:
         """Build a domain's datastore, unless it was built; stops and goes on."""
         domain, lm = domain or self.domain, lm or self.lm
-        documents = self._documents(domain.train)
+        documents = self.documents(domain.train)
         digest = self._digest(lm, documents, self.built, domain.entries)
         path, complete = self.work / f"{digest}.store", self.work / f"{digest}.complete"
         if complete.exists():
@@ -150,19 +150,25 @@ class Experiment:
         return self._read(sources, self.arguments.test_tokens, lm or self.lm)
 
     def windows(
-        self, sources: Sequence[str], tokens: int, windowing: Windowing | None = None
+        self,
+        sources: Sequence[str],
+        tokens: int,
+        windowing: Windowing | None = None,
+        lm: LanguageModel | None = None,
     ) -> list[Window]:
         """Cut the first tokens of a text into windows; by default as a datastore's."""
-        return list(self._cut(self._documents(sources), tokens, windowing or self.built, self.lm))
+        documents = self.documents(sources)
+        return list(self._cut(documents, tokens, windowing or self.built, lm or self.lm))
+
+    def documents(self, sources: Sequence[str]) -> Documents:
+        """Return the documents of a text."""
+        return knnlm.read_documents(*sources, text_column=self.arguments.text_column)
 
     def _cut(
         self, documents: Documents, tokens: int, windowing: Windowing, lm: LanguageModel
     ) -> Iterator[Window]:
         encoded = encode_documents(lm, documents, windowing.boundary)
         return limit_windows(cut_windows(encoded, lm.start_token, windowing), tokens)
-
-    def _documents(self, sources: Sequence[str]) -> Documents:
-        return knnlm.read_documents(*sources, text_column=self.arguments.text_column)
 
     def _digest(
         self, lm: LanguageModel, documents: Documents, windowing: Windowing, tokens: int | None
@@ -171,7 +177,7 @@ class Experiment:
         return digest_of(lm.weights_fingerprint, lm.key, texts, asdict(windowing), tokens)
 
     def _read(self, sources: Sequence[str], tokens: int, lm: LanguageModel) -> HeldOut:
-        documents = self._documents(sources)
+        documents = self.documents(sources)
         digest = self._digest(lm, documents, self.scored, tokens)
         tensors = self.kept(digest, lambda: self._score(documents, tokens, lm))
         ends = (tensors["targets"] == lm.start_token).nonzero()[:, 0].tolist()
