@@ -16,6 +16,7 @@ paper's protocol, where a hub and a GPU are at hand:
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from measuring import (
     HeldOut,
     cached,
     component,
+    groups,
     measure,
     papers_recipe,
     percent,
@@ -38,7 +40,7 @@ from knnlm.mixture.features import Source, Voters
 from knnlm.mixture.gate_training import fit_gate, make_examples
 from knnlm.mixture.interpolation import interpolate
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning import fit_lmbdas, sweep
+from knnlm.tuning import CachedNeighbors, fit_lmbdas, sweep
 
 PAPER = {"LM": 18.65, "+ kNN": 16.12, "+ cache": 18.27, "+ kNN + cache": 15.79}
 CACHE_SIZES = (256, 1024, 4096)
@@ -117,7 +119,35 @@ def every_mixture(
             f"{setting:24} {numbers['perplexity']:8.4f} {percent(numbers['change']):>8}"
             f"   paper {of_paper:8}{' chosen' if setting == chosen else ''}"
         )
-    return {"entries": store.rows, "cache_size": size, "chosen": chosen, "measured": measured}
+    return {
+        "entries": store.rows,
+        "cache_size": size,
+        "chosen": chosen,
+        "measured": measured,
+        "recipe": describe(experiment, domain, test, test_neighbors["kNN"], recipe),
+    }
+
+
+def describe(
+    experiment: Experiment,
+    domain: Domain,
+    test: HeldOut,
+    neighbors: CachedNeighbors,
+    recipe: Parameters,
+) -> dict[str, Any]:
+    """Return how good the neighbors are under the paper's recipe, and what each document gains."""
+    names = [Path(document.name).name for document in experiment.documents(domain.test)]
+    knn = component(neighbors, recipe)
+    return {
+        "nearest_is_right": float(neighbors.votes[:, 0].double().mean()),
+        "mean_p_knn": float(knn.log_probs.double().exp().mean()),
+        "mean_p_lm": float(test.lm_log_probs.double().exp().mean()),
+        "by_document": groups(
+            test,
+            interpolate(test.lm_log_probs, [knn]),
+            {names[number]: test.documents == number for number in set(test.documents.tolist())},
+        ),
+    }
 
 
 def draw(panel: Any, measured: dict[str, dict[str, Any]], paper: dict[str, float]) -> None:
