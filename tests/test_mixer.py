@@ -367,6 +367,20 @@ def test_attached_it_equals_reading_everything_again(
         assert generated(**options) == expected
 
 
+@pytest.mark.parametrize(
+    "given", [{}, {"cache": True}, {"weights": "distance"}, {"weights": "fixed"}], ids=str
+)
+def test_explanations_are_of_the_mixture(
+    llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning], given: dict[str, Any]
+) -> None:
+    store, _ = tuned
+    model = KNNLM(llama_lm, store, **given)
+    document = Document("t", PROSE[100:140])
+    explained = model.explain(str(document.text))
+    log_probs = torch.tensor([explanation.log_prob for explanation in explained])
+    torch.testing.assert_close(log_probs, dense_log_probs(model, document), atol=1e-4, rtol=1e-4)
+
+
 def test_a_state_without_positions_is_refused(tmp_path: Path) -> None:
     lm = LanguageModel(FAMILIES["mamba"](), byte_tokenizer(), name="mamba")
     store = build(tmp_path / "s", lm, distinct_documents(1), window=48)
