@@ -18,6 +18,7 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.mixture.features import Voters
+from knnlm.mixture.interpolation import neighbor_log_weights
 
 PAPER = {"LM": 17.96, "PQ, its distances": 16.5, "PQ, exact distances": 16.06}
 LISTS, PROBES, CODE_BYTES = 1024, 32, 64
@@ -42,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]:
         recipe = papers_recipe(cached(valid, of_valid))
         numbers = measure(test, mixed(cached(test, of_test), recipe))
-        measured[name] = {"lmbda": recipe.lmbda, **numbers}
+        votes = neighbor_log_weights(of_test.squared_distances, 1.0).exp()
+        entropy = float(torch.special.entr(votes).sum(dim=1).mean())
+        measured[name] = {"lmbda": recipe.lmbda, "vote_entropy": entropy, **numbers}
         print(f"{name:20} {numbers['perplexity']:.4f}  {percent(numbers['change'])}")
     ratio = test_pq.squared_distances[:, 0] / test_recomputed.squared_distances[:, 0].clamp_min(1)
     experiment.write(
