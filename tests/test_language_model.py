@@ -36,7 +36,7 @@ TOKENS = torch.randint(2, VOCAB_SIZE, (3, 7), generator=torch.Generator().manual
 @pytest.fixture
 def folder(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Return a saved tiny Llama."""
-    LanguageModel(tiny_llama(), tokenizer).save(tmp_path / "llama")
+    LanguageModel(tiny_llama(), tokenizer).save(str(tmp_path / "llama"))
     return tmp_path / "llama"
 
 

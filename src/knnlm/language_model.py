@@ -108,8 +108,9 @@ class LanguageModel(KeyedModel):
         named = str(Path(source, options["gguf_file"])) if "gguf_file" in options else source
         return cls(model.eval(), tokenizer, key=key, name=named, revision=revision)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Save model and tokenizer to a folder that `load` reads back, bit for bit."""
+        folder = Path(folder)
         if folder.exists() and not folder.is_dir():
             raise InvalidArgumentError(
                 f"folder={str(folder)!r} must not be a file; choose a folder's name"

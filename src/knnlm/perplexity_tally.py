@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.memory import Memory
@@ -87,9 +88,7 @@ class Tally:
             return None, None, None
         tokens = np.array([self.scored[number] for number in self._of_documents])
         nats = torch.stack(list(self._of_documents.values())).numpy()
-        generator = np.random.default_rng(0)
-        drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
-        per_token = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)[:, None]
+        per_token = bootstrap(nats, tokens)
         with np.errstate(over="ignore", invalid="ignore"):  # λ = 1 may cost infinitely many nats
             perplexities = np.exp(per_token)
             ratios = np.exp(per_token[:, 1] - per_token[:, 0])
@@ -108,6 +107,20 @@ class Tally:
                 )
                 at_least, at_most = (10 ** (number - 1), 10**number - 1) if number else (0, 0)
                 yield FrequencyBucket(at_least, at_most, tokens, lm, mixed)
+
+
+def bootstrap(
+    nats: NDArray[np.float64], tokens: NDArray[np.int64], seed: int = 0
+) -> NDArray[np.float64]:
+    """Return the nats a token, [resample, column], of texts drawn from parts of a text.
+
+    nats: [part, column], tokens: [part], of each part, such as a document. Parts are drawn with
+    replacement, as many as there are, 2,000 times.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
+    per_token: NDArray[np.float64] = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)[:, None]
+    return per_token
 
 
 def _count_tokens(memory: Memory, vocab_size: int) -> Int[Tensor, " vocab"]:

@@ -1,7 +1,7 @@
 """The batched work, without a protocol: against `generate`, and against being alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.knn_lm import KNNLM
 from knnlm.language_model import LanguageModel
+from knnlm.mixture.adaptive import BucketedLambda
 
 TEXTS = [
     "The nearest",
@@ -281,6 +282,29 @@ def test_what_is_forgotten_or_compacted_meanwhile_is_seen(tmp_path: Path) -> Non
     assert documents() == {"d1", "d2", "d4"}
     build(path, fresh_lm(), distinct_documents(1))
     assert documents() == {"d0", "d1", "d2", "d4"}
+    worker.close()
+
+
+def test_weights_by_distance_outlive_a_compaction(tmp_path: Path) -> None:
+    path = tiny_store(tmp_path / "store")
+    model = KNNLM(fresh_lm(), Datastore(path), **PARAMETERS | {"lmbda": 0.0})
+    by_distance = BucketedLambda(torch.tensor([1.0]), torch.tensor([0.9, 0.5]))
+    memories = (replace(model.memories[0], by_distance=by_distance),)
+    model.mixer = replace(model.mixer, memories=memories)
+    worker = Worker(model, Metrics())
+
+    def log_probs() -> list[float | None]:
+        asked = ask(model.lm, PROSE[:100], log_probs=1)
+        worker.begin(asked.job)
+        while worker.jobs:
+            worker.turn()
+        return [scored.log_prob for scored in asked.tokens()]
+
+    elsewhere = Datastore(path)
+    elsewhere.forget(["d0", "d3"])
+    forgotten = log_probs()
+    compact(elsewhere)
+    assert log_probs() == pytest.approx(forgotten, abs=1e-5)
     worker.close()
 
 

@@ -35,7 +35,6 @@ from knnlm.attribution import explain
 from knnlm.errors import InvalidArgumentError, UnsupportedModelError
 from knnlm.index.policy import open_index
 from knnlm.knn_lm import KNNLM
-from knnlm.memory import Memory
 from knnlm.mixer import Mixer
 
 _PROMPT_TOKENS = 256  # read between two steps of what is being generated
@@ -135,7 +134,7 @@ class Worker:
             memory.store.refresh()
             if memory.store.numbering != numbering:
                 index = open_index(memory.store, device=str(self._lm.device))
-                memory = Memory(memory.store, index, memory.parameters)
+                memory = replace(memory, index=index)
             changed.append(memory)
         self._mixer = replace(self._mixer, memories=tuple(changed))
 
