@@ -4,7 +4,8 @@
 
 Khandelwal et al. 2020, Table 4: an LM that never read Books, with a datastore of Books. Here the LM
 is tuned on none of the three collections, and each of them is predicted with each datastore, and
-with all three at once. λ is tuned on validation text of the collection that is predicted.
+with all three at once. λ is tuned on validation text of the collection that is predicted; so are k
+and T ("tuned"), and a small network that chooses the weights of each token ("learned").
 Other collections: --domain NAME TRAIN VALID TEST, once for each.
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiment import Experiment
+from in_domain import learned
 from measuring import cached, component, measure, mixed, papers_recipe, percent
 from texts import Domain
 
@@ -19,6 +21,7 @@ from knnlm.language_model import LanguageModel
 from knnlm.mixture.interpolation import interpolate
 from knnlm.tuning import fit_lmbdas, sweep
 
+WAYS = ("tuned", "learned")
 PAPER = {"lm": 34.84, "knn": 20.47, "change": 20.47 / 34.84 - 1, "lmbda": 0.65}
 
 
@@ -54,14 +57,16 @@ def adapt(
     measured = {}
     for domain in domains:
         valid, test = experiment.valid(domain, lm), experiment.test(domain, lm)
-        tuned_on = [cached(valid, experiment.voters(store, valid)) for store in stores]
-        tested_on = [cached(test, experiment.voters(store, test)) for store in stores]
+        voters = [experiment.voters(store, valid) for store in stores]
+        test_voters = [experiment.voters(store, test) for store in stores]
+        tuned_on = [cached(valid, of_store) for of_store in voters]
+        tested_on = [cached(test, of_store) for of_store in test_voters]
         of_domain = {"LM": measure(test, test.lm_log_probs)}
-        for other, valid_neighbors, test_neighbors in zip(
-            domains, tuned_on, tested_on, strict=True
-        ):
+        for number, other in enumerate(domains):
+            valid_neighbors, test_neighbors = tuned_on[number], tested_on[number]
             recipe = papers_recipe(valid_neighbors)
             best = sweep(valid_neighbors).parameters
+            gated = learned(valid, [voters[number]], test, [test_voters[number]], [best])[1]
             of_domain[f"+ {other.name}"] = {
                 **measure(test, mixed(test_neighbors, recipe)),
                 "lmbda": recipe.lmbda,
@@ -71,6 +76,7 @@ def adapt(
                     "lmbda": best.lmbda,
                     "temperature": best.temperature,
                 },
+                "learned": measure(test, gated),
             }
         recipes = [papers_recipe(neighbors) for neighbors in tuned_on]
         recipes = list(fit_lmbdas(tuned_on, recipes)[0])
@@ -83,7 +89,8 @@ def adapt(
         for name, numbers in of_domain.items():
             print(
                 f"{domain.name:12} {name:14} {numbers['perplexity']:8.3f}"
-                f" {percent(numbers['change'])}"
+                f" {percent(numbers['change'])}",
+                *(f"{way} {percent(numbers[way]['change'])}" for way in WAYS if way in numbers),
             )
     entries = {d.name: s.rows for d, s in zip(domains, stores, strict=True)}
     return {"entries": entries, "measured": measured}

@@ -45,7 +45,13 @@ RESULTS = Path(__file__).parent / "results"
 class Experiment:
     """The command line of an experiment, and the work that it shares with the others."""
 
-    def __init__(self, docstring: str, argv: Sequence[str] | None) -> None:
+    def __init__(
+        self,
+        docstring: str,
+        argv: Sequence[str] | None,
+        valid_tokens: int = 16_384,
+        test_tokens: int = 73_728,
+    ) -> None:
         self.parser = argparse.ArgumentParser(description=docstring.splitlines()[0])
         add = self.parser.add_argument
         add("--model", required=True, help="hub name, folder or .gguf file")
@@ -54,8 +60,8 @@ class Experiment:
             add(f"--{split}", nargs="+", help="files, folders, globs or hf:NAME[:CONFIG][:SPLIT]")
         add("--text-column", default="text")
         add("--entries", type=int, help="the most that a datastore holds")
-        add("--valid-tokens", type=int, default=8192)
-        add("--test-tokens", type=int, default=8192)
+        add("--valid-tokens", type=int, default=valid_tokens)
+        add("--test-tokens", type=int, default=test_tokens)
         add("--paper-protocol", action="store_true", help="1536/1536 built, 512 scored after 2560")
         add("--results", type=Path, default=RESULTS)
         self.add_argument = add
@@ -181,12 +187,17 @@ class Experiment:
         digest = self._digest(lm, documents, self.scored, tokens)
         tensors = self.kept(digest, lambda: self._score(documents, tokens, lm))
         ends = (tensors["targets"] == lm.start_token).nonzero()[:, 0].tolist()
-        parts = np.split(
-            tensors["targets"].numpy(), ends
-        )  # a start token begins each but the first
+        # a start token begins each document but the first
+        parts = np.split(tensors["targets"].numpy(), ends)
+        texts = [lm.decode(part[i > 0 :]) for i, part in enumerate(parts)]
         summary = LMSummary(*(tensors.pop(name) for name in LMSummary._fields))
-        words = sum(len(lm.decode(part[i > 0 :]).split()) for i, part in enumerate(parts))
-        return HeldOut(**tensors, lm=summary, words=words, digest=digest)
+        return HeldOut(
+            **tensors,
+            lm=summary,
+            words=sum(len(text.split()) for text in texts),
+            size_bytes=sum(len(text.encode()) for text in texts),
+            digest=digest,
+        )
 
     def _score(self, documents: Documents, tokens: int, lm: LanguageModel) -> dict[str, Tensor]:
         encoded = encode_documents(lm, documents, self.scored.boundary)

@@ -26,6 +26,7 @@ from measuring import (
     HeldOut,
     cached,
     component,
+    frequencies,
     groups,
     measure,
     papers_recipe,
@@ -35,14 +36,16 @@ from measuring import (
 from texts import Domain
 from torch import Tensor
 
+from knnlm.datastore.datastore import Datastore
 from knnlm.mixture.continuous_cache import ContinuousCache, join_recalled
 from knnlm.mixture.features import Source, Voters
-from knnlm.mixture.gate_training import fit_gate, make_examples
+from knnlm.mixture.gate_training import fit_gate, make_examples, share_hurt
 from knnlm.mixture.interpolation import interpolate
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning import CachedNeighbors, fit_lmbdas, sweep
 
 PAPER = {"LM": 18.65, "+ kNN": 16.12, "+ cache": 18.27, "+ kNN + cache": 15.79}
+FIRST_TOKENS = 8_192
 CACHE_SIZES = (256, 1024, 4096)
 CACHE_K = 256
 
@@ -62,7 +65,7 @@ def every_mixture(
     """Measure every mixture on a collection; print them beside the paper's.
 
     chosen: the one that is best on validation text, which gates that did not learn from it predict,
-    as in `knnlm tune`.
+    as in `knnlm tune`. first: of the first tokens alone, which earlier results are of.
     """
     store = experiment.store(domain)
     valid, test = experiment.valid(domain), experiment.test(domain)
@@ -90,17 +93,16 @@ def every_mixture(
         "+ kNN + cache, learned": {"kNN": tuned, "cache": cache},
     }
     on_valid = {"LM": perplexity(valid.lm_log_probs)}
-    measured: dict[str, dict[str, Any]] = {"LM": measure(test, test.lm_log_probs)}
+    on_test = {"LM": test.lm_log_probs}
+    chosen_parameters = {}
     for setting, parameters in fixed.items():
         components = [component(neighbors[source], p) for source, p in parameters.items()]
         on_valid[setting] = perplexity(interpolate(valid.lm_log_probs, components))
         components = [component(test_neighbors[source], p) for source, p in parameters.items()]
-        measured[setting] = {
-            **measure(test, interpolate(test.lm_log_probs, components)),
-            "parameters": [asdict(p) for p in parameters.values()],
-        }
+        on_test[setting] = interpolate(test.lm_log_probs, components)
+        chosen_parameters[setting] = {"parameters": [asdict(p) for p in parameters.values()]}
     for setting, parameters in gated.items():
-        held_out, log_probs = learned(
+        held_out, on_test[setting] = learned(
             valid,
             [voters[source] for source in parameters],
             test,
@@ -108,15 +110,24 @@ def every_mixture(
             list(parameters.values()),
         )
         on_valid[setting] = perplexity(held_out)
-        measured[setting] = measure(test, log_probs)
     chosen = min(on_valid, key=on_valid.__getitem__)
+    measured = {
+        setting: {
+            **measure(test, log_probs),
+            "valid_perplexity": on_valid[setting],
+            "first": perplexity(log_probs[:FIRST_TOKENS]),
+            "hurt": share_hurt(log_probs, test.lm_log_probs),
+            **chosen_parameters.get(setting, {}),
+        }
+        for setting, log_probs in on_test.items()
+    }
 
     print(f"{domain.name}, {store.rows:,} entries")
     for setting, numbers in measured.items():
-        numbers["valid_perplexity"] = on_valid[setting]
         of_paper = percent(paper[setting] / paper["LM"] - 1) if setting in paper else ""
         print(
             f"{setting:24} {numbers['perplexity']:8.4f} {percent(numbers['change']):>8}"
+            f"   first {FIRST_TOKENS:,}: {numbers['first']:8.4f}"
             f"   paper {of_paper:8}{' chosen' if setting == chosen else ''}"
         )
     return {
@@ -124,27 +135,30 @@ def every_mixture(
         "cache_size": size,
         "chosen": chosen,
         "measured": measured,
-        "recipe": describe(experiment, domain, test, test_neighbors["kNN"], recipe),
+        "recipe": describe(experiment, domain, store, test, test_neighbors["kNN"], recipe),
     }
 
 
 def describe(
     experiment: Experiment,
     domain: Domain,
+    store: Datastore,
     test: HeldOut,
     neighbors: CachedNeighbors,
     recipe: Parameters,
 ) -> dict[str, Any]:
-    """Return how good the neighbors are under the paper's recipe, and what each document gains."""
+    """Return how good the neighbors are under the paper's recipe, and which tokens gain."""
     names = [Path(document.name).name for document in experiment.documents(domain.test)]
     knn = component(neighbors, recipe)
+    log_probs = interpolate(test.lm_log_probs, [knn])
     return {
         "nearest_is_right": float(neighbors.votes[:, 0].double().mean()),
         "mean_p_knn": float(knn.log_probs.double().exp().mean()),
         "mean_p_lm": float(test.lm_log_probs.double().exp().mean()),
+        "by_frequency": groups(test, log_probs, frequencies(store, test)),
         "by_document": groups(
             test,
-            interpolate(test.lm_log_probs, [knn]),
+            log_probs,
             {names[number]: test.documents == number for number in set(test.documents.tolist())},
         ),
     }

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from knnlm.datastore.datastore import Datastore
 from knnlm.mixture.features import LMSummary, Voters
 from knnlm.mixture.interpolation import (
     Component,
@@ -18,11 +20,12 @@ from knnlm.mixture.interpolation import (
     target_knn_log_probs,
 )
 from knnlm.mixture.parameters import Parameters
+from knnlm.perplexity_tally import bootstrap, perplexity_of
 from knnlm.tuning import CachedNeighbors, fit_lmbdas
 
 PAPERS_RECIPE = Parameters(k=1024, lmbda=0.25, temperature=1.0)
+_FEWEST_DOCUMENTS = 10  # that say something of others
 _BLOCK = 256  # consecutive tokens are alike, so that they are drawn together
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,8 @@ class HeldOut:
     """What the language model says of each token of a text, in order.
 
     keys: what a datastore is searched with. inputs: the token that each position reads. documents:
-    the number of each token's document. words: separated by white space. digest: of all that made
-    it.
+    the number of each token's document. words: separated by white space. size_bytes: of the text in
+    UTF-8. digest: of all that made it.
     """
 
     keys: Float[Tensor, "token dim"]
@@ -41,6 +44,7 @@ class HeldOut:
     lm: LMSummary
     documents: Int[Tensor, " token"]
     words: int
+    size_bytes: int
     digest: str
 
     def __len__(self) -> int:
@@ -78,21 +82,29 @@ def perplexity(log_probs: Float[Tensor, " token"]) -> float:
 
 
 def measure(held_out: HeldOut, log_probs: Float[Tensor, " token"]) -> dict[str, Any]:
-    """Return perplexity of tokens and of words, and the relative change from the LM alone.
+    """Return perplexity of tokens and of words, bits a byte, and the change from the LM alone.
 
-    change_interval: 95 %, by a bootstrap over blocks of 256 consecutive tokens.
+    change_error, change_interval: its standard error and 95 %, by a bootstrap over documents, or,
+    where there are fewer than ten, over blocks of 256 consecutive tokens.
     """
-    gains = (log_probs.double() - held_out.lm_log_probs.double()).numpy()
-    starts = range(0, len(gains), _BLOCK)
-    sums = np.array([gains[start : start + _BLOCK].sum() for start in starts])
-    sizes = np.array([len(gains[start : start + _BLOCK]) for start in starts])
-    drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    changes = np.exp(-sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1)) - 1
+    drawn_from, part_of_token = "documents", held_out.documents.numpy()
+    if len(np.unique(part_of_token)) < _FEWEST_DOCUMENTS:
+        drawn_from = f"blocks of {_BLOCK} tokens"
+        part_of_token = np.arange(len(held_out)) // _BLOCK
+    nats = -log_probs.double()
+    more_nats = nats + held_out.lm_log_probs.double()  # than the LM's
+    _, part, tokens = np.unique(part_of_token, return_inverse=True, return_counts=True)
+    of_parts = np.bincount(part, more_nats.numpy()).astype(np.float64)[:, None]
+    changes = np.exp(bootstrap(of_parts, tokens)[:, 0]) - 1
+    total_nats = float(nats.sum())
     return {
         "perplexity": perplexity(log_probs),
-        "word_perplexity": math.exp(min(-float(log_probs.double().sum()) / held_out.words, 700)),
-        "change": math.exp(-gains.mean()) - 1,
+        "word_perplexity": perplexity_of(total_nats / held_out.words),
+        "bits_per_byte": total_nats / math.log(2) / held_out.size_bytes,
+        "change": math.exp(float(more_nats.mean())) - 1,
+        "change_error": float(changes.std(ddof=1)),
         "change_interval": np.quantile(changes, [0.025, 0.975]).tolist(),
+        "drawn_from": drawn_from,
     }
 
 
@@ -112,6 +124,17 @@ def groups(
         }
         for name, mask in masks.items()
         if mask.any()
+    }
+
+
+def frequencies(store: Datastore, held_out: HeldOut) -> dict[str, Bool[Tensor, " token"]]:
+    """Return which tokens occur how often in a datastore: never, 1 to 9 times, and so on."""
+    tokens = held_out.targets.long()
+    counts = torch.bincount(store.values, minlength=int(tokens.max()) + 1)[tokens]
+    powers = [10**power for power in range(7)]
+    return {"0": counts == 0} | {
+        f"{least:,}–{above - 1:,}": (counts >= least) & (counts < above)
+        for least, above in pairwise(powers)
     }
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from experiment import Experiment
-from measuring import cached, groups, measure, mixed, papers_recipe, percent
+from measuring import cached, frequencies, groups, measure, mixed, papers_recipe, percent
 from torch import Tensor
 
 from knnlm.language_model import LanguageModel
@@ -35,12 +35,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     neighbors = cached(test, experiment.voters(store, test))
     log_probs = mixed(neighbors, recipe)
 
-    counts = torch.bincount(store.values, minlength=experiment.lm.vocab_size)[test.targets.long()]
-    frequencies = {"0": counts == 0} | {
-        f"{10**power:,}–{10 ** (power + 1) - 1:,}": (counts >= 10**power)
-        & (counts < 10 ** (power + 1))
-        for power in range(6)
-    }
     kinds = token_kinds(experiment.lm, test.targets)
     names = sorted(set(kinds))
     of_kind = {name: torch.tensor([kind == name for kind in kinds]) for name in names}
@@ -49,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = neighbors.votes.any(dim=1)
 
     results = {
-        "by_frequency": groups(test, log_probs, frequencies),
+        "by_frequency": groups(test, log_probs, frequencies(store, test)),
         "by_kind": groups(test, log_probs, of_kind),
         "by_presence": groups(
             test, log_probs, {"among the neighbors": found, "not among them": ~found}

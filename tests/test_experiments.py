@@ -198,12 +198,16 @@ def test_measures_add_up() -> None:
         lm=None,
         documents=torch.zeros(3),
         words=2,
+        size_bytes=5,
         digest="",
     )
     measured = measuring.measure(held_out, lm_log_probs + 0.5)
     assert measured["perplexity"] == pytest.approx(math.exp(1.5))
     assert measured["word_perplexity"] == pytest.approx(math.exp(4.5 / 2))
+    assert measured["bits_per_byte"] == pytest.approx(4.5 / math.log(2) / 5)
     assert measured["change"] == pytest.approx(math.exp(-0.5) - 1)
+    assert measured["change_interval"] == pytest.approx([measured["change"]] * 2)
+    assert measured["drawn_from"] == "blocks of 256 tokens"
     voters = Voters(torch.tensor([[1.0], [1.0], [torch.inf]]), torch.tensor([[4], [9], [-1]]))
     neighbors = measuring.cached(held_out, voters)
     mixed = measuring.mixed(neighbors, Parameters(1, 0.5, 1.0))
