@@ -1,6 +1,6 @@
 """How much is remembered: a datastore of 1/16, 1/8, 1/4, 1/2 and all of the text.
 
-    python experiments/datastore_size.py --model smollm2 --work /tmp/experiments
+    python experiments/datastore_size.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Figure 2: perplexity falls and the best λ rises with each doubling, and does
 not level off at 3 billion entries. k 1024, T 1, λ tuned on validation text for each size; the

@@ -1,6 +1,6 @@
 """Domain adaptation: three datastores swapped under one language model.
 
-    python experiments/domain_adaptation.py --model smollm2 --work /tmp/experiments
+    python experiments/domain_adaptation.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 4: an LM that never read Books, with a datastore of Books. Here the LM
 is tuned on none of the three collections, and each of them is predicted with each datastore, and

@@ -1,6 +1,6 @@
 """How many tokens are helped, how many hurt, and by how much.
 
-    python experiments/helped_and_hurt.py --model smollm2 --work /tmp/experiments
+    python experiments/helped_and_hurt.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Wang et al. (2023) find that a kNN-LM helps fewer than half of the tokens: the mean hides a few
 large gains and many small losses. Fixed weights (the paper's recipe, and tuned k, λ, T) against a

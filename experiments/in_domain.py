@@ -1,6 +1,6 @@
 r"""In domain: the LM, + kNN, + continuous cache, + both; fixed and learned weights.
 
-    python experiments/in_domain.py --model smollm2 --work /tmp/experiments
+    python experiments/in_domain.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 1. The paper's recipe is k 1024, T 1 and a λ tuned on validation text;
 "tuned" chooses k and T there too; "learned" lets a small network choose the weights of each token.

@@ -1,6 +1,6 @@
 """How many neighbors: k from 1 to 1024.
 
-    python experiments/k.py --model smollm2 --work /tmp/experiments
+    python experiments/k.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Figure 4: perplexity falls with each doubling up to k 1024, the most that
 they tried. Here at the paper's T 1, and at the T that suits each k; λ, and T, are tuned on

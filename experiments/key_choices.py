@@ -1,6 +1,6 @@
 """Which hidden state is the key: six places in the last layer.
 
-    python experiments/key_choices.py --model smollm2 --work /tmp/experiments
+    python experiments/key_choices.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 5. One forward pass captures all six keys of 60,000 tokens (--entries
 for more), of validation and of test text; search is exact. Scales differ from place to place, and

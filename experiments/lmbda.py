@@ -1,6 +1,6 @@
 """How much the neighbors count: λ from 0 to 0.95, in and out of domain.
 
-    python experiments/lmbda.py --model smollm2 --work /tmp/experiments
+    python experiments/lmbda.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Figure 5: the best λ is 0.25 in domain and 0.65 under domain adaptation.
 Here three collections, each with its own datastore, and with the other two; k 1024, T 1.

@@ -1,6 +1,6 @@
 """More data in the datastore than the LM was trained on.
 
-    python experiments/more_data.py --model smollm2 --work /tmp/experiments
+    python experiments/more_data.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 3: an LM trained on 100M tokens with a datastore of 3B beats the LM
 that was trained on all 3B. Here a model is tuned for one pass over --tuned-on tokens of the

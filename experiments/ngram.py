@@ -1,6 +1,6 @@
 """Is it only memory? An n-gram model of the same text, interpolated instead of the neighbors.
 
-    python experiments/ngram.py --model smollm2 --work /tmp/experiments
+    python experiments/ngram.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Figure 7: an n-gram model gains little beside a Transformer, the neighbors
 much more. Here n-grams of up to five tokens of the datastore's text, smoothed by interpolated

@@ -1,6 +1,6 @@
 """Other kinds of text: Jane Austen's novels (two held out) and PostgreSQL's manual.
 
-    python experiments/other_domain.py --model smollm2 --work /tmp/experiments
+    python experiments/other_domain.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 2 (Books). Otherwise as in_domain.py.
 """

@@ -1,6 +1,6 @@
 """Quantized against exact distances: what product quantization costs.
 
-    python experiments/quantized_distances.py --model smollm2 --work /tmp/experiments
+    python experiments/quantized_distances.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, section 2 and 4: FAISS finds the neighbors in an inverted file of 64-byte
 codes; with the codes' own distances development perplexity is 16.5, with distances recomputed from

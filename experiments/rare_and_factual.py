@@ -1,6 +1,6 @@
 """Which tokens gain: rare against frequent ones, names and numbers against ordinary words.
 
-    python experiments/rare_and_factual.py --model smollm2 --work /tmp/experiments
+    python experiments/rare_and_factual.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, section 6, credit rare patterns such as factual knowledge; Nishida (2025)
 finds that rare target tokens gain little. Frequency is counted among the datastore's values.

@@ -1,7 +1,7 @@
 """The first numbers to check: SmolLM2-135M on Python's library reference.
 
     sudo apt-get install python3.11-doc
-    python experiments/reference.py --model smollm2 --work /tmp/reference
+    python experiments/reference.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 `--model` is the folder or .gguf of SmolLM2-135M-Instruct. The documents are the library reference's
 sources sorted by path and shuffled with seed 0: 12 for validation, 12 for test, the rest for

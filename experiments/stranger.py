@@ -1,6 +1,6 @@
 """Domain adaptation of an LM that has read nothing but the first collection.
 
-    python experiments/stranger.py --model smollm2 --work /tmp/experiments
+    python experiments/stranger.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 4: an LM trained on Wikipedia alone is given a datastore of Books.
 Pretrained models have read the web, and no text here may be new to them (domain_adaptation.py). So

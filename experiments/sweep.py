@@ -1,6 +1,6 @@
 """How long a sweep over k × λ × T takes once the neighbors are found: 10,000 queries.
 
-    python experiments/sweep.py --model smollm2 --work /tmp/experiments
+    python experiments/sweep.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 The queries are validation and test text together (a matter of time, not of tuning). Draws the best
 perplexity for each pair of k and T.

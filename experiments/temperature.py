@@ -1,6 +1,6 @@
 """How sharply distance counts: temperature T from 0.1 to 1000.
 
-    python experiments/temperature.py --model smollm2 --work /tmp/experiments
+    python experiments/temperature.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 The paper fixes T 1 (distances are then in units of the keys' own scale, which differs from model to
 model). Here each T has the λ that suits it on validation text, at k 16, 128 and 1024.
