@@ -21,7 +21,7 @@ PARTS = (16, 8, 4, 2, 1)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each size of each collection's datastore."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     curves = {domain.name: measure_sizes(experiment, domain) for domain in experiment.domains}
     experiment.write("datastore_size", {"curves": curves})
     with experiment.picture("datastore_size", 2) as [left, right]:

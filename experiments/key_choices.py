@@ -40,7 +40,7 @@ K = 1024
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each key."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     lm, domain = experiment.lm, experiment.domain
     valid, test = experiment.valid(), experiment.test()
     entries = experiment.arguments.entries or ENTRIES

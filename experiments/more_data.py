@@ -25,7 +25,7 @@ TUNING = Recipe(batch=2, learning_rate=1e-4, warm_up=4)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Tune, build, measure."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     experiment.add_argument("--tuned-on", type=int, default=TUNED_ON)
     tuned_on = experiment.arguments.tuned_on
     domain = replace(experiment.domain, entries=experiment.arguments.entries or ENTRIES)

@@ -40,7 +40,7 @@ TRAINING = Recipe(batch=2, learning_rate=1e-3, warm_up=50, weight_decay=0.1)
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Train, then measure each collection with each datastore."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     domains = named_domains(experiment)
     lm = trained_model(experiment, domains[0])
     results = adapt(experiment, domains, lm)
