@@ -5,8 +5,8 @@
 The same model generates greedily from the same prompts (the beginnings of the texts), without a
 datastore and with STORE attached (searched with its own index), in turn in one process; one
 sequence at a time and in a batch. Weights are fixed for each k, and learned if `knnlm tune` stored
-such. A ratio is of a run to the mean of the runs alone before and after it; the median and the
-quartiles of all repetitions are shown.
+such. A ratio is of a run to the mean of the runs alone before and after it; the median of all
+repetitions, its standard error (by a bootstrap) and the quartiles are shown.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import knnlm
@@ -84,6 +85,7 @@ def main() -> None:
                 "weights": "fixed" if k else "learned",
                 "k": k or (store.parameters or Parameters()).k,
                 "ratio": statistics.median(ratios),
+                "ratio_error": error_of_median(ratios),
                 "quartiles": statistics.quantiles(ratios, n=4)[::2],
                 "alone_milliseconds": statistics.median(alone for alone, _ in of_setting) * 1e3,
                 "attached_milliseconds": statistics.median(own for _, own in of_setting) * 1e3,
@@ -94,7 +96,7 @@ def main() -> None:
                 f"batch {size}, k {one['k']}, {one['weights']} weights: "
                 f"{one['alone_milliseconds']:.2f} ms a step alone, "
                 f"{one['attached_milliseconds']:.2f} attached: {one['ratio']:.3f}× "
-                f"({low:.3f}–{high:.3f})",
+                f"± {one['ratio_error']:.3f} ({low:.3f}–{high:.3f})",
                 flush=True,
             )
     write_results(
@@ -108,6 +110,12 @@ def main() -> None:
             "measured": measured,
         },
     )
+
+
+def error_of_median(ratios: list[float]) -> float:
+    """Return the standard error of the median, by a seeded bootstrap."""
+    drawn = np.random.default_rng(0).choice(ratios, size=(2000, len(ratios)))
+    return float(np.median(drawn, axis=1).std(ddof=1))
 
 
 if __name__ == "__main__":
