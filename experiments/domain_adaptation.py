@@ -27,7 +27,7 @@ PAPER = {"lm": 34.84, "knn": 20.47, "change": 20.47 / 34.84 - 1, "lmbda": 0.65}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each collection with each datastore."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     domains = named_domains(experiment)
     results = adapt(experiment, domains)
     experiment.write("domain_adaptation", {"paper": PAPER, **results})

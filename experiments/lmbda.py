@@ -19,7 +19,7 @@ LMBDAS = [step / 20 for step in range(20)]
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each λ on each pair of text and datastore."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     domains = experiment.domains
     curves: dict[str, dict[str, list[float]]] = {}
     for domain in domains:

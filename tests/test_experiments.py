@@ -157,6 +157,24 @@ def test_the_papers_protocol(tmp_path: Path) -> None:
     assert (experiment.scored.window, experiment.scored.context) == (3072, 2560)
 
 
+def test_the_papers_protocol_from_building_to_the_picture(run: Run, tmp_path: Path) -> None:
+    """A model of 3,072 positions; the first 1,536 tokens of the stream are read, but not stored."""
+    model = tiny_llama()
+    model.config.max_position_embeddings = 3072
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    texts = ["--valid-tokens", "700", "--test-tokens", "700", "--entries", "4000"]
+    results = run("in_domain", "--paper-protocol", "--model", str(tmp_path), *texts)
+    assert results["setting"]["windows_built"] == {
+        "window": 3072,
+        "context": 1536,
+        "boundary": "stream",
+    }
+    assert results["setting"]["windows_scored"]["context"] == 2560
+    assert 0 < results["entries"] <= 4000
+    assert results["measured"]["+ kNN"]["perplexity"] < results["measured"]["LM"]["perplexity"]
+
+
 def test_ngram_probabilities_sum_to_1() -> None:
     ngram = importlib.import_module("ngram")
     generator = torch.Generator().manual_seed(0)
