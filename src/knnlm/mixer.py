@@ -24,10 +24,12 @@ from knnlm.mixture.continuous_cache import (
 )
 from knnlm.mixture.features import LMSummary, Weighed, summarize_lm, weigh
 from knnlm.mixture.interpolation import (
+    TokenSums,
     TokenVotes,
     Votes,
     interpolate_vocabulary,
     neighbor_log_weights,
+    sum_by_token,
 )
 
 WEIGHTS = ("tuned", "distance", "fixed")
@@ -94,13 +96,12 @@ class Mixer:
         neighbors = [memory.search(keys) for memory in self.searched] if len(keys) else []
         found = list(zip(self.searched, neighbors, strict=False))
         if self.gate is None:
-            return Asked(
-                neighbors, [memory.vote(of_one).by_token() for memory, of_one in found], []
-            )
+            votes = [memory.vote(of_one).by_token() for memory, of_one in found]
+            return Asked(neighbors, votes, [], [])
         voters = [memory.voters(of_one) for memory, of_one in found]
         sources = self.gate.sources
         weighed = [weigh(*of_source) for of_source in zip(sources, voters, strict=False)]
-        return Asked(neighbors, [], weighed)
+        return Asked(neighbors, [], weighed, [_sums(one) for one in weighed])
 
     def votes(
         self,
@@ -148,25 +149,30 @@ class Mixer:
         if self.gate is None:
             by_token = [*asked.votes, *(one.by_token() for one in self._cache_votes(recalled))]
         else:
-            weighed = asked.weighed
+            weighed, sums = asked.weighed, asked.sums
             if recalled is not None:
-                weighed = [*weighed, weigh(self.gate.sources[-1], recalled.voters)]
+                of_cache = weigh(self.gate.sources[-1], recalled.voters)
+                weighed, sums = [*weighed, of_cache], [*sums, _sums(of_cache)]
             lm = summarize_lm(lm_log_probs.detach())
-            gate = self.gate.to(lm.entropy.device)
-            by_token = [one.by_token() for one in gate.choose(lm, weighed)]
+            by_token = self.gate.to(lm.entropy.device).choose_by_token(lm, weighed, sums)
         return interpolate_vocabulary(lm_log_probs, by_token)
 
 
 class Asked(NamedTuple):
     """What was found near some keys: in each memory in `Mixer.searched`.
 
-    votes: for each token, where weights are fixed. weighed: for a gate, which has to see the
+    votes: for each token, where weights are fixed. weighed, sums: for a gate, which has to see the
     language model before it chooses.
     """
 
     neighbors: list[Neighbors]
     votes: list[TokenVotes]
     weighed: list[Weighed]
+    sums: list[TokenSums]
+
+
+def _sums(weighed: Weighed) -> TokenSums:
+    return sum_by_token(weighed.log_weights, weighed.voters.tokens)
 
 
 def open_mixer(

@@ -10,7 +10,12 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from knnlm.errors import DatastoreCorruptError
-from knnlm.mixture.adaptive import LEAST_LM_WEIGHT, BucketedLambda, LearnedGate
+from knnlm.mixture.adaptive import (
+    LEAST_LM_WEIGHT,
+    BucketedLambda,
+    LearnedGate,
+    network_log_weights,
+)
 from knnlm.mixture.features import (
     TEMPERATURES,
     Source,
@@ -26,6 +31,7 @@ from knnlm.mixture.interpolation import (
     interpolate,
     interpolate_vocabulary,
     neighbor_log_weights,
+    sum_by_token,
 )
 
 VOCAB = 11
@@ -111,6 +117,26 @@ def test_the_weights_are_the_mean_of_the_networks() -> None:
     expected = torch.stack([one.weights(features) for one in alone]).mean(dim=0)
     torch.testing.assert_close(gate.weights(features), expected)
     assert float((alone[0].weights(features) - alone[1].weights(features)).abs().max()) > 0.1
+
+
+def test_networks_weigh_alike_while_learning_and_afterwards() -> None:
+    gate = random_gate(networks=3)
+    features = torch.randn(6, len(gate.mean), generator=torch.Generator().manual_seed(1))
+    standard = gate.standardize(features).expand(3, -1, -1)
+    while_learning = network_log_weights(gate.parameters, standard).exp().mean(dim=0)
+    torch.testing.assert_close(gate.weights(features), while_learning)
+
+
+def test_tokens_summed_before_the_choice_or_after_it_agree() -> None:
+    """Summed before: each token has its log p_kNN of every component, queries without votes too."""
+    lm, voters, _ = some_queries()
+    gate, summary, sources = random_gate(), summarize_lm(lm), weighed(voters)
+    sums = [sum_by_token(one.log_weights, one.voters.tokens) for one in sources]
+    before = gate.choose_by_token(summary, sources, sums)
+    after = [one.by_token() for one in gate.choose(summary, sources)]
+    for one, other in zip(before, after, strict=True):
+        for column, expected in zip(one, other, strict=True):
+            torch.testing.assert_close(column, expected)
 
 
 def test_one_target_and_the_whole_vocabulary_agree() -> None:

@@ -5,12 +5,12 @@ the neighbors' vote counts for it. Neither ever silences the language model.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -25,7 +25,7 @@ from knnlm.mixture.features import (
     query_features,
     weigh,
 )
-from knnlm.mixture.interpolation import Votes
+from knnlm.mixture.interpolation import TokenSums, TokenVotes, Votes
 
 LEAST_LM_WEIGHT = 1e-3  # what no vote can take from the LM, however sure it looks
 _AT_ONCE = 512  # queries whose components are held at once
@@ -95,7 +95,10 @@ class LearnedGate:
     def weights(self, features: Float[Tensor, "query feature"]) -> Float[Tensor, "query component"]:
         """Return the weight of each component, the LM's first, before absent ones are left out."""
         standard = self.standardize(features).expand(len(self.parameters[0]), -1, -1)
-        return network_log_weights(self.parameters, standard).exp().mean(dim=0)
+        weights = _outputs(self.parameters, standard).softmax(dim=-1).mean(dim=0)
+        weights *= 1 - LEAST_LM_WEIGHT
+        weights[:, 0] += LEAST_LM_WEIGHT
+        return weights
 
     def __call__(self, lm: LMSummary, voters: Sequence[Voters]) -> list[Votes]:
         """Return how each source's voters enter the mixture; the LM has the rest of the weight.
@@ -117,18 +120,39 @@ class LearnedGate:
 
     def choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> list[Votes]:
         """Return what a call returns, of voters that were weighed before the LM had spoken."""
+        votes = []
+        for of_source, chosen in zip(weighed, self._choose(lm, weighed), strict=True):
+            parts = of_source.log_weights + chosen.log_parts[:, :, None]
+            tokens = of_source.voters.tokens
+            votes.append(Votes(parts.logsumexp(dim=0), tokens, chosen.lmbda, chosen.present))
+        return votes
+
+    def choose_by_token(
+        self, lm: LMSummary, weighed: Sequence[Weighed], sums: Sequence[TokenSums]
+    ) -> list[TokenVotes]:
+        """Return what each token is given by the votes that `choose` returns.
+
+        sums: of each source's tokens, weighed in each component's way.
+        """
+        votes = []
+        for of_source, chosen in zip(sums, self._choose(lm, weighed), strict=True):
+            parts = of_source.log_probs + chosen.log_parts[:, of_source.queries]
+            log_probs = parts.logsumexp(dim=0)
+            votes.append(
+                TokenVotes(
+                    of_source.queries, of_source.tokens, log_probs, chosen.lmbda, chosen.present
+                )
+            )
+        return votes
+
+    def _choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> Iterator["_Chosen"]:
         weights = self.weights(query_features(lm, weighed))
         of_sources = weights[:, 1:].chunk(len(self.sources), dim=1)
-        votes = []
         for of_source, shares in zip(weighed, of_sources, strict=True):
-            lmbda = shares.sum(dim=1)
-            # each voter's part in the sum of the components; a gate may be sure enough for λ = 0
-            of_lmbda = shares / lmbda[:, None].clamp_min(torch.finfo(lmbda.dtype).tiny)
-            parts = of_source.log_weights + of_lmbda.log().T[:, :, None]
-            present = of_source.voters.present
-            tokens = of_source.voters.tokens
-            votes.append(Votes(parts.logsumexp(dim=0), tokens, lmbda.where(present, 0.0), present))
-        return votes
+            lmbda, present = shares.sum(dim=1), of_source.voters.present
+            # a gate may be sure enough for λ = 0
+            parts = shares / lmbda[:, None].clamp_min(torch.finfo(lmbda.dtype).tiny)
+            yield _Chosen(lmbda.where(present, 0.0), parts.log().T, present)
 
     def to(self, device: torch.device | str) -> "LearnedGate":
         """Return the gate where its queries are."""
@@ -164,6 +188,14 @@ class LearnedGate:
         return cls(sources, mean, scale, parameters)
 
 
+class _Chosen(NamedTuple):
+    """A source's weight λ, and how it divides among its components."""
+
+    lmbda: Float[Tensor, " query"]
+    log_parts: Float[Tensor, "component query"]
+    present: Bool[Tensor, " query"]
+
+
 def _take(tensors: Mapping[str, Tensor], *names: str) -> list[Tensor]:
     missing = [name for name in names if name not in tensors]
     if missing:
@@ -179,14 +211,22 @@ def network_log_weights(
 ) -> Float[Tensor, "network query component"]:
     """Return each network's log weights of the components, the LM's first.
 
-    parameters: of each layer its matrices (network, in, out) and its biases (network, 1, out).
+    They are the logarithms of what `LearnedGate.weights` averages. parameters: of each layer its
+    matrices (network, in, out) and its biases (network, 1, out).
     """
+    outputs = _outputs(parameters, features)
+    log_weights = torch.log_softmax(outputs, dim=-1) + math.log1p(-LEAST_LM_WEIGHT)
+    kept = torch.full(log_weights.shape[-1:], -torch.inf, device=log_weights.device)
+    kept[0] = math.log(LEAST_LM_WEIGHT)
+    return torch.logaddexp(log_weights, kept)
+
+
+def _outputs(
+    parameters: Sequence[Tensor], features: Float[Tensor, "network query feature"]
+) -> Float[Tensor, "network query component"]:
     hidden = features
     for layer in range(_LAYERS):
         hidden = torch.baddbmm(parameters[2 * layer + 1], hidden, parameters[2 * layer])
         if layer < _LAYERS - 1:
             hidden = functional.gelu(hidden)
-    log_weights = torch.log_softmax(hidden, dim=-1) + math.log1p(-LEAST_LM_WEIGHT)
-    kept = torch.full(log_weights.shape[-1:], -torch.inf, device=log_weights.device)
-    kept[0] = math.log(LEAST_LM_WEIGHT)
-    return torch.logaddexp(log_weights, kept)
+    return hidden

@@ -93,7 +93,7 @@ def summarize_lm(log_probs: Float[Tensor, "query vocab"]) -> LMSummary:
     """Describe the language model's whole distribution."""
     space = torch.empty_like(log_probs[:_ROWS])  # used again: new memory costs more than the sums
     parts = [_summarize(rows, space[: len(rows)]) for rows in log_probs.split(_ROWS)]  # type: ignore[no-untyped-call]
-    return LMSummary.join(parts)
+    return parts[0] if len(parts) == 1 else LMSummary.join(parts)
 
 
 def _summarize(log_probs: Float[Tensor, "query vocab"], space: Tensor) -> LMSummary:

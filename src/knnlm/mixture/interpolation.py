@@ -68,8 +68,8 @@ class Votes(NamedTuple):
 
     def by_token(self) -> "TokenVotes":
         """Return what each token was given."""
-        summed = _sum_by_token(self.log_weights, self.tokens)
-        return TokenVotes(*summed, self.lmbda, self.present)
+        queries, tokens, log_probs = sum_by_token(self.log_weights[None], self.tokens)
+        return TokenVotes(queries, tokens, log_probs[0], self.lmbda, self.present)
 
 
 class TokenVotes(NamedTuple):
@@ -152,19 +152,32 @@ def group_by_token(tokens: Int[Tensor, "query k"]) -> TokenGroups:
     return TokenGroups(tokens, order, first, first.cumsum(dim=1) - 1)
 
 
-def _sum_by_token(
-    log_weights: Float[Tensor, "query k"], tokens: Int[Tensor, "query k"]
-) -> tuple[Int[Tensor, " vote"], Int[Tensor, " vote"], Float[Tensor, " vote"]]:
-    """Return (query, token, log of the summed weights), each pair once; none without weight.
+class TokenSums(NamedTuple):
+    """What each token was given by the same neighbors, weighed in one or several ways.
+
+    queries, tokens: each pair that was voted for, once; log_probs: log p_kNN of it, each way.
+    """
+
+    queries: Int[Tensor, " vote"]
+    tokens: Int[Tensor, " vote"]
+    log_probs: Float[Tensor, "way vote"]
+
+
+def sum_by_token(
+    log_weights: Float[Tensor, "way query k"], tokens: Int[Tensor, "query k"]
+) -> TokenSums:
+    """Sum the weights of each query's tokens; without weight in any way, a token is left out.
 
     A log-sum-exp for each token, so that a vote too small for float32 still has its logarithm.
     """
     tokens, order, first, group = group_by_token(tokens.long())
-    log_weights = log_weights.gather(1, order)
+    order, group = order.expand_as(log_weights), group.expand_as(log_weights)
+    log_weights = log_weights.gather(2, order)
     heaviest = torch.full_like(log_weights, -torch.inf)
-    heaviest.scatter_reduce_(1, group, log_weights, reduce="amax")
-    relative = (log_weights - heaviest.gather(1, group)).nan_to_num(nan=-torch.inf).exp()
-    summed = torch.zeros_like(log_weights).scatter_add_(1, group, relative).log() + heaviest
-    log_probs = summed.gather(1, group)
-    queries, places = torch.nonzero(first & (log_probs > -torch.inf), as_tuple=True)
-    return queries, tokens[queries, places], log_probs[queries, places]
+    heaviest.scatter_reduce_(2, group, log_weights, reduce="amax")
+    relative = (log_weights - heaviest.gather(2, group)).nan_to_num(nan=-torch.inf).exp()
+    summed = torch.zeros_like(log_weights).scatter_add_(2, group, relative).log() + heaviest
+    log_probs = summed.gather(2, group)
+    voted = (log_probs > -torch.inf).any(dim=0)
+    queries, places = torch.nonzero(first & voted, as_tuple=True)
+    return TokenSums(queries, tokens[queries, places], log_probs[:, queries, places])
