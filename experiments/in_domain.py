@@ -65,7 +65,7 @@ def every_mixture(
     """Measure every mixture on a collection; print them beside the paper's.
 
     chosen: the one that is best on validation text, which gates that did not learn from it predict,
-    as in `knnlm tune`. first: of the first tokens alone, which earlier results are of.
+    as in `knnlm tune`. first: of the first tokens alone, those that reference.py measures.
     """
     store = experiment.store(domain)
     valid, test = experiment.valid(domain), experiment.test(domain)
