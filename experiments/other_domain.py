@@ -15,7 +15,7 @@ PAPER = {"LM": 11.89, "+ kNN": 10.89}
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure each collection with its own datastore."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     domains = [domain for domain in experiment.domains if domain.name != "Python"]
     results = {domain.name: every_mixture(experiment, domain, PAPER) for domain in domains}
     experiment.write("other_domain", {"paper": PAPER, "domains": results})
