@@ -265,7 +265,7 @@ class Experiment:
         """Write `results/NAME.json` with its provenance."""
         given = self.arguments
         setting = {
-            "model": self.lm.name,
+            "model": given.model,
             "windows_built": asdict(self.built),
             "windows_scored": asdict(self.scored),
             "valid_tokens": given.valid_tokens,
