@@ -27,7 +27,7 @@ _AT_ONCE = 64
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure three ways to find neighbors."""
-    experiment = Experiment(__doc__, argv)
+    experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
     exact, test_exact = experiment.voters(store, valid), experiment.voters(store, test)
