@@ -20,12 +20,10 @@ from knnlm.mixture.interpolation import (
     target_knn_log_probs,
 )
 from knnlm.mixture.parameters import Parameters
-from knnlm.perplexity_tally import bootstrap, perplexity_of
+from knnlm.perplexity_tally import BLOCK, FEWEST_DOCUMENTS, bootstrap, perplexity_of
 from knnlm.tuning import CachedNeighbors, fit_lmbdas
 
 PAPERS_RECIPE = Parameters(k=1024, lmbda=0.25, temperature=1.0)
-_FEWEST_DOCUMENTS = 10  # that say something of others
-_BLOCK = 256  # consecutive tokens are alike, so that they are drawn together
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +86,14 @@ def measure(held_out: HeldOut, log_probs: Float[Tensor, " token"]) -> dict[str, 
     where there are fewer than ten, over blocks of 256 consecutive tokens.
     """
     drawn_from, part_of_token = "documents", held_out.documents.numpy()
-    if len(np.unique(part_of_token)) < _FEWEST_DOCUMENTS:
-        drawn_from = f"blocks of {_BLOCK} tokens"
-        part_of_token = np.arange(len(held_out)) // _BLOCK
+    if len(np.unique(part_of_token)) < FEWEST_DOCUMENTS:
+        drawn_from = f"blocks of {BLOCK} tokens"
+        part_of_token = np.arange(len(held_out)) // BLOCK
     nats = -log_probs.double()
     more_nats = nats + held_out.lm_log_probs.double()  # than the LM's
     _, part, tokens = np.unique(part_of_token, return_inverse=True, return_counts=True)
     of_parts = np.bincount(part, more_nats.numpy()).astype(np.float64)[:, None]
-    changes = np.exp(bootstrap(of_parts, tokens)[:, 0]) - 1
+    changes = np.exp(bootstrap(of_parts, tokens.astype(np.float64))[:, 0]) - 1
     total_nats = float(nats.sum())
     return {
         "perplexity": perplexity(log_probs),

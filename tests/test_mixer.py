@@ -29,7 +29,7 @@ from knnlm.mixer import override_mixer
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.tuned import TunedMixture
-from knnlm.perplexity_tally import Tally
+from knnlm.perplexity_tally import Tally, bootstrap
 from knnlm.scoring import Scores
 from knnlm.tuning import Tuning, tune
 from knnlm.windows import Span, Window
@@ -417,7 +417,9 @@ def test_buckets_of_frequency_and_errors_are_of_the_whole_text(
     assert report.change == pytest.approx(report.knn.perplexity / report.lm.perplexity - 1)
     assert report.change_error is not None
     assert report.change_error > 0
-    assert KNNLM(llama_lm, store).perplexity(TEXTS[:1]).change_error is None
+    assert report.errors_over == "blocks of 256 tokens"
+    short = KNNLM(llama_lm, store).perplexity(TEXTS[1:])
+    assert (short.change_error, short.lm.perplexity_error, short.errors_over) == (None, None, None)
 
 
 def test_the_bootstrap_agrees_with_the_spread_of_documents() -> None:
@@ -428,9 +430,41 @@ def test_the_bootstrap_agrees_with_the_spread_of_documents() -> None:
         window = Window(np.array([0, 1], dtype=np.int32), 0, (Span(number, 1),))
         scores = Scores([window], torch.tensor([1]), -of_document[None], ())
         tally.add(scores, -0.5 * of_document[None])
-    lm, mixed, change = tally.errors()
+    errors = tally.errors()
+    assert errors is not None
+    assert errors.over == "documents"
     spread = float(nats.std()) / 20
-    assert lm == pytest.approx(spread * math.exp(float(nats.mean())), rel=0.1)
+    assert errors.lm == pytest.approx(spread * math.exp(float(nats.mean())), rel=0.1)
     ratio = math.exp(-0.5 * float(nats.mean()))
-    assert change == pytest.approx(0.5 * spread * ratio, rel=0.1)
-    assert mixed is not None
+    assert errors.change == pytest.approx(0.5 * spread * ratio, rel=0.1)
+
+
+def test_few_documents_are_drawn_in_blocks_of_256_tokens() -> None:
+    """Two documents, read in windows that end within blocks: 41 blocks, the last one shorter."""
+    tally = Tally([], 4)
+    lengths = (20 * 256, 20 * 256 + 100)
+    nats = torch.rand(sum(lengths), generator=torch.Generator().manual_seed(0)) + 1
+    start = 0
+    for number, length in enumerate(lengths):
+        for begin in range(0, length, 700):
+            count = min(700, length - begin)
+            inputs = np.zeros(count + 1, dtype=np.int32)
+            window = Window(inputs, 0, (Span(number, count),))
+            own = nats[start : start + count]
+            start += count
+            tally.add(Scores([window], torch.ones(count, dtype=torch.int64), -own, ()), -own / 2)
+    assert tally.nats[0] == pytest.approx(float(nats.double().sum()))
+    errors = tally.errors()
+    assert errors is not None
+    assert errors.over == "blocks of 256 tokens"
+    blocks = [
+        part
+        for document in nats.double().split(lengths)  # type: ignore[no-untyped-call]
+        for part in document.split(256)
+    ]
+    assert len(blocks) == 41
+    expected = bootstrap(
+        np.array([[float(part.sum())] for part in blocks]),
+        np.array([float(len(part)) for part in blocks]),
+    )
+    assert errors.lm == pytest.approx(float(np.exp(expected).std(ddof=1)))

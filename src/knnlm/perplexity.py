@@ -27,8 +27,8 @@ class Measure:
 
     perplexity and nats_per_token count the model's tokens; word_perplexity spreads the same nats
     over words separated by white space, bits_per_byte over the bytes of the text in UTF-8, so that
-    both compare models with different tokenizers. perplexity_error: its standard error, by a
-    bootstrap over documents; None for fewer than two.
+    both compare models with different tokenizers. perplexity_error: its standard error, see
+    `PerplexityReport`.
     """
 
     perplexity: float
@@ -73,7 +73,10 @@ class PerplexityReport:
     cache: the continuous cache, if one was mixed in. tokens_helped, tokens_hurt: tokens to which
     the mixture gives more, or less, than the LM alone. share_hurt: of tokens that it gives at least
     0.1 nats less. change, change_error: of perplexity against the LM's, −0.1 for 10 % less, and its
-    standard error. frequencies: from tokens that the datastores lack to the most frequent.
+    standard error. errors_over: what the bootstrap of standard errors draws, "documents", or, where
+    there are fewer than ten, "blocks of 256 tokens", which say nothing of other documents; None,
+    like the errors, for a text of one block. frequencies: from tokens that the datastores lack to
+    the most frequent.
     """
 
     documents: int
@@ -84,6 +87,7 @@ class PerplexityReport:
     knn: Measure
     change: float
     change_error: float | None
+    errors_over: str | None
     parameters: tuple[Parameters, ...]
     weights: str
     cache: CacheParameters | None
@@ -187,7 +191,7 @@ def evaluate(
         text = lm.decode(targets[int(streaming) - unpredicted :])
         words += len(text.split()) - last.words
         size_bytes += len(text.encode()) - last.size_bytes
-    lm_error, knn_error, change_error = tally.errors()
+    errors = tally.errors()
     lm_nats, knn_nats = tally.nats
     tokens = sum(scored.values())
     return PerplexityReport(
@@ -195,10 +199,11 @@ def evaluate(
         tokens=tokens,
         words=words,
         size_bytes=size_bytes,
-        lm=Measure.of(lm_nats, tokens, words, size_bytes, lm_error),
-        knn=Measure.of(knn_nats, tokens, words, size_bytes, knn_error),
+        lm=Measure.of(lm_nats, tokens, words, size_bytes, errors and errors.lm),
+        knn=Measure.of(knn_nats, tokens, words, size_bytes, errors and errors.mixture),
         change=perplexity_of((knn_nats - lm_nats) / tokens) - 1,
-        change_error=change_error,
+        change_error=errors and errors.change,
+        errors_over=errors and errors.over,
         parameters=tuple(memory.parameters for memory in mixer.memories),
         weights=mixer.weights,
         cache=mixer.cache,

@@ -3,6 +3,8 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +16,8 @@ from knnlm.memory import Memory
 from knnlm.mixture.gate_training import share_hurt
 from knnlm.scoring import Scores
 
+FEWEST_DOCUMENTS = 10  # whose bootstrap says something of other documents
+BLOCK = 256  # consecutive tokens, which are alike
 _RESAMPLES = 2000
 
 
@@ -28,6 +32,18 @@ class FrequencyBucket:
     knn_perplexity: float
 
 
+class Errors(NamedTuple):
+    """Standard errors of the LM's perplexity, the mixture's, and of their ratio.
+
+    over: what the bootstrap drew, "documents" or "blocks of 256 tokens".
+    """
+
+    lm: float
+    mixture: float
+    change: float
+    over: str
+
+
 class Tally:
     """Sums of nats: over documents, and over tokens of similar frequency in the datastores.
 
@@ -39,7 +55,8 @@ class Tally:
         self.scored: dict[int, int] = {}
         self.helped = self.hurt = 0
         self._hurt_much = 0.0
-        self._of_documents: dict[int, Float[Tensor, " lm_and_mixture"]] = {}
+        # by document and number of the block in it: nats of the LM and the mixture, and tokens
+        self._of_blocks: dict[tuple[int, int], Float[Tensor, " count"]] = {}
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for memory in memories:
             counts += _count_tokens(memory, vocab_size)
@@ -59,19 +76,26 @@ class Tally:
         buckets = self._bucket[scores.targets.long()]
         self._tokens += torch.bincount(buckets, minlength=len(self._tokens))
         self._of_buckets.index_add_(0, buckets, nats)
+        counted = torch.cat([nats, torch.ones(len(nats), 1, dtype=torch.float64)], dim=1)
         start = 0
         for window in scores.windows:
             for span in window.spans:
-                own = nats[start : start + span.count].sum(dim=0)
+                self._add_to_blocks(span.document, counted[start : start + span.count])
                 start += span.count
-                number = span.document
-                self.scored[number] = self.scored.get(number, 0) + span.count
-                self._of_documents[number] = self._of_documents.get(number, 0) + own
+
+    def _add_to_blocks(self, document: int, counted: Float[Tensor, "token count"]) -> None:
+        """Count the next tokens of a document."""
+        before = self.scored.get(document, 0)
+        self.scored[document] = before + len(counted)
+        ends = range(BLOCK - before % BLOCK, len(counted), BLOCK)
+        for block, part in enumerate(counted.tensor_split(list(ends)), start=before // BLOCK):
+            key = document, block
+            self._of_blocks[key] = self._of_blocks.get(key, 0) + part.sum(dim=0)
 
     @property
     def nats(self) -> tuple[float, float]:
         """The LM's and the mixture's, in all."""
-        lm, mixed = torch.stack(list(self._of_documents.values())).sum(dim=0).tolist()
+        lm, mixed, _ = torch.stack(list(self._of_blocks.values())).sum(dim=0).tolist()
         return lm, mixed
 
     @property
@@ -79,21 +103,28 @@ class Tally:
         """The share of tokens to which the mixture gives at least 0.1 nats less than the LM."""
         return self._hurt_much / sum(self.scored.values())
 
-    def errors(self) -> tuple[float, float, float] | tuple[None, None, None]:
-        """Return the standard errors of the LM's perplexity, the mixture's, and of their ratio.
+    def errors(self) -> Errors | None:
+        """Return standard errors by a bootstrap, seeded; None for a text of one block.
 
-        By a bootstrap over documents, seeded; None for fewer than two.
+        Over documents, or, where there are fewer than ten, over blocks of 256 tokens in them.
         """
-        if len(self.scored) < 2:
-            return None, None, None
-        tokens = np.array([self.scored[number] for number in self._of_documents])
-        nats = torch.stack(list(self._of_documents.values())).numpy()
-        per_token = bootstrap(nats, tokens)
+        over, parts = f"blocks of {BLOCK} tokens", list(self._of_blocks.values())
+        if len(self.scored) >= FEWEST_DOCUMENTS:
+            by_document = groupby(sorted(self._of_blocks), key=lambda key: key[0])
+            parts = [
+                torch.stack([self._of_blocks[key] for key in keys]).sum(dim=0)
+                for _, keys in by_document
+            ]
+            over = "documents"
+        if len(parts) < 2:
+            return None
+        counted = torch.stack(parts).numpy()
+        per_token = bootstrap(counted[:, :2], counted[:, 2])
         with np.errstate(over="ignore", invalid="ignore"):  # λ = 1 may cost infinitely many nats
             perplexities = np.exp(per_token)
             ratios = np.exp(per_token[:, 1] - per_token[:, 0])
             lm, mixed = perplexities.std(axis=0, ddof=1).tolist()
-            return lm, mixed, float(ratios.std(ddof=1))
+            return Errors(lm, mixed, float(ratios.std(ddof=1)), over)
 
     def frequencies(self) -> tuple[FrequencyBucket, ...]:
         """Return the buckets that have tokens, the rarest first."""
@@ -110,7 +141,7 @@ class Tally:
 
 
 def bootstrap(
-    nats: NDArray[np.float64], tokens: NDArray[np.int64], seed: int = 0
+    nats: NDArray[np.float64], tokens: NDArray[np.float64], seed: int = 0
 ) -> NDArray[np.float64]:
     """Return the nats a token, [resample, column], of texts drawn from parts of a text.
 

@@ -121,9 +121,8 @@ def print_perplexity(report: "PerplexityReport") -> None:
         table.add_row(label, f"{lm:,.4f}", f"{knn:,.4f}", f"{(knn / lm - 1) * 100:+.1f} %")
     if report.change_error is not None:
         errors = (f"± {report.lm.perplexity_error:,.2f}", f"± {report.knn.perplexity_error:,.2f}")
-        table.add_row(
-            "standard error", *errors, f"± {report.change_error * 100:.1f} %", style="dim"
-        )
+        change = f"± {report.change_error * 100:.1f} %"
+        table.add_row(f"± over {report.errors_over}", *errors, change, style="dim")
     OUT.print(table)
     frequencies = Table()
     for heading in ("in the datastore", "tokens", "LM", "kNN-LM", "change"):
