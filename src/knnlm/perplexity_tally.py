@@ -140,15 +140,13 @@ class Tally:
                 yield FrequencyBucket(at_least, at_most, tokens, lm, mixed)
 
 
-def bootstrap(
-    nats: NDArray[np.float64], tokens: NDArray[np.float64], seed: int = 0
-) -> NDArray[np.float64]:
+def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the nats a token, [resample, column], of texts drawn from parts of a text.
 
     nats: [part, column], tokens: [part], of each part, such as a document. Parts are drawn with
-    replacement, as many as there are, 2,000 times.
+    replacement, as many as there are, 2,000 times; seeded.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
     per_token: NDArray[np.float64] = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)[:, None]
     return per_token
