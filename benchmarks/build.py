@@ -22,9 +22,14 @@ import numpy as np
 import torch
 
 import knnlm
+from knnlm.model.reading import (
+    choose_windowing,
+    cut_windows,
+    default_batch_tokens,
+    encode_documents,
+)
 from knnlm.provenance import write_results
-from knnlm.reading import choose_windowing, cut_windows, default_batch_tokens, encode_documents
-from knnlm.windows import Window
+from knnlm.text.windows import Window
 
 RESULTS = Path(__file__).parent / "results" / "build.json"
 

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import knnlm
-from knnlm.reading import cut_windows, encode_documents
+from knnlm.model.reading import cut_windows, encode_documents
 
 K = 1024
 PROBES = 32

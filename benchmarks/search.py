@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
-from knnlm.index.ivf import IVFIndex
+from knnlm.index.ivf.index import IVFIndex
 from knnlm.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results" / "search.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-from knnlm.apps.cli import app
+from knnlm.apps.cli.main import app
 
 PAGE = Path(__file__).with_name("cli.md")
 _HEAD = """\

@@ -17,9 +17,9 @@ from in_domain import learned
 from measuring import cached, component, measure, mixed, papers_recipe, percent
 from texts import Domain
 
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.interpolation import interpolate
-from knnlm.tuning import fit_lmbdas, sweep
+from knnlm.model.language_model import LanguageModel
+from knnlm.tuning.tune import fit_lmbdas, sweep
 
 WAYS = ("tuned", "learned")
 PAPER = {"lm": 34.84, "knn": 20.47, "change": 20.47 / 34.84 - 1, "lmbda": 0.65}

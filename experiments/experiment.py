@@ -22,21 +22,21 @@ from texts import DOMAINS, Domain
 from torch import Tensor
 
 import knnlm
-from knnlm.apps.console import RichProgress
-from knnlm.corpus import Documents
+from knnlm.apps.cli.console import RichProgress
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.features import LMSummary, Voters
-from knnlm.provenance import write_results
-from knnlm.reading import (
+from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading import (
     Windowing,
     cut_windows,
     default_batch_tokens,
     encode_documents,
     read_scores,
 )
-from knnlm.windows import Window, limit_windows
+from knnlm.provenance import write_results
+from knnlm.text.corpus import Documents
+from knnlm.text.windows import Window, limit_windows
 
 MAX_K = 1024
 RESULTS = Path(__file__).parent / "results"

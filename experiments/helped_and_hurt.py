@@ -19,9 +19,9 @@ from jaxtyping import Float
 from measuring import HeldOut, cached, groups, measure, mixed, papers_recipe
 from torch import Tensor
 
-from knnlm.language_model import LanguageModel
-from knnlm.mixture.gate_training import HURT_NATS
-from knnlm.tuning import sweep
+from knnlm.evaluation.tally import HURT_NATS
+from knnlm.model.language_model import LanguageModel
+from knnlm.tuning.tune import sweep
 
 SURE = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 SHOWN = 12

@@ -37,12 +37,13 @@ from texts import Domain
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
+from knnlm.evaluation.tally import share_hurt
 from knnlm.mixture.continuous_cache import ContinuousCache, join_recalled
 from knnlm.mixture.features import Source, Voters
-from knnlm.mixture.gate_training import fit_gate, make_examples, share_hurt
 from knnlm.mixture.interpolation import interpolate
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning import CachedNeighbors, fit_lmbdas, sweep
+from knnlm.tuning.gate_training import fit_gate, make_examples
+from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas, sweep
 
 PAPER = {"LM": 18.65, "+ kNN": 16.12, "+ cache": 18.27, "+ kNN + cache": 15.79}
 FIRST_TOKENS = 8_192

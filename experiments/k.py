@@ -14,7 +14,7 @@ from experiment import Experiment
 from measuring import cached, measure, mixed
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning import fit_lmbdas, sweep
+from knnlm.tuning.tune import fit_lmbdas, sweep
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -19,11 +19,11 @@ from jaxtyping import Float
 from measuring import cached, measure, mixed, papers_recipe, percent
 from torch import Tensor
 
-from knnlm.key_choices import KEY_CHOICES, capture_keys, find_key_places
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.features import Voters
-from knnlm.tuning import sweep
-from knnlm.windows import Window
+from knnlm.model.key_places import KEY_CHOICES, capture_keys, find_key_places
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.windows import Window
+from knnlm.tuning.tune import sweep
 
 PAPER = {
     "LM": 17.96,

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
+from knnlm.evaluation.tally import BLOCK, FEWEST_DOCUMENTS, bootstrap, perplexity_of
 from knnlm.mixture.features import LMSummary, Voters
 from knnlm.mixture.interpolation import (
     Component,
@@ -20,8 +21,7 @@ from knnlm.mixture.interpolation import (
     target_knn_log_probs,
 )
 from knnlm.mixture.parameters import Parameters
-from knnlm.perplexity_tally import BLOCK, FEWEST_DOCUMENTS, bootstrap, perplexity_of
-from knnlm.tuning import CachedNeighbors, fit_lmbdas
+from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas
 
 PAPERS_RECIPE = Parameters(k=1024, lmbda=0.25, temperature=1.0)
 

@@ -16,7 +16,7 @@ from experiment import Experiment, digest_of
 from measuring import cached, measure, mixed, papers_recipe, percent
 from training import Recipe, kept_model, train
 
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
 
 PAPER = {"LM 100M": 19.59, "LM 100M + kNN of 3B": 13.73, "LM 3B": 15.17}
 TUNED_ON, ENTRIES = 8_192, 49_152

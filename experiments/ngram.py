@@ -18,7 +18,7 @@ from measuring import HeldOut, cached, component, measure, papers_recipe, percen
 from torch import Tensor
 
 from knnlm.mixture.interpolation import Component, interpolate
-from knnlm.mixture_fitting import fit_weights, relative_probs
+from knnlm.tuning.fitting import fit_weights, relative_probs
 
 MAX_ORDER = 5
 

@@ -20,7 +20,7 @@ from experiment import Experiment
 from measuring import cached, frequencies, groups, measure, mixed, papers_recipe, percent
 from torch import Tensor
 
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
 
 FACTUAL = ("number", "identifier", "capitalized")
 _IDENTIFIER = re.compile(r"\w_\w|__|[a-z]\.[a-zA-Z]|\w\(|[a-z][A-Z]")

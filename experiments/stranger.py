@@ -21,8 +21,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from training import Recipe, kept_model, train
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from knnlm.corpus import Document
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.corpus import Document
 
 VOCABULARY = 4096
 START = "<|start|>"

@@ -15,8 +15,8 @@ from experiment import Experiment
 from measuring import cached, mixed, perplexity
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning import CachedNeighbors, fit_lmbdas
-from knnlm.tuning import sweep as sweep_neighbors
+from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas
+from knnlm.tuning.tune import sweep as sweep_neighbors
 
 QUERIES = 10_000
 TEMPERATURES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)

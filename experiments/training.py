@@ -8,9 +8,9 @@ import torch
 from experiment import Experiment
 from torch.nn.functional import cross_entropy
 
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
 from knnlm.progress import Progress
-from knnlm.windows import Window
+from knnlm.text.windows import Window
 
 
 def kept_model(

@@ -16,8 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from knnlm.corpus import Document
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.corpus import Document
 
 # more threads only get in each other's way on models this small
 torch.set_num_threads(1)

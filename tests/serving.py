@@ -13,12 +13,12 @@ import openai
 from conftest import byte_tokenizer, tiny_llama
 from stores import distinct_documents
 
-from knnlm.apps.server.limits import Limits
+from knnlm.apps.engine.limits import Limits
 from knnlm.apps.server.service import Service, listen
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.knn_lm import KNNLM
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
 
 PARAMETERS: dict[str, Any] = {"k": 12, "lmbda": 0.4, "temperature": 10.0}
 

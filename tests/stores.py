@@ -11,9 +11,9 @@ import torch
 from conftest import PROSE
 from torch import Tensor
 
-from knnlm.corpus import Document
 from knnlm.datastore.datastore import Datastore
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.corpus import Document
 
 
 def distinct_documents(count: int) -> list[Document]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 from typer.core import TyperGroup
 
-from knnlm.apps.cli import app
+from knnlm.apps.cli.main import app
 
 DOCS = Path(__file__).parents[1] / "docs"
 DESIGNED = {

@@ -12,19 +12,19 @@ from stores import distinct_documents, slow_knn_probs, stored_keys
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.errors import DatastoreMismatchError, InvalidArgumentError
+from knnlm.evaluation.scoring import Wanted, mixed_log_probs, score_windows
 from knnlm.index.exact import ExactIndex
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
-from knnlm.language_model import LanguageModel
-from knnlm.memory import Memory
 from knnlm.mixture.parameters import Parameters
-from knnlm.reading import Windowing, cut_windows, encode_documents
-from knnlm.scoring import Wanted, mixed_log_probs, score_windows
+from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading import Windowing, cut_windows, encode_documents
+from knnlm.retrieval.retriever import Memory
+from knnlm.text.corpus import Document
 
 K = 12
 SIZES: dict[str, Any] = {"window": 48, "context": 16}

@@ -9,10 +9,10 @@ import pytest
 from conftest import PROSE, byte_tokenizer, tiny_llama
 from stores import distinct_documents
 
-import knnlm.mixture_fitting
+import knnlm.tuning.fitting
 from knnlm.datastore.build import build
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
+from knnlm.model.language_model import LanguageModel
 
 ROOT = Path(__file__).parents[1]
 NAME = "HuggingFaceTB/SmolLM2-135M"
@@ -64,7 +64,7 @@ def test_attaching(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_mixing(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(knnlm.mixture_fitting, "LEAST_TOKENS", 32)
+    monkeypatch.setattr(knnlm.tuning.fitting, "LEAST_TOKENS", 32)
     names = run("docs/mixing.md")
     assert "fixed weights + cache" in capsys.readouterr().out
     assert names["fixed"].mixer.weights == "fixed"

@@ -12,57 +12,57 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from knnlm.attachment import Attachment as Attachment
-    from knnlm.attachment import attach as attach
-    from knnlm.attribution import Explanation as Explanation
-    from knnlm.attribution import explain as explain
-    from knnlm.attribution import sum_credits as sum_credits
-    from knnlm.corpus import Document as Document
-    from knnlm.corpus import Documents as Documents
-    from knnlm.corpus import read_documents as read_documents
+    from knnlm.attachment.attachment import Attachment as Attachment
+    from knnlm.attachment.attachment import attach as attach
     from knnlm.datastore.build import build as build
     from knnlm.datastore.datastore import Datastore as Datastore
     from knnlm.datastore.maintenance import compact as compact
     from knnlm.datastore.maintenance import verify as verify
     from knnlm.errors import KNNLMError as KNNLMError
+    from knnlm.evaluation.explain import Explanation as Explanation
+    from knnlm.evaluation.explain import explain as explain
+    from knnlm.evaluation.explain import sum_credits as sum_credits
+    from knnlm.evaluation.perplexity import PerplexityReport as PerplexityReport
     from knnlm.index.policy import open_index as open_index
     from knnlm.index.protocol import Index as Index
     from knnlm.index.protocol import Neighbors as Neighbors
     from knnlm.knn_lm import KNNLM as KNNLM
-    from knnlm.language_model import LanguageModel as LanguageModel
-    from knnlm.memory import Memory as Memory
     from knnlm.mixture.parameters import Parameters as Parameters
-    from knnlm.perplexity import PerplexityReport as PerplexityReport
-    from knnlm.reading import Windowing as Windowing
-    from knnlm.tuning import Tuning as Tuning
-    from knnlm.tuning import tune as tune
+    from knnlm.model.language_model import LanguageModel as LanguageModel
+    from knnlm.model.reading import Windowing as Windowing
+    from knnlm.retrieval.retriever import Memory as Memory
+    from knnlm.text.corpus import Document as Document
+    from knnlm.text.corpus import Documents as Documents
+    from knnlm.text.corpus import read_documents as read_documents
+    from knnlm.tuning.tune import Tuning as Tuning
+    from knnlm.tuning.tune import tune as tune
 
 __version__ = "0.1.0"
 
 _MODULES = {
-    "Attachment": "attachment",
+    "Attachment": "attachment.attachment",
     "Datastore": "datastore.datastore",
-    "Document": "corpus",
-    "Documents": "corpus",
-    "Explanation": "attribution",
+    "Document": "text.corpus",
+    "Documents": "text.corpus",
+    "Explanation": "evaluation.explain",
     "Index": "index.protocol",
     "KNNLM": "knn_lm",
     "KNNLMError": "errors",
-    "LanguageModel": "language_model",
-    "Memory": "memory",
+    "LanguageModel": "model.language_model",
+    "Memory": "retrieval.retriever",
     "Neighbors": "index.protocol",
     "Parameters": "mixture.parameters",
-    "PerplexityReport": "perplexity",
-    "Tuning": "tuning",
-    "Windowing": "reading",
-    "attach": "attachment",
+    "PerplexityReport": "evaluation.perplexity",
+    "Tuning": "tuning.tune",
+    "Windowing": "model.reading",
+    "attach": "attachment.attachment",
     "build": "datastore.build",
     "compact": "datastore.maintenance",
-    "explain": "attribution",
+    "explain": "evaluation.explain",
     "open_index": "index.policy",
-    "read_documents": "corpus",
-    "sum_credits": "attribution",
-    "tune": "tuning",
+    "read_documents": "text.corpus",
+    "sum_credits": "evaluation.explain",
+    "tune": "tuning.tune",
     "verify": "datastore.maintenance",
 }
 

@@ -1,5 +1,5 @@
 """`python -m knnlm` is the command `knnlm`."""
 
-from knnlm.apps.cli import main
+from knnlm.apps.cli.main import main
 
 main()

@@ -8,19 +8,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.attachment import Attachment
-from knnlm.attribution import Explanation, explain
-from knnlm.corpus import Document
+from knnlm.attachment.attachment import Attachment
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
+from knnlm.evaluation.explain import Explanation, explain
+from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.protocol import Index
-from knnlm.language_model import LanguageModel
-from knnlm.memory import ForEach, Memory
-from knnlm.mixer import Mixer, open_mixer
 from knnlm.mixture.continuous_cache import CacheParameters
-from knnlm.perplexity import PerplexityReport, evaluate
+from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading import Windowing
 from knnlm.progress import SILENT, Progress
-from knnlm.reading import Windowing
+from knnlm.retrieval.mixer import Mixer, open_mixer
+from knnlm.retrieval.retriever import ForEach, Memory
+from knnlm.text.corpus import Document
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,6 @@ import torch
 from conftest import PROSE, byte_tokenizer, documents_of, tiny_gpt2, tiny_llama
 from stores import assert_same
 
-from knnlm.corpus import Document, read_documents
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import verify
@@ -20,7 +19,8 @@ from knnlm.errors import (
     InvalidTextError,
     NonFiniteKeysError,
 )
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.corpus import Document, read_documents
 
 
 def test_every_token_is_a_value_and_its_key_is_the_models(

@@ -21,7 +21,6 @@ import torch
 from conftest import refusal
 from stores import assert_same, contents, distinct_documents, small_disk, stored_keys
 
-from knnlm.corpus import Document
 from knnlm.datastore import catalog as catalog_module
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import FILE_NAME, Catalog
@@ -29,9 +28,10 @@ from knnlm.datastore.datastore import SHARDS, Datastore, writer_lock
 from knnlm.datastore.maintenance import compact, verify
 from knnlm.errors import DatastoreLockedError, DatastoreWriteError
 from knnlm.index.exact import ExactIndex
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
+from knnlm.model.language_model import LanguageModel
 from knnlm.progress import Advance
+from knnlm.text.corpus import Document
 
 # newer Pythons warn of forks beside threads; ours use no thread pool
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -12,7 +12,6 @@ import torch
 from conftest import byte_tokenizer, refusal, tiny_llama
 from stores import contents, distinct_documents, small_disk, stored_keys
 
-from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import FILE_NAME, StoredDocument
 from knnlm.datastore.datastore import SHARDS, Datastore
@@ -27,8 +26,9 @@ from knnlm.errors import (
     KNNLMError,
 )
 from knnlm.index.exact import ExactIndex
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.corpus import Document
 
 DOCUMENTS = distinct_documents(7)
 

@@ -13,7 +13,6 @@ from conftest import refusal
 from stores import assert_same, contents, distinct_documents, stored_keys
 from torch import Tensor
 
-from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.catalog import FILE_NAME
 from knnlm.datastore.datastore import SHARDS, Datastore
@@ -21,7 +20,8 @@ from knnlm.datastore.maintenance import Compaction, compact, verify
 from knnlm.datastore.shards import ShardFile, shard_problem, write_shard
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.exact import ExactIndex
-from knnlm.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.corpus import Document
 
 DOCUMENTS = [
     *(Document(f"tales/{d.name}", d.text) for d in distinct_documents(4)),

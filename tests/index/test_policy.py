@@ -10,10 +10,10 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.errors import DatastoreChangedError, InvalidArgumentError
 from knnlm.index import policy
+from knnlm.index.available_memory import memory_bytes
 from knnlm.index.exact import ExactIndex
 from knnlm.index.faiss import FaissIndex
-from knnlm.index.ivf import IVFIndex
-from knnlm.index.memory_limit import memory_bytes
+from knnlm.index.ivf.index import IVFIndex
 
 pytest.importorskip("faiss")
 

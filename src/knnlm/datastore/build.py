@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.corpus import Document
 from knnlm.datastore.catalog import FILE_NAME, Catalog, Settings, StoredDocument, StoredShard
 from knnlm.datastore.datastore import LOCK_NAME, SHARDS, Datastore, parse_key_dtype, writer_lock
 from knnlm.datastore.shards import ASIDE, write_shard, writing
@@ -26,9 +25,8 @@ from knnlm.errors import (
     InvalidArgumentError,
     NonFiniteKeysError,
 )
-from knnlm.language_model import LanguageModel
-from knnlm.progress import SILENT, Advance, Progress
-from knnlm.reading import (
+from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading import (
     EncodedDocument,
     Windowing,
     choose_windowing,
@@ -38,7 +36,9 @@ from knnlm.reading import (
     read_keys,
     total_bytes,
 )
-from knnlm.windows import Window
+from knnlm.progress import SILENT, Advance, Progress
+from knnlm.text.corpus import Document
+from knnlm.text.windows import Window
 
 _MIN_SHARD_ROWS = 8192
 _MAX_SHARD_BYTES = 1 << 28

@@ -22,11 +22,11 @@ from knnlm.errors import (
     DatastoreMismatchError,
     InvalidArgumentError,
 )
-from knnlm.keyed_model import KeyedModel
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
-from knnlm.mixture.tuned import TunedMixture
-from knnlm.reading import Windowing
+from knnlm.mixture.stored import TunedMixture
+from knnlm.model.keyed_model import KeyedModel
+from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading import Windowing
 
 SHARDS = "shards"
 LOCK_NAME = "writer.lock"

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
+from knnlm.index.available_memory import memory_bytes
 from knnlm.index.exact import ExactIndex
 from knnlm.index.faiss import FaissIndex, FaissReport
-from knnlm.index.ivf import IVFIndex
-from knnlm.index.ivf_file import IVFReport
-from knnlm.index.memory_limit import memory_bytes
+from knnlm.index.ivf.file import IVFReport
+from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.protocol import Index
 from knnlm.progress import SILENT, Progress
 

@@ -11,16 +11,16 @@ import torch
 from conftest import PROSE, refusal
 from serving import PARAMETERS, Served, fresh_lm, opening, serving, tiny_store
 
-import knnlm.mixture_fitting
+import knnlm.tuning.fitting
 from knnlm.apps.explorer.analysis import LEAST_K, analyze, read_passages
 from knnlm.apps.explorer.page import PAGE_PATHS, standalone_page
-from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
-from knnlm.tuning import tune
+from knnlm.text.corpus import Document
+from knnlm.tuning.tune import tune
 
 TEXT = "A datastore is a memory: ☃ 語 one entry for every token of the text."
 
@@ -110,7 +110,7 @@ def test_fewer_entries_than_are_asked_for(tmp_path: Path) -> None:
 def test_learned_weights_are_those_of_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(knnlm.mixture_fitting, "LEAST_TOKENS", 64)
+    monkeypatch.setattr(knnlm.tuning.fitting, "LEAST_TOKENS", 64)
     lm = fresh_lm()
     # no text twice: of equally distant entries any may be the k-th
     store = build(tmp_path / "s", lm, [Document("one", PROSE)], window=48, context=16)

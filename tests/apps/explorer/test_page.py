@@ -14,11 +14,11 @@ from stores import distinct_documents
 
 from knnlm.apps.explorer.analysis import analyze
 from knnlm.apps.explorer.page import standalone_page
-from knnlm.attribution import sum_credits
-from knnlm.corpus import Document
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
+from knnlm.evaluation.explain import sum_credits
 from knnlm.knn_lm import KNNLM
+from knnlm.text.corpus import Document
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

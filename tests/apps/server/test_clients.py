@@ -17,9 +17,9 @@ from schemathesis.specs.openapi.checks import (
 )
 from serving import Served, opening, serving, tiny_store
 
-from knnlm.apps.server.limits import Limits
-from knnlm.corpus import Document
-from knnlm.reading import Windowing
+from knnlm.apps.engine.limits import Limits
+from knnlm.model.reading import Windowing
+from knnlm.text.corpus import Document
 
 CHECKS = [
     not_a_server_error,

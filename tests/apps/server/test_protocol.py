@@ -15,9 +15,9 @@ import torch
 from conftest import PROSE
 from serving import Served, opening, serving, tiny_store
 
-from knnlm.apps.server.limits import Limits
-from knnlm.apps.server.openai_schema import CompletionResponse, ExplainResponse, Health
-from knnlm.attribution import explain
+from knnlm.apps.engine.limits import Limits
+from knnlm.apps.server.schema import CompletionResponse, ExplainResponse, Health
+from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
 
 TEXT = "A datastore is a memory: one entry for every token of the"

@@ -23,11 +23,11 @@ from conftest import PROSE, refusal
 from serving import PARAMETERS, Served, fresh_lm, opening, serving, tiny_store, wait_for
 from typer.testing import CliRunner
 
-from knnlm.apps.cli import app
-from knnlm.apps.server.jobs import Completion
-from knnlm.apps.server.limits import Limits
+from knnlm.apps.cli.main import app
+from knnlm.apps.engine.jobs import Completion
+from knnlm.apps.engine.limits import Limits
+from knnlm.apps.engine.worker import Worker
 from knnlm.apps.server.service import check_exposure, listen
-from knnlm.apps.server.worker import Worker
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM

@@ -17,8 +17,8 @@ from serving import wait_for
 from stores import distinct_documents
 
 from knnlm.datastore.build import build
-from knnlm.language_model import LanguageModel
 from knnlm.mixture.parameters import Parameters
+from knnlm.model.language_model import LanguageModel
 
 PAGE = Path(__file__).parents[3] / "docs" / "serving.md"
 NAME = "HuggingFaceTB/SmolLM2-135M"

@@ -13,19 +13,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.apps.server.text_stream import TextStream
-from knnlm.attribution import text_windows
+from knnlm.apps.engine.text_stream import TextStream
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
+from knnlm.evaluation.explain import text_windows
+from knnlm.evaluation.scoring import Scores, mixed_log_probs
 from knnlm.index.policy import describe_index
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
-from knnlm.language_model import LanguageModel
-from knnlm.memory import Memory
-from knnlm.mixer import Mixer
 from knnlm.mixture.features import LMSummary, summarize_lm
-from knnlm.scoring import Scores, mixed_log_probs
-from knnlm.windows import Window
+from knnlm.model.language_model import LanguageModel
+from knnlm.retrieval.mixer import Mixer
+from knnlm.retrieval.retriever import Memory
+from knnlm.text.windows import Window
 
 LEAST_K = 256
 """Neighbors that are searched at least, so that k can be raised too."""

@@ -9,13 +9,13 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
+from knnlm.apps.engine.engine import Engine
+from knnlm.apps.engine.inbox import Inbox, ask_once
+from knnlm.apps.engine.jobs import Answered, Query
+from knnlm.apps.engine.steps import Overrides
 from knnlm.apps.explorer import page
 from knnlm.apps.explorer.analysis import analyze, describe_stores, read_passages
-from knnlm.apps.server.engine import Engine
-from knnlm.apps.server.inbox import Inbox, ask_once
-from knnlm.apps.server.jobs import Answered, Query
-from knnlm.apps.server.mixing import Overrides
-from knnlm.apps.server.refusals import CLIENT_LEFT
+from knnlm.apps.server.http_errors import CLIENT_LEFT
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 

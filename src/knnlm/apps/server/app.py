@@ -9,17 +9,18 @@ from fastapi.responses import StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 
+from knnlm.apps.engine.engine import Engine, Facts
+from knnlm.apps.engine.inbox import Inbox, ask_once, unless_left
+from knnlm.apps.engine.jobs import Explained
+from knnlm.apps.engine.limits import Limits
+from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.explorer import routes as explorer
-from knnlm.apps.server import refusals
-from knnlm.apps.server.answers import Answer, Piece, explanation_info
-from knnlm.apps.server.engine import Engine, Facts
-from knnlm.apps.server.gate import Gate
-from knnlm.apps.server.inbox import Inbox, ask_once, unless_left
-from knnlm.apps.server.intake import RequestReader
-from knnlm.apps.server.jobs import Explained
-from knnlm.apps.server.limits import Limits
-from knnlm.apps.server.metrics import Metrics
-from knnlm.apps.server.openai_schema import (
+from knnlm.apps.server import http_errors as refusals
+from knnlm.apps.server.http_errors import CLIENT_LEFT, RefusalError
+from knnlm.apps.server.middleware import Gate
+from knnlm.apps.server.requests import RequestReader
+from knnlm.apps.server.responses import Answer, Piece, explanation_info
+from knnlm.apps.server.schema import (
     CompletionRequest,
     CompletionResponse,
     ErrorResponse,
@@ -29,7 +30,6 @@ from knnlm.apps.server.openai_schema import (
     ModelInfo,
     ModelList,
 )
-from knnlm.apps.server.refusals import CLIENT_LEFT, RefusalError
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     "4XX": {"model": ErrorResponse, "description": "The request is refused."},

@@ -13,11 +13,11 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from knnlm.apps.engine.engine import Engine, Facts
+from knnlm.apps.engine.limits import Limits
+from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.server.app import create_app
-from knnlm.apps.server.engine import Engine, Facts
-from knnlm.apps.server.gate import is_loopback
-from knnlm.apps.server.limits import Limits
-from knnlm.apps.server.metrics import Metrics
+from knnlm.apps.server.middleware import is_loopback
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 

@@ -1,0 +1,1 @@
+"""The command `knnlm`: one file for each command or group of commands."""

@@ -1,0 +1,141 @@
+"""Explanations in the terminal: the text coloured by gain and loss, votes and their passages."""
+
+import math
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+from knnlm.apps.cli.console import OUT
+
+if TYPE_CHECKING:
+    from knnlm.evaluation.explain import Explanation, Source, Vote
+
+_LEAST_GAIN = 0.1  # nats, from which on a token is coloured
+_DOCUMENTS = 10
+# what would move the cursor or colour the terminal: control characters, but for tab and line end
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def print_explanations(
+    explanations: Sequence["Explanation"], chosen: Sequence[int], first: int = 0
+) -> None:
+    """Print the text, the chosen tokens with their sources, and what each document gave.
+
+    first: the token from which on the text is shown in colours and documents are counted; those
+    before are a prompt.
+    """
+    text = Text()
+    for number, explanation in enumerate(explanations):
+        style = "dim" if number < first else _gain_style(explanation.gain)
+        text.append(_printable(explanation.text), style=style)
+    OUT.print(text, soft_wrap=True)
+    OUT.print(
+        Text.assemble(("green", "green"), ": the datastore helped, ", ("red", "red"), ": it hurt\n")
+    )
+    if chosen:
+        _print_numbers(explanations, chosen)
+    for number in chosen:
+        _print_votes(number, explanations[number])
+    _print_documents(explanations[first:])
+
+
+def _print_numbers(explanations: Sequence["Explanation"], chosen: Sequence[int]) -> None:
+    table = Table()
+    for heading in ("", "token", "p_LM", "p_kNN", "p", "nats"):
+        table.add_column(heading, justify="left" if heading == "token" else "right")
+    for number in chosen:
+        explanation = explanations[number]
+        table.add_row(
+            str(number),
+            Text(_quoted(explanation.text), "bold"),
+            f"{math.exp(explanation.lm_log_prob):.3f}",
+            f"{explanation.knn_prob:.3f}",
+            f"{math.exp(explanation.log_prob):.3f}",
+            Text(f"{explanation.gain:+.2f}", _gain_style(explanation.gain)),
+        )
+    OUT.print(table)
+
+
+def _print_votes(number: int, explanation: "Explanation") -> None:
+    """Print what the neighbors vote for, and below each vote those who cast it."""
+    OUT.print(Text.assemble(f"\ntoken {number} ", (_quoted(explanation.text), "bold")))
+    silent = []
+    for vote in explanation.votes:
+        sources = [source for source in explanation.sources if source.token == vote.token]
+        if not sources and vote.token != explanation.token:
+            silent.append(vote)
+            continue
+        style = "bold green" if vote.token == explanation.token else "bold"
+        OUT.print(Text.assemble("  ", (_quoted(vote.text), style), f" {_described(vote)}"))
+        for source in sources:
+            _print_source(source)
+    if silent:
+        others = "; ".join(f"{_quoted(vote.text)} {_described(vote)}" for vote in silent)
+        OUT.print(f"  others: {others}", style="dim", soft_wrap=True)
+
+
+def _described(vote: "Vote") -> str:
+    neighbors = "1 neighbor" if vote.neighbors == 1 else f"{vote.neighbors:,} neighbors"
+    return f"{vote.weight:.1%} of the vote, {neighbors}"
+
+
+def _print_source(source: "Source") -> None:
+    OUT.print(
+        Text.assemble(
+            f"    {source.weight:6.1%}  d² {source.squared_distance:<8.4g} ",
+            (f"{_printable(source.document)}, token {source.position}", "cyan"),
+            "\n            ",
+            "…" if source.before else "",
+            _one_line(source.before),
+            (_one_line(source.value), "reverse"),
+            _one_line(source.after),
+            "…",
+        ),
+        soft_wrap=True,
+    )
+
+
+def _print_documents(explanations: Sequence["Explanation"]) -> None:
+    """Print which part of the tokens' probability came from the LM, and which from where."""
+    from knnlm.evaluation.explain import sum_credits
+
+    credits_ = sum_credits(explanations)
+    tokens = len(explanations)
+    from_lm = tokens - sum(credit.tokens for credit in credits_)
+    several = len({credit.store for credit in credits_} - {""}) > 1
+    table = Table(title=f"who wrote these {tokens:,} tokens", title_justify="left")
+    for heading in ("", "tokens", "share"):
+        table.add_column(heading, justify="right" if heading else "left")
+    table.add_row(Text("the language model", "italic"), f"{from_lm:.1f}", f"{from_lm / tokens:.1%}")
+    for credit in credits_[:_DOCUMENTS]:
+        name = f"{credit.store}: {credit.document}" if several else credit.document
+        table.add_row(
+            Text(_printable(name)), f"{credit.tokens:.1f}", f"{credit.tokens / tokens:.1%}"
+        )
+    if len(credits_) > _DOCUMENTS:
+        rest = sum(credit.tokens for credit in credits_[_DOCUMENTS:])
+        name = f"{len(credits_) - _DOCUMENTS:,} more documents"
+        table.add_row(Text(name, "dim"), f"{rest:.1f}", f"{rest / tokens:.1%}")
+    OUT.print()
+    OUT.print(table)
+
+
+def _gain_style(gain: float) -> str:
+    if abs(gain) < _LEAST_GAIN:
+        return ""
+    return ("green" if gain > 0 else "red") + (" bold" if abs(gain) > 1 else "")
+
+
+def _quoted(text: str) -> str:
+    return _printable(repr(text))
+
+
+def _printable(text: str) -> str:
+    return _CONTROL.sub("�", text.replace("\r\n", "\n"))
+
+
+def _one_line(text: str) -> str:
+    return _printable(text.replace("\r", "").replace("\n", "⏎").replace("\t", "→"))

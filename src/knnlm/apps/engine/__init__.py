@@ -1,0 +1,1 @@
+"""The batching engine: many completions on one model; knows no network protocol."""

@@ -1,0 +1,196 @@
+"""The model thread: one owner of model, indexes and datastores, fed through a queue.
+
+Knows threads and jobs; knows no protocol and nothing of what the worker does.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from knnlm.apps.engine.jobs import Failed, Job
+from knnlm.apps.engine.limits import Limits
+from knnlm.apps.engine.metrics import Metrics
+from knnlm.apps.engine.worker import Worker
+from knnlm.knn_lm import KNNLM
+from knnlm.mixture.parameters import Parameters
+
+_LOG = logging.getLogger(__name__)
+
+
+class QueueFullError(RuntimeError):
+    """There is no room to wait in."""
+
+
+class UnavailableError(RuntimeError):
+    """Nothing is accepted: the server is stopping, or its model thread has died."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the HTTP side has to know of the model, which it may not touch.
+
+    tokenizer: the model's own; whoever uses it works on a copy. max_window: positions that prompt
+    and completion may fill together; None for no limit. weights: see `Mixer.weights`.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    start_token: int
+    max_window: int | None
+    entries: tuple[int, ...]
+    parameters: tuple[Parameters, ...]
+    weights: str
+
+
+class Engine:
+    """A thread that opens a kNN-LM and runs jobs on it.
+
+    open_model: called in the thread, which then is the only one to use what it returns.
+    """
+
+    def __init__(self, open_model: Callable[[], KNNLM], limits: Limits, metrics: Metrics) -> None:
+        self._open_model = open_model
+        self._limits = limits
+        self._metrics = metrics
+        self._changed = threading.Condition()  # guards what follows
+        self._waiting: deque[Job] = deque()
+        self._running: set[Job] = set()
+        self._is_draining = self._is_closing = False
+        self._failure: Exception | None = None
+        self._facts: Facts | None = None
+        self._opened = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="knnlm-model", daemon=True)
+
+    def start(self) -> Facts:
+        """Start the thread and wait for the model; raises what opening it raised."""
+        self._thread.start()
+        self._opened.wait()
+        if self._facts is None:
+            assert self._failure is not None
+            raise self._failure
+        return self._facts
+
+    @property
+    def status(self) -> str:
+        """Return ok, stopping, or dead where the thread has ended by a failure."""
+        if self._failure is not None:
+            return "dead"
+        return "stopping" if self._is_draining else "ok"
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        with self._changed:
+            return not self._waiting and not self._running
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, all of them or none; raises QueueFullError and UnavailableError."""
+        with self._changed:
+            if self._failure is not None:
+                raise UnavailableError("the server's model thread has died; restart the server")
+            if self._is_draining:
+                raise UnavailableError("the server is stopping")
+            waiting = sum(job.places for job in self._waiting if not job.cancelled)
+            asked = sum(job.places for job in jobs)
+            if waiting + asked > self._limits.max_queue:
+                raise QueueFullError(
+                    f"{waiting} completions are waiting, of at most {self._limits.max_queue}: "
+                    "try again in a moment"
+                )
+            self._waiting.extend(jobs)
+            self._metrics.waiting.set(waiting + asked)
+            self._changed.notify()
+
+    def wake(self) -> None:
+        """Let the thread see that jobs were cancelled."""
+        with self._changed:
+            self._changed.notify()
+
+    def drain(self) -> None:
+        """Accept nothing more; what waits and runs goes on."""
+        self._is_draining = True  # no lock: may be called from a signal handler
+
+    def close(self, timeout: float = 30.0) -> None:
+        """End what is left with a failure, and the thread."""
+        self.drain()
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _run(self) -> None:
+        try:
+            model = self._open_model()
+            worker = Worker(model, self._metrics)
+            self._facts = _facts(model)
+        except Exception as error:
+            self._failure = error
+            return
+        finally:
+            self._opened.set()
+        try:
+            while self._take(worker):
+                worker.turn()
+                with self._changed:
+                    self._running = worker.jobs
+                self._metrics.running.set(worker.places)
+        except Exception as error:
+            _LOG.critical("the model thread died: %r", error, exc_info=error)
+            self._failure = error
+        finally:
+            worker.close()
+            self._abandon(worker)
+
+    def _take(self, worker: Worker) -> bool:
+        """Wait for work and hand over what there is a place for; return False at the end."""
+        begun = []
+        with self._changed:
+            while True:
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+                if self._is_closing:
+                    return False
+                if self._waiting or worker.jobs:
+                    break
+                self._metrics.waiting.set(0)
+                self._changed.wait()
+            places = worker.places
+            while self._waiting:
+                places += self._waiting[0].places
+                if places > self._limits.max_batch:
+                    break
+                begun.append(self._waiting.popleft())
+            self._running = worker.jobs.union(begun)
+            self._metrics.waiting.set(sum(job.places for job in self._waiting))
+        for job in begun:
+            worker.begin(job)
+        return True
+
+    def _abandon(self, worker: Worker) -> None:
+        """Tell everybody who still waits that nothing will come."""
+        message = "the server is stopping" if self._failure is None else "the server failed"
+        with self._changed:
+            left = [*self._waiting, *self._running]
+            self._waiting.clear()
+            self._running = set()
+        for job in left:
+            if not job.cancelled:
+                job.cancel()
+                job.post(Failed(message, stopping=self._failure is None))
+        self._metrics.waiting.set(0)
+        self._metrics.running.set(0)
+
+
+def _facts(model: KNNLM) -> Facts:
+    return Facts(
+        tokenizer=model.lm.tokenizer,
+        vocab_size=model.lm.vocab_size,
+        start_token=model.lm.start_token,
+        max_window=model.lm.max_window,
+        entries=tuple(len(memory.store) for memory in model.memories),
+        parameters=tuple(memory.parameters for memory in model.memories),
+        weights=model.mixer.weights,
+    )

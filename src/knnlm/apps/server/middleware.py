@@ -1,0 +1,164 @@
+"""What every request passes before a route sees it: the key, the size, the clock, the counters."""
+
+import asyncio
+import hmac
+import ipaddress
+import time
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from knnlm.apps.engine.limits import Limits
+from knnlm.apps.engine.metrics import Metrics
+from knnlm.apps.explorer.page import ASKED_PATHS, PAGE_PATHS
+from knnlm.apps.server.http_errors import CLIENT_LEFT, RefusalError
+
+_OPEN = {"/health", *PAGE_PATHS}  # the explorer's page itself shows nothing: it asks for the key
+_TAKES_JSON = {"/v1/completions", "/v1/explain", *ASKED_PATHS}
+_THROWN_AWAY_BYTES = 64 << 20  # read of a body that is too large, so that its sender sees why
+
+
+class Gate:
+    """The outermost layer of the app.
+
+    api_key: without which nothing but /health answers. routes: the paths that are counted under
+    their own names. is_stopping: whether new requests are refused.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        metrics: Metrics,
+        api_key: str | None,
+        routes: frozenset[str],
+        is_stopping: Callable[[], bool],
+    ) -> None:
+        self._app = app
+        self._limits = limits
+        self._metrics = metrics
+        self._key = None if api_key is None else api_key.encode()
+        self._routes = routes
+        self._is_stopping = is_stopping
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request pass, or refuse it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.perf_counter()
+        status = CLIENT_LEFT
+
+        async def send_counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._pass(scope, receive, send_counted)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            route = scope["path"] if scope["path"] in self._routes else "other"
+            self._metrics.requests.labels(route, str(status)).inc()
+            self._metrics.latency.labels(route).observe(time.perf_counter() - started)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            if scope["path"] not in _OPEN:
+                self._check_key(scope)
+            if self._is_stopping() and scope["method"] == "POST":
+                raise RefusalError(503, "the server is stopping", headers={"Retry-After": "5"})
+            if scope["method"] == "POST" and scope["path"] in _TAKES_JSON:
+                _check_content_type(scope)
+            body = await self._read(scope, receive)
+        except RefusalError as refusal:
+            await refusal.response()(scope, receive, send)
+            return
+        except _ClientLeftError:
+            return
+        unread: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def replay() -> Message:
+            return unread.pop() if unread else await receive()
+
+        await self._app(scope, replay, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None:
+            _check_host(scope)
+            return
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        scheme, _, key = given.partition(b" ")
+        is_right = hmac.compare_digest(key.strip(), self._key)
+        if scheme.lower() != b"bearer" or not is_right:
+            raise RefusalError(
+                401,
+                "the request must carry this server's key: Authorization: Bearer KEY",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+        """Return the whole body, within the limits of size and time."""
+        limit = self._limits.max_body_bytes
+        parts: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._limits.request_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _ClientLeftError
+                    size += len(message.get("body", b""))
+                    if size <= limit:
+                        parts.append(message.get("body", b""))
+                    if not message.get("more_body", False) or size > _THROWN_AWAY_BYTES:
+                        break
+        except TimeoutError:
+            raise RefusalError(
+                408,
+                f"the request must arrive within {self._limits.request_seconds:g} seconds",
+                headers={"Connection": "close"},
+            ) from None
+        if size > limit:
+            raise RefusalError(
+                413,
+                f"a request's body must have at most {limit} bytes",
+                headers={"Connection": "close"},
+            )
+        return b"".join(parts)
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a name or address is this machine's alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
+
+
+def _check_host(scope: Scope) -> None:
+    """Refuse a browser that was told that somebody else's name is this machine's address."""
+    given = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
+    name = given.rpartition("]")[0][1:] if given.startswith("[") else given.partition(":")[0]
+    if not is_loopback(name):
+        raise RefusalError(
+            403,
+            f"a server without a key answers to localhost and 127.0.0.1 only, not to {name!r}: "
+            "start it with --api-key",
+        )
+
+
+def _check_content_type(scope: Scope) -> None:
+    """Take nothing but JSON, which a web page of somebody else cannot send to this machine."""
+    given = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if given != b"application/json":
+        raise RefusalError(415, "the request must have the header Content-Type: application/json")
+
+
+class _ClientLeftError(Exception):
+    """The client closed the connection before its request was whole."""

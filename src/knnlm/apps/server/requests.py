@@ -1,0 +1,175 @@
+"""A request's prompts → token ids, its fields → jobs. Touches no model: any thread may do it."""
+
+import copy
+import secrets
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from knnlm.apps.engine.engine import Facts
+from knnlm.apps.engine.jobs import Completion, Event, TextToExplain
+from knnlm.apps.engine.limits import Limits
+from knnlm.apps.engine.steps import Overrides
+from knnlm.apps.server.http_errors import RefusalError
+from knnlm.apps.server.schema import CompletionRequest, ExplainRequest, Prompt
+from knnlm.model.language_model import detokenize, tokenize
+
+_DEFAULT_MAX_TOKENS = 16  # the protocol's
+_DEFAULT_SOURCES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the model reads it, and as its text goes back to the client.
+
+    hidden: tokens at its start that the client did not send.
+    """
+
+    tokens: Sequence[int]
+    hidden: int
+    text: str
+
+
+class RequestReader:
+    """Turns requests into jobs, or refuses them; raises RefusalError."""
+
+    def __init__(self, facts: Facts, limits: Limits) -> None:
+        self._facts = facts
+        self._limits = limits
+        # a tokenizer serves one thread at a time, and the model thread uses the original
+        self._tokenizer = copy.deepcopy(facts.tokenizer)
+        self._lock = threading.Lock()
+
+    def encode(self, prompt: Prompt) -> list[EncodedPrompt]:
+        """Tokenize the prompts of a request.
+
+        A text is preceded by the start token, as in a datastore; token ids are taken as they are.
+        """
+        if isinstance(prompt, str):
+            return self._encode_texts([prompt])
+        if isinstance(prompt[0], str):
+            return self._encode_texts([text for text in prompt if isinstance(text, str)])
+        lists = [prompt] if isinstance(prompt[0], int) else prompt
+        encoded = []
+        for tokens in lists:
+            ids = [token for token in tokens if isinstance(token, int)]
+            if max(ids) >= self._facts.vocab_size:
+                raise RefusalError(
+                    400,
+                    f"prompt: token ids must be below {self._facts.vocab_size}, the size of the "
+                    f"vocabulary, got {max(ids)}",
+                    param="prompt",
+                )
+            with self._lock:
+                text = detokenize(self._tokenizer, ids)
+            encoded.append(EncodedPrompt(ids, 0, text))
+        return encoded
+
+    def _encode_texts(self, texts: list[str]) -> list[EncodedPrompt]:
+        with self._lock:
+            tokenized = tokenize(self._tokenizer, texts)
+        return [
+            EncodedPrompt([self._facts.start_token, *tokens], 1, text)
+            for text, tokens in zip(texts, tokenized, strict=True)
+        ]
+
+    def completions(
+        self,
+        request: CompletionRequest,
+        prompts: Sequence[EncodedPrompt],
+        post: Callable[[int, Event], None],
+    ) -> list[Completion]:
+        """Return a job for every prompt; `post` takes the prompt's number and an event."""
+        samples = request.n or 1
+        max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+        self._check_sizes(request, prompts, samples, max_tokens)
+        # a request that names no seed gets one that nobody can know
+        seed = secrets.randbits(62) if request.seed is None else request.seed
+        stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
+        sources = request.sources
+        if isinstance(sources, bool) or sources is None:
+            sources = _DEFAULT_SOURCES if sources else 0
+        return [
+            Completion(
+                post=_posting(post, number),
+                overrides=_overrides(request),
+                prompt=prompt.tokens,
+                hidden=prompt.hidden,
+                max_tokens=max_tokens,
+                temperature=1.0 if request.temperature is None else request.temperature,
+                top_p=1.0 if request.top_p is None else request.top_p,
+                seed=seed,
+                samples=samples,
+                stop=tuple(stop),
+                log_probs=request.logprobs,
+                score_prompt=bool(request.echo) and request.logprobs is not None,
+                sources=sources,
+            )
+            for number, prompt in enumerate(prompts)
+        ]
+
+    def _check_sizes(
+        self,
+        request: CompletionRequest,
+        prompts: Sequence[EncodedPrompt],
+        samples: int,
+        max_tokens: int,
+    ) -> None:
+        limits = self._limits
+        if max_tokens > limits.max_tokens:
+            raise RefusalError(
+                400,
+                f"max_tokens must be at most {limits.max_tokens} on this server, got {max_tokens}",
+                param="max_tokens",
+            )
+        if samples > limits.max_batch:
+            raise RefusalError(
+                400,
+                f"n must be at most {limits.max_batch} on this server, got {samples}",
+                param="n",
+            )
+        if len(prompts) * samples > limits.max_queue:
+            raise RefusalError(
+                400,
+                f"prompt: {len(prompts)} prompts with n = {samples} are more completions than the "
+                f"{limits.max_queue} that this server queues; send fewer at once",
+                param="prompt",
+            )
+        window = self._facts.max_window
+        longest = max(len(prompt.tokens) for prompt in prompts)
+        if window is not None and longest + max_tokens > window:
+            raise RefusalError(
+                400,
+                f"prompt ({longest} tokens, the start token included) and max_tokens "
+                f"({max_tokens}) must fit the model's {window} positions; shorten one of them",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+
+    def explanation(
+        self, request: ExplainRequest, post: Callable[[int, Event], None]
+    ) -> TextToExplain:
+        """Return the job for a text to explain."""
+        tokens = len(self._encode_texts([request.text])[0].tokens) - 1
+        if not 1 <= tokens <= self._limits.max_tokens:
+            raise RefusalError(
+                400,
+                f"text must have 1 to {self._limits.max_tokens} tokens on this server, got "
+                f"{tokens}",
+                param="text",
+            )
+        options = {"sources": request.sources, "before": request.before, "after": request.after}
+        return TextToExplain(_posting(post, 0), _overrides(request), request.text, options)
+
+
+def _posting(post: Callable[[int, Event], None], number: int) -> Callable[[Event], None]:
+    return lambda event: post(number, event)
+
+
+def _overrides(request: CompletionRequest | ExplainRequest) -> Overrides:
+    return Overrides(request.k, request.lmbda, request.knn_temperature)
+
+
+def count_prompt_tokens(prompts: Sequence[EncodedPrompt]) -> int:
+    """Return how many tokens a client has sent."""
+    return sum(len(prompt.tokens) - prompt.hidden for prompt in prompts)

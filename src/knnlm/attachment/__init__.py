@@ -1,0 +1,1 @@
+"""The mixture inside an unmodified Hugging Face model."""

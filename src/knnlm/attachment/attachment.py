@@ -1,0 +1,209 @@
+"""The mixture inside an unmodified Hugging Face model: whatever reads its logits reads that.
+
+`generate()`, pipelines, `Trainer.evaluate` and evaluation harnesses work as they did; the model's
+class, signature and weights stay as they are.
+"""
+
+import inspect
+import threading
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import slice_logits_to_keep
+
+from knnlm.attachment.sequence_caches import SequenceCaches
+from knnlm.datastore.datastore import Datastore
+from knnlm.errors import AttachmentError
+from knnlm.index.protocol import Index
+from knnlm.mixture.continuous_cache import CacheParameters
+from knnlm.model.keyed_model import KeyedModel
+from knnlm.retrieval.mixer import Mixer, open_mixer
+from knnlm.retrieval.retriever import ForEach, as_stores
+from knnlm.threads import BackgroundThread
+
+_AHEAD = 4  # sequences; more keep all cores busy, so that nothing is won by searching beside
+_ATTACHED: WeakSet[nn.Module] = WeakSet()
+
+
+class Attachment:
+    """A mixer in a model, until `detach` or the end of the `with` block.
+
+    After every forward pass the model's logits are log-probabilities of the mixture, float32, for
+    the positions that the pass keeps (`logits_to_keep`), and only these are searched; the loss, if
+    labels are given, is the mixture's. Gradients reach the model through p_LM; neighbors are
+    constants. Where every λ is 0, outputs are the model's own, to the bit.
+
+    Raises AttachmentError if the model already has an attachment.
+    """
+
+    def __init__(self, keyed: KeyedModel, mixer: Mixer) -> None:
+        self.model: PreTrainedModel = keyed.model
+        self.mixer = mixer
+        if self.model in _ATTACHED:
+            raise AttachmentError(
+                f"model {keyed.name!r} already has a datastore attached: detach that first, or "
+                "attach several at once with attach(model, [store, other])"
+            )
+        self._keyed = keyed
+        self._signature = inspect.signature(self.model.forward)
+        self._hooks = ExitStack()
+        self._ahead = BackgroundThread()
+        self._hooks.callback(self._ahead.close)
+        self._pending = threading.local()
+        begin = torch.compiler.disable(self._search_ahead)  # type: ignore[no-untyped-call]
+        self._captured = self._hooks.enter_context(keyed.capture(begin))
+        self._caches = SequenceCaches(mixer, keyed.name)
+        hook = self.model.register_forward_hook(
+            torch.compiler.disable(self._mix_output),  # type: ignore[no-untyped-call]
+            with_kwargs=True,
+        )
+        self._hooks.callback(hook.remove)
+        self.attached = True
+        _ATTACHED.add(self.model)
+
+    def detach(self) -> None:
+        """Leave the model as it was; raises AttachmentError if that was done before."""
+        if not self.attached:
+            raise AttachmentError(
+                f"the datastore was already detached from model {self._keyed.name!r}; attach again "
+                "with knnlm.attach(model, store)"
+            )
+        self._hooks.close()
+        _ATTACHED.discard(self.model)
+        self.attached = False
+
+    def __enter__(self) -> "Attachment":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self.attached:
+            self.detach()
+
+    def _search_ahead(self, keys: Float[Tensor, "batch time dim"]) -> None:
+        """Begin the search for a few new positions; the model's head takes longer than that."""
+        self._pending.asked = None
+        few = keys.shape[1] == 1 and len(keys) <= _AHEAD
+        if few and keys.is_cpu and self.mixer.counts:
+            queries = keys[:, 0]
+            self._pending.asked = self._ahead.begin(lambda: self.mixer.ask(queries))
+
+    def _mix_output(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if not self.mixer.counts:
+            return output
+        given = self._signature.bind(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        # a tuple holds the losses first, which have no dimensions
+        place = None if hasattr(output, "logits") else _first_with_three_dimensions(output)
+        logits: Tensor = output.logits if place is None else output[place]
+        mixed = self._mix(logits, given, output)
+        labels = given.get("labels")
+        if place is None:
+            if labels is not None:
+                aux_loss = getattr(output, "aux_loss", None)
+                output.loss = _loss(model, given, logits, mixed, output.loss, aux_loss)
+            output.logits = mixed
+            return output
+        parts = list(output)
+        parts[place] = mixed
+        if labels is not None:
+            aux_loss = parts[1] if place == 2 else None
+            parts[0] = _loss(model, given, logits, mixed, parts[0], aux_loss)
+        return tuple(parts)
+
+    def _mix(
+        self, logits: Float[Tensor, "batch kept vocab"], given: dict[str, Any], output: Any
+    ) -> Float[Tensor, "batch kept vocab"]:
+        read = keys = self._captured.keys.to(logits.device)
+        kept = torch.arange(keys.shape[:2].numel(), device=keys.device)
+        kept = kept.reshape(*keys.shape[:2], 1)
+        if logits.shape[1] != keys.shape[1]:
+            keys = slice_logits_to_keep(keys, given.get("logits_to_keep", 0))
+            kept = slice_logits_to_keep(kept, given.get("logits_to_keep", 0))
+        recalled = None
+        if self.mixer.recalls:
+            recollection = self._caches.recall(given, output, read.detach())
+            recalled = self.mixer.nearest(recollection.of(kept.flatten()))
+        lm_log_probs = torch.log_softmax(logits.float(), dim=-1)
+        begun = self._pending.asked
+        asked = self.mixer.ask(keys.flatten(0, 1)) if begun is None else begun.result()
+        mixed = self.mixer.mix_vocabulary(asked, recalled, lm_log_probs.flatten(0, 1))
+        return mixed.reshape(lm_log_probs.shape)
+
+
+def attach(
+    model: PreTrainedModel,
+    store: Datastore | Sequence[Datastore],
+    *,
+    k: ForEach[int] = None,
+    lmbda: ForEach[float] = None,
+    temperature: ForEach[float] = None,
+    index: ForEach[Index] = None,
+    cache: CacheParameters | bool = False,
+    weights: str = "tuned",
+) -> Attachment:
+    """Let an unmodified HF causal LM answer with the kNN-LM's mixture.
+
+        with knnlm.attach(model, store):
+            model.generate(**inputs)
+
+    store: one datastore, or several whose λ add up to at most 1; then k, lmbda, temperature and
+    index are one value for all or a sequence with one for each. By default they are what `tune`
+    stored with the datastore, else the paper's. weights: `tuned`, `distance` or `fixed`, as of
+    `KNNLM`. cache: the continuous cache, True for the one that `tune` stored; it follows the
+    sequences being read.
+    Outside a `with` block, call the attachment's `detach()`.
+
+    The tokenizer is not seen, so not checked: use the one that the datastore was built with. Raises
+    DatastoreMismatchError for a datastore of another model, AttachmentError if one is attached
+    already, InvalidArgumentError.
+    """
+    stores = as_stores(store)
+    keyed = KeyedModel(model, key=stores[0].settings.key)
+    mixer = open_mixer(
+        keyed,
+        stores,
+        k=k,
+        lmbda=lmbda,
+        temperature=temperature,
+        index=index,
+        cache=cache,
+        weights=weights,
+    )
+    return Attachment(keyed, mixer)
+
+
+def _first_with_three_dimensions(output: tuple[Any, ...]) -> int:
+    return next(
+        place for place, part in enumerate(output) if isinstance(part, Tensor) and part.dim() == 3
+    )
+
+
+def _loss(
+    model: Any,
+    given: dict[str, Any],
+    logits: Tensor,
+    mixed: Tensor,
+    loss: Tensor,
+    aux_loss: Tensor | None,
+) -> Tensor:
+    """Return the mixture's loss, reduced and shifted as the model reduces and shifts its own."""
+    names = ("num_items_in_batch", "shift_labels", "ignore_index")
+    options = {name: given[name] for name in names if name in given}
+
+    def of(some_logits: Tensor) -> Tensor:
+        result: Tensor = model.loss_function(
+            logits=some_logits, labels=given["labels"], vocab_size=logits.shape[-1], **options
+        )
+        return result
+
+    if aux_loss is None:
+        return of(mixed)
+    return of(mixed) + (loss - of(logits))  # what a mixture of experts adds for its routing

@@ -1,0 +1,1 @@
+"""What a datastore changes about the prediction of a text: perplexity and explanations."""

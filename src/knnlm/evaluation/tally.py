@@ -1,0 +1,168 @@
+"""What an evaluation counts, token by token and document by document."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knnlm.evaluation.scoring import Scores
+from knnlm.retrieval.retriever import Memory
+
+FEWEST_DOCUMENTS = 10  # whose bootstrap says something of other documents
+BLOCK = 256  # consecutive tokens, which are alike
+HURT_NATS = 0.1
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class FrequencyBucket:
+    """Tokens that occur `at_least` to `at_most` times among the values of the datastores."""
+
+    at_least: int
+    at_most: int
+    tokens: int
+    lm_perplexity: float
+    knn_perplexity: float
+
+
+class Errors(NamedTuple):
+    """Standard errors of the LM's perplexity, the mixture's, and of their ratio.
+
+    over: what the bootstrap drew, "documents" or "blocks of 256 tokens".
+    """
+
+    lm: float
+    mixture: float
+    change: float
+    over: str
+
+
+class Tally:
+    """Sums of nats: over documents, and over tokens of similar frequency in the datastores.
+
+    scored: how many tokens of each document, by its number. helped, hurt: tokens to which the
+    mixture gives more, or less, than the LM.
+    """
+
+    def __init__(self, memories: Sequence[Memory], vocab_size: int) -> None:
+        self.scored: dict[int, int] = {}
+        self.helped = self.hurt = 0
+        self._hurt_much = 0.0
+        # by document and number of the block in it: nats of the LM and the mixture, and tokens
+        self._of_blocks: dict[tuple[int, int], Float[Tensor, " count"]] = {}
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for memory in memories:
+            counts += _count_tokens(memory, vocab_size)
+        # 0 for none, 1 for 1 … 9, 2 for 10 … 99, …
+        self._bucket = counts.double().log10().floor().clamp_min(-1).long() + 1
+        buckets = int(self._bucket.max()) + 1
+        self._tokens = torch.zeros(buckets, dtype=torch.int64)
+        self._of_buckets = torch.zeros(buckets, 2, dtype=torch.float64)
+
+    def add(self, scores: Scores, mixed_log_probs: Float[Tensor, " token"]) -> None:
+        """Count some tokens."""
+        lm_log_probs = scores.lm_log_probs
+        nats = -torch.stack([lm_log_probs.double(), mixed_log_probs.double()], dim=1)
+        self.helped += int((mixed_log_probs > lm_log_probs).sum())
+        self.hurt += int((mixed_log_probs < lm_log_probs).sum())
+        self._hurt_much += share_hurt(mixed_log_probs, lm_log_probs) * len(nats)
+        buckets = self._bucket[scores.targets.long()]
+        self._tokens += torch.bincount(buckets, minlength=len(self._tokens))
+        self._of_buckets.index_add_(0, buckets, nats)
+        counted = torch.cat([nats, torch.ones(len(nats), 1, dtype=torch.float64)], dim=1)
+        start = 0
+        for window in scores.windows:
+            for span in window.spans:
+                self._add_to_blocks(span.document, counted[start : start + span.count])
+                start += span.count
+
+    def _add_to_blocks(self, document: int, counted: Float[Tensor, "token count"]) -> None:
+        """Count the next tokens of a document."""
+        before = self.scored.get(document, 0)
+        self.scored[document] = before + len(counted)
+        ends = range(BLOCK - before % BLOCK, len(counted), BLOCK)
+        for block, part in enumerate(counted.tensor_split(list(ends)), start=before // BLOCK):
+            key = document, block
+            self._of_blocks[key] = self._of_blocks.get(key, 0) + part.sum(dim=0)
+
+    @property
+    def nats(self) -> tuple[float, float]:
+        """The LM's and the mixture's, in all."""
+        lm, mixed, _ = torch.stack(list(self._of_blocks.values())).sum(dim=0).tolist()
+        return lm, mixed
+
+    @property
+    def share_hurt(self) -> float:
+        """The share of tokens to which the mixture gives at least 0.1 nats less than the LM."""
+        return self._hurt_much / sum(self.scored.values())
+
+    def errors(self) -> Errors | None:
+        """Return standard errors by a bootstrap, seeded; None for a text of one block.
+
+        Over documents, or, where there are fewer than ten, over blocks of 256 tokens in them.
+        """
+        over, parts = f"blocks of {BLOCK} tokens", list(self._of_blocks.values())
+        if len(self.scored) >= FEWEST_DOCUMENTS:
+            by_document = groupby(sorted(self._of_blocks), key=lambda key: key[0])
+            parts = [
+                torch.stack([self._of_blocks[key] for key in keys]).sum(dim=0)
+                for _, keys in by_document
+            ]
+            over = "documents"
+        if len(parts) < 2:
+            return None
+        counted = torch.stack(parts).numpy()
+        per_token = bootstrap(counted[:, :2], counted[:, 2])
+        with np.errstate(over="ignore", invalid="ignore"):  # λ = 1 may cost infinitely many nats
+            perplexities = np.exp(per_token)
+            ratios = np.exp(per_token[:, 1] - per_token[:, 0])
+            lm, mixed = perplexities.std(axis=0, ddof=1).tolist()
+            return Errors(lm, mixed, float(ratios.std(ddof=1)), over)
+
+    def frequencies(self) -> tuple[FrequencyBucket, ...]:
+        """Return the buckets that have tokens, the rarest first."""
+        return tuple(self._frequencies())
+
+    def _frequencies(self) -> Iterator[FrequencyBucket]:
+        for number, tokens in enumerate(self._tokens.tolist()):
+            if tokens:
+                lm, mixed = (
+                    perplexity_of(nats / tokens) for nats in self._of_buckets[number].tolist()
+                )
+                at_least, at_most = (10 ** (number - 1), 10**number - 1) if number else (0, 0)
+                yield FrequencyBucket(at_least, at_most, tokens, lm, mixed)
+
+
+def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the nats a token, [resample, column], of texts drawn from parts of a text.
+
+    nats: [part, column], tokens: [part], of each part, such as a document. Parts are drawn with
+    replacement, as many as there are, 2,000 times; seeded.
+    """
+    generator = np.random.default_rng(0)
+    drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
+    per_token: NDArray[np.float64] = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)[:, None]
+    return per_token
+
+
+def _count_tokens(memory: Memory, vocab_size: int) -> Int[Tensor, " vocab"]:
+    return torch.bincount(memory.store.values[memory.store.alive], minlength=vocab_size)
+
+
+def perplexity_of(nats_per_token: float) -> float:
+    """Return e^nats, infinite where that is no float."""
+    return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
+
+
+def share_hurt(
+    mixed_log_probs: Float[Tensor, " token"], lm_log_probs: Float[Tensor, " token"]
+) -> float:
+    """Return the share of tokens that the mixture gives at least 0.1 nats less than the LM."""
+    return float((mixed_log_probs < lm_log_probs - HURT_NATS).double().mean())

@@ -1,0 +1,156 @@
+"""Searching inverted lists in tensor operations alone: on a GPU, or where numba is missing.
+
+The same steps as `ivf_batch`, and the same neighbors.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from knnlm.index.ivf.codes import Codes, Effort
+from knnlm.index.ivf.file import Part
+from knnlm.index.protocol import Neighbors
+
+_ELEMENTS_AT_ONCE = 1 << 24
+
+
+def search_tensors(
+    queries: Float[Tensor, "query dim"],
+    codes: Codes,
+    probes: Int[Tensor, "query probe"],
+    parts: list[Part],
+    rows: Int[Tensor, " n"],
+    k: int,
+    effort: Effort,
+) -> Neighbors:
+    """Return the k nearest in the probed lists. rows: the datastore's, by position."""
+    search = _Search(queries, codes, probes, parts)
+    bounds = search.bounds(k, effort)
+    nearest, found = search.nearest(bounds, rows, k)
+    short = ((found < search.available.clamp_max(k)) & bounds.isfinite()).nonzero()[:, 0]
+    if len(short):
+        chosen = Codes(codes.codes[short], codes.steps[short], codes.half_norms[short])
+        again = _Search(queries[short], chosen, probes[short], parts)
+        unbounded = torch.full_like(bounds[short], torch.inf)
+        better, _ = again.nearest(unbounded, rows, k)
+        nearest.squared_distances[short] = better.squared_distances
+        nearest.rows[short] = better.rows
+    return nearest
+
+
+class _Search:
+    """Queries grouped by the lists they probe."""
+
+    def __init__(
+        self,
+        queries: Float[Tensor, "query dim"],
+        codes: Codes,
+        probes: Int[Tensor, "query probe"],
+        parts: list[Part],
+    ) -> None:
+        self.queries, self.codes, self.parts = queries, codes, parts
+        self.nprobe = probes.shape[1]
+        lists, pairs = probes.reshape(-1).sort(stable=True)
+        self.pairs = pairs
+        numbers, counts = torch.unique(lists, return_counts=True)
+        stops = counts.cumsum(0).tolist()
+        self.groups = list(zip(numbers.tolist(), [0, *stops[:-1]], stops, strict=True))
+        self.starts = [part.starts.tolist() for part in parts]
+        lengths = torch.stack([part.starts.diff() for part in parts])
+        self.lengths = lengths
+        self.available = lengths.sum(dim=0)[probes].sum(dim=1)
+        self.probes = probes
+
+    def _scores(
+        self, part: Part, queries: Int[Tensor, " m"], keys: slice
+    ) -> Float[Tensor, "m key"]:
+        products = self.codes.codes[queries].float() @ part.codes[keys].float().T
+        return part.half_norms[keys] - self.codes.steps[queries, None] * part.steps[keys] * products
+
+    def bounds(self, k: int, effort: Effort) -> Float[Tensor, " query"]:
+        """Return scores that at least k of each query's candidates are almost surely within."""
+        heads = (self.lengths * effort.sample).ceil().long()  # (part, list)
+        width = int(heads.max())
+        shape = len(self.queries) * self.nprobe, len(self.parts), width
+        scores = torch.full(shape, torch.inf, device=self.queries.device)
+        lengths = heads.tolist()
+        for number, first, stop in self.groups:
+            pairs = self.pairs[first:stop]
+            for which, part in enumerate(self.parts):
+                start, length = self.starts[which][number], lengths[which][number]
+                keys = slice(start, start + length)
+                scores[pairs, which, :length] = self._scores(part, pairs // self.nprobe, keys)
+        sizes = heads.sum(dim=0)[self.probes].sum(dim=1)
+        sampled = sizes / self.available.clamp_min(1)
+        wanted = effort.oversampling * k * sampled
+        ranks = (wanted + effort.deviations * (wanted * (1 - sampled)).sqrt()).ceil().long()
+        unbounded = (ranks >= sizes) | (self.available <= 2 * k)
+        ascending = scores.view(len(self.queries), -1).sort(dim=1).values
+        if ascending.shape[1] == 0:
+            return torch.full_like(self.codes.steps, torch.inf)
+        at_rank = ascending.gather(1, ranks.clamp_max(ascending.shape[1] - 1)[:, None])[:, 0]
+        return (at_rank + self.codes.margins()).masked_fill(unbounded, torch.inf)
+
+    def nearest(
+        self, bounds: Float[Tensor, " query"], rows: Int[Tensor, " n"], k: int
+    ) -> tuple[Neighbors, Int[Tensor, " query"]]:
+        """Return each query's nearest within its bound, and how many candidates were within."""
+        queries, distances, positions = [], [], []
+        for number, first, stop in self.groups:
+            members = self.pairs[first:stop] // self.nprobe
+            offset = 0
+            for which, part in enumerate(self.parts):
+                start, end = self.starts[which][number], self.starts[which][number + 1]
+                if end > start:
+                    scores = self._scores(part, members, slice(start, end))
+                    near = (scores <= bounds[members, None]) & scores.isfinite()
+                    queries.append(members[near.nonzero()[:, 0]])
+                    positions.append(near.nonzero()[:, 1] + start + offset)
+                    distances.append(self._distances(part, queries[-1], near, scores, start))
+                offset += len(part.rows)
+        empty = self.pairs.new_empty(0)
+        query = torch.cat([empty, *queries])
+        distance = torch.cat([self.codes.steps.new_empty(0), *distances])
+        position = torch.cat([empty, *positions])
+        ascending = distance.argsort(stable=True)
+        order = ascending[query[ascending].argsort(stable=True)]
+        query, distance, position = query[order], distance[order], position[order]
+        found = torch.bincount(query, minlength=len(self.queries))
+        rank = torch.arange(len(query), device=query.device) - (found.cumsum(0) - found)[query]
+        kept = rank < k
+        shape = len(self.queries), k
+        nearest = Neighbors(
+            torch.full(shape, torch.inf, device=query.device),
+            torch.full(shape, -1, device=query.device),
+        )
+        nearest.squared_distances[query[kept], rank[kept]] = distance[kept]
+        nearest.rows[query[kept], rank[kept]] = rows[position[kept]]
+        return nearest, found
+
+    def _distances(
+        self,
+        part: Part,
+        queries: Int[Tensor, " n"],
+        near: Bool[Tensor, "m key"],
+        scores: Float[Tensor, "m key"],
+        start: int,
+    ) -> Float[Tensor, " n"]:
+        if part.keys is None:
+            return (2 * (scores[near] + self.codes.half_norms[queries])).clamp_min(0.0)
+        return exact_distances(self.queries, queries, part.keys, near.nonzero()[:, 1] + start)
+
+
+def exact_distances(
+    queries: Float[Tensor, "query dim"],
+    chosen: Int[Tensor, " n"],
+    keys: Float[Tensor, "key dim"],
+    positions: Int[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """Return the squared distances of pairs of queries and keys."""
+    size = max(1, _ELEMENTS_AT_ONCE // keys.shape[1])
+    parts = [queries.new_empty(0)]
+    for query, position in zip(
+        torch.split(chosen, size), torch.split(positions, size), strict=True
+    ):
+        parts.append((queries[query] - keys[position].float()).square().sum(dim=1))
+    return torch.cat(parts)

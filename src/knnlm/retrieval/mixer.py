@@ -1,0 +1,266 @@
+"""Mixers: who is asked beside the language model, and how much each answer counts.
+
+Fixed weights, or a gate that chooses them for each token; datastores, and the continuous cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from knnlm.datastore.datastore import Datastore
+from knnlm.errors import InvalidArgumentError
+from knnlm.index.protocol import Index, Neighbors
+from knnlm.mixture.continuous_cache import (
+    CacheParameters,
+    ContinuousCache,
+    Recalled,
+    Recollection,
+)
+from knnlm.mixture.features import LMSummary, Weighed, summarize_lm, weigh
+from knnlm.mixture.gate import LearnedGate
+from knnlm.mixture.interpolation import (
+    TokenSums,
+    TokenVotes,
+    Votes,
+    interpolate_vocabulary,
+    neighbor_log_weights,
+    sum_by_token,
+)
+from knnlm.model.keyed_model import KeyedModel
+from knnlm.retrieval.retriever import (
+    ForEach,
+    Memory,
+    as_stores,
+    check_total,
+    open_memories,
+    override,
+)
+
+WEIGHTS = ("tuned", "distance", "fixed")
+
+
+@dataclass(frozen=True, slots=True)
+class Mixer:
+    """Everything that is mixed with a language model's predictions.
+
+    cache: the continuous cache, None for none. gate: chooses every weight; without one, each
+    memory chooses its own, and the cache's is fixed.
+    """
+
+    memories: tuple[Memory, ...]
+    cache: CacheParameters | None = None
+    gate: LearnedGate | None = None
+
+    @property
+    def weights(self) -> str:
+        """What chooses them: `learned`, `distance` or `fixed`."""
+        if self.gate is not None:
+            return "learned"
+        by_distance = any(memory.by_distance is not None for memory in self.memories)
+        return "distance" if by_distance else "fixed"
+
+    @property
+    def searched(self) -> tuple[Memory, ...]:
+        """The memories whose neighbors are needed: without a gate, those that count."""
+        if self.gate is not None:
+            return self.memories
+        return tuple(memory for memory in self.memories if memory.counts)
+
+    @property
+    def recalls(self) -> bool:
+        """Whether what the continuous cache remembers is needed."""
+        return self.cache is not None and (self.gate is not None or self.cache.votes.lmbda > 0.0)
+
+    @property
+    def counts(self) -> bool:
+        """Whether anything can change the model's predictions."""
+        return self.recalls or any(len(memory.store) > 0 for memory in self.searched)
+
+    def new_cache(
+        self, keys: Float[Tensor, "batch time dim"], position: int = 0
+    ) -> ContinuousCache:
+        """Return a cache for sequences with keys like these, that remembers nothing yet."""
+        assert self.cache is not None
+        return ContinuousCache(
+            self.cache.size,
+            keys.shape[2],
+            similarity=self.cache.similarity,
+            batch=len(keys),
+            device=keys.device,
+            position=position,
+        )
+
+    def nearest(self, recollection: Recollection) -> Recalled:
+        """Return the pairs that vote, of what the cache remembers."""
+        assert self.cache is not None
+        return recollection.nearest(self.cache.votes.k)
+
+    def ask(self, keys: Float[Tensor, "query dim"]) -> "Asked":
+        """Search each memory in `searched`, and do all that needs no language model."""
+        neighbors = [memory.search(keys) for memory in self.searched] if len(keys) else []
+        found = list(zip(self.searched, neighbors, strict=False))
+        if self.gate is None:
+            votes = [memory.vote(of_one).by_token() for memory, of_one in found]
+            return Asked(neighbors, votes, [], [])
+        voters = [memory.voters(of_one) for memory, of_one in found]
+        sources = self.gate.sources
+        weighed = [weigh(*of_source) for of_source in zip(sources, voters, strict=False)]
+        return Asked(neighbors, [], weighed, [_sums(one) for one in weighed])
+
+    def votes(
+        self,
+        memories: Sequence[Memory],
+        neighbors: Sequence[Neighbors],
+        recalled: Recalled | None,
+        lm: LMSummary | None,
+    ) -> list[Votes]:
+        """Return how each source's voters enter the mixture, the cache's last.
+
+        memories: those in `searched`, or all; neighbors: of each. recalled: where `recalls`. lm:
+        what the model says, where there is a gate.
+        """
+        if self.gate is None:
+            votes = [memory.vote(found) for memory, found in zip(memories, neighbors, strict=True)]
+            return [*votes, *self._cache_votes(recalled)]
+        assert lm is not None
+        voters = [memory.voters(found) for memory, found in zip(memories, neighbors, strict=True)]
+        if recalled is not None:
+            voters.append(recalled.voters)
+        return self.gate.to(lm.entropy.device)(lm, voters)
+
+    def _cache_votes(self, recalled: Recalled | None) -> list[Votes]:
+        """Return the continuous cache's fixed vote, if it has one."""
+        if recalled is None:
+            return []
+        assert self.cache is not None
+        temperature, lmbda = self.cache.votes.temperature, self.cache.votes.lmbda
+        log_weights = neighbor_log_weights(recalled.squared_distances, temperature)
+        present = recalled.squared_distances[:, 0].isfinite()
+        return [Votes(log_weights, recalled.tokens, lmbda, present)]
+
+    def mix_vocabulary(
+        self,
+        asked: "Asked",
+        recalled: Recalled | None,
+        lm_log_probs: Float[Tensor, "query vocab"],
+    ) -> Float[Tensor, "query vocab"]:
+        """Return log p of every token. asked: what `ask` found; recalled: see `votes`.
+
+        Where nothing counts, `lm_log_probs` come back as they are.
+        """
+        if not self.counts or len(lm_log_probs) == 0:
+            return lm_log_probs
+        if self.gate is None:
+            by_token = [*asked.votes, *(one.by_token() for one in self._cache_votes(recalled))]
+        else:
+            weighed, sums = asked.weighed, asked.sums
+            if recalled is not None:
+                of_cache = weigh(self.gate.sources[-1], recalled.voters)
+                weighed, sums = [*weighed, of_cache], [*sums, _sums(of_cache)]
+            lm = summarize_lm(lm_log_probs.detach())
+            by_token = self.gate.to(lm.entropy.device).choose_by_token(lm, weighed, sums)
+        return interpolate_vocabulary(lm_log_probs, by_token)
+
+
+class Asked(NamedTuple):
+    """What was found near some keys: in each memory in `Mixer.searched`.
+
+    votes: for each token, where weights are fixed. weighed, sums: for a gate, which has to see the
+    language model before it chooses.
+    """
+
+    neighbors: list[Neighbors]
+    votes: list[TokenVotes]
+    weighed: list[Weighed]
+    sums: list[TokenSums]
+
+
+def _sums(weighed: Weighed) -> TokenSums:
+    return sum_by_token(weighed.log_weights, weighed.voters.tokens)
+
+
+def open_mixer(
+    model: KeyedModel,
+    store: Datastore | Sequence[Datastore],
+    *,
+    k: ForEach[int] = None,
+    lmbda: ForEach[float] = None,
+    temperature: ForEach[float] = None,
+    index: ForEach[Index] = None,
+    cache: CacheParameters | bool = False,
+    weights: str = "tuned",
+) -> Mixer:
+    """Open one or several datastores for a model, and choose how they are mixed.
+
+    weights: `tuned` for the gate that `tune` stored for these datastores, but fixed where k, lmbda,
+    temperature or the cache's parameters are given, and where there is no gate; `fixed`; or
+    `distance` for the λ by the nearest distance that `tune` stored for a datastore. cache: True for
+    the continuous cache that `tune` stored. Raises DatastoreMismatchError for a datastore of
+    another model, InvalidArgumentError.
+    """
+    if weights not in WEIGHTS:
+        raise InvalidArgumentError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    memories = open_memories(model, store, k=k, lmbda=lmbda, temperature=temperature, index=index)
+    given = any(one is not None for one in (k, lmbda, temperature))
+    if weights == "distance":
+        if given or cache:
+            raise InvalidArgumentError(
+                "weights='distance' must come without k, lmbda, temperature and cache: it uses the "
+                "k and T that it was tuned with"
+            )
+        return Mixer(_by_distance(memories))
+    fixed = weights == "fixed" or given
+    if isinstance(cache, CacheParameters):
+        return _with_fixed_cache(memories, cache)
+    if fixed and not cache:
+        return Mixer(memories)
+    stores = as_stores(store)
+    tuned = stores[0].mixture(stores[1:])
+    if cache and tuned is None:
+        raise InvalidArgumentError(
+            "cache must have been tuned for these datastores, and it was not: run knnlm tune, or "
+            "give its parameters"
+        )
+    if tuned is None:
+        return Mixer(memories)
+    if fixed:
+        return _with_fixed_cache(memories, tuned.cache)
+    gate = tuned.cache_gate if cache else tuned.gate
+    if gate is not None:
+        return Mixer(memories, tuned.cache if cache else None, gate.to(model.device))
+    if not cache:
+        return Mixer(memories)
+    return Mixer(override(memories, lmbda=tuned.lmbdas), tuned.cache)
+
+
+def override_mixer(
+    mixer: Mixer,
+    *,
+    k: ForEach[int] = None,
+    lmbda: ForEach[float] = None,
+    temperature: ForEach[float] = None,
+) -> Mixer:
+    """Return the mixer with what is asked for; then its weights are fixed."""
+    if k is None and lmbda is None and temperature is None:
+        return mixer
+    memories = override(mixer.memories, k=k, lmbda=lmbda, temperature=temperature)
+    return Mixer(memories) if mixer.cache is None else _with_fixed_cache(memories, mixer.cache)
+
+
+def _by_distance(memories: tuple[Memory, ...]) -> tuple[Memory, ...]:
+    tuned = memories[0].store.mixture() if len(memories) == 1 else None
+    if tuned is None or tuned.by_distance is None:
+        raise InvalidArgumentError(
+            "weights='distance' must have been tuned for this datastore alone, on text that was "
+            "long enough, and it was not: run knnlm tune, or choose tuned or fixed"
+        )
+    return (replace(memories[0], by_distance=tuned.by_distance),)
+
+
+def _with_fixed_cache(memories: tuple[Memory, ...], cache: CacheParameters) -> Mixer:
+    weights = [*(memory.parameters for memory in memories), cache.votes]
+    check_total(weights, "the datastores and the continuous cache")
+    return Mixer(memories, cache)

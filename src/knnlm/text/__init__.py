@@ -1,0 +1,1 @@
+"""Text as the language model reads it: documents, and windows of tokens."""

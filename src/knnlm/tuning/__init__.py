@@ -1,0 +1,1 @@
+"""Fitting k, temperature, λ and learned weights to held-out text."""

@@ -1,0 +1,333 @@
+"""The batched work, without a protocol: against `generate`, and against being alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import PROSE, byte_tokenizer
+from families import FAMILIES
+from serving import PARAMETERS, fresh_lm, tiny_store
+from stores import distinct_documents
+
+import knnlm.apps.engine.worker
+from knnlm.apps.engine.jobs import Completion, Event, Failed, Grown, PromptRead, ScoredToken
+from knnlm.apps.engine.metrics import Metrics
+from knnlm.apps.engine.steps import Overrides
+from knnlm.apps.engine.worker import Worker
+from knnlm.datastore.build import build
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.maintenance import compact
+from knnlm.evaluation.explain import explain
+from knnlm.knn_lm import KNNLM
+from knnlm.mixture.gate import BucketedLambda
+from knnlm.model.language_model import LanguageModel
+
+TEXTS = [
+    "The nearest",
+    "",
+    "A datastore is a memory: one entry for every token of the",
+    "x",
+    PROSE[:150],
+    "What followed there is a guess at",
+]
+
+
+@dataclass
+class Asked:
+    """A completion, and what came of it."""
+
+    job: Completion
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def texts(self) -> list[str]:
+        parts = [""] * self.job.samples
+        for event in self.events:
+            if isinstance(event, Grown):
+                parts[event.sample] += event.text
+        return parts
+
+    def tokens(self, sample: int = 0) -> list[ScoredToken]:
+        grown = [event for event in self.events if isinstance(event, Grown)]
+        return [scored for event in grown if event.sample == sample for scored in event.tokens]
+
+    @property
+    def prompt(self) -> Sequence[ScoredToken]:
+        (read,) = [event for event in self.events if isinstance(event, PromptRead)]
+        return read.tokens
+
+    @property
+    def reasons(self) -> list[str]:
+        grown = [event for event in self.events if isinstance(event, Grown)]
+        return [event.finish_reason for event in grown if event.finish_reason is not None]
+
+
+def ask(lm: LanguageModel, text: str, overrides: Overrides | None = None, **options: Any) -> Asked:
+    options = {"max_tokens": 12, "temperature": 0.0} | options
+    events: list[Event] = []
+    prompt = [lm.start_token, *lm.encode([text])[0].tolist()]
+    job = Completion(events.append, overrides or Overrides(), prompt, 1, **options)
+    return Asked(job, events)
+
+
+def work(model: KNNLM, *asked: Asked, together: bool = True) -> None:
+    worker = Worker(model, Metrics())
+    for one in asked:
+        worker.begin(one.job)
+        while not together and worker.jobs:
+            worker.turn()
+    while worker.jobs:
+        worker.turn()
+    worker.close()
+    for one in asked:
+        assert not any(isinstance(event, Failed) for event in one.events), one.events
+
+
+@pytest.fixture(scope="session")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_store(tmp_path_factory.mktemp("worker") / "store")
+
+
+@pytest.fixture(scope="session")
+def model(path: Path) -> KNNLM:
+    return KNNLM(fresh_lm(), Datastore(path), **PARAMETERS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_as_transformers_does(tmp_path: Path, family: str) -> None:
+    """Rows of different lengths in one batch; prompts beyond a sliding window of 64."""
+    lm = LanguageModel(FAMILIES[family](), byte_tokenizer(), name=family)
+    store = build(tmp_path / "s", lm, distinct_documents(2), window=48, context=16)
+    model = KNNLM(lm, store, **PARAMETERS)
+    texts = [*TEXTS, (PROSE * 2)[:400]]
+    wanted = [model.generate(text, max_new_tokens=12) for text in texts]
+    asked = [ask(lm, text) for text in texts]
+    assert max(len(one.job.prompt) for one in asked) > 80
+    work(model, *asked)
+    for one, generation in zip(asked, wanted, strict=True):
+        ended = generation.tokens[-1] == lm.tokenizer.eos_token_id
+        kept = generation.tokens[:-1] if ended else generation.tokens
+        assert [scored.token for scored in one.tokens()] == kept
+        assert one.texts == [generation.text]
+        assert one.reasons == ["stop" if ended else "length"]
+
+
+@pytest.mark.parametrize("piece", [1, 7, 256])
+def test_log_probs_are_the_mixtures(
+    model: KNNLM, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr(knnlm.apps.engine.worker, "_PROMPT_TOKENS", piece)
+    asked = [ask(model.lm, text, log_probs=3, score_prompt=True) for text in TEXTS]
+    work(model, *asked)
+    for one in asked:
+        tokens = [*one.job.prompt, *(scored.token for scored in one.tokens())]
+        log_probs = model.log_probs(torch.tensor([tokens]))[0, :-1]
+        expected = log_probs.gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+        scored = [*one.prompt, *one.tokens()]
+        assert [token.token for token in scored] == tokens[1:]
+        found = torch.tensor([token.log_prob for token in scored])
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+        for position, token in enumerate(scored):
+            best = log_probs[position].topk(3)
+            names = [model.lm.decode([other]) for other in best.indices.tolist()]
+            assert token.top is not None
+            assert set(token.top) == {*names, token.text}
+            for name, value in zip(names, best.values.tolist(), strict=True):
+                if names.count(name) == 1 and name != token.text:
+                    assert token.top[name] == pytest.approx(value, abs=2e-5)
+
+
+def test_offsets_are_where_the_tokens_begin(model: KNNLM) -> None:
+    text = "naïve — 日本語🙂 end"
+    asked = ask(model.lm, text, log_probs=0, score_prompt=True, max_tokens=0)
+    work(model, asked)
+    offsets = [scored.offset for scored in asked.prompt]
+    assert offsets == sorted(offsets)
+    for number, offset in enumerate(offsets):
+        before = model.lm.decode([scored.token for scored in asked.prompt[:number]])
+        assert before.rstrip("\ufffd") == text[:offset]
+
+
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 1.0, "seed": number, "max_tokens": 5 + 7 * number, "top_p": 1 - 0.1 * number}
+    for number in range(len(TEXTS))
+]
+
+
+def test_an_answer_does_not_depend_on_who_else_is_in_the_batch(model: KNNLM) -> None:
+    def all_asked() -> list[Asked]:
+        return [
+            ask(model.lm, text, **options) for text, options in zip(TEXTS, SAMPLED, strict=True)
+        ]
+
+    together, alone, reversed_ = all_asked(), all_asked(), all_asked()
+    work(model, *together)
+    work(model, *alone, together=False)
+    work(model, *reversed(reversed_))
+    for one, other, third in zip(together, alone, reversed_, strict=True):
+        assert one.texts == other.texts == third.texts
+        assert one.reasons == other.reasons == third.reasons
+    assert len({one.texts[0] for one in together}) == len(TEXTS)
+
+
+def test_samples_differ_and_the_first_is_that_of_one(model: KNNLM) -> None:
+    several = ask(model.lm, TEXTS[0], samples=4, temperature=1.0, seed=5)
+    one = ask(model.lm, TEXTS[0], temperature=1.0, seed=5)
+    work(model, several, ask(model.lm, TEXTS[2]))
+    work(model, one)
+    assert len(set(several.texts)) == 4
+    assert several.texts[0] == one.texts[0]
+
+
+def test_every_request_has_its_own_parameters(path: Path) -> None:
+    overrides = [
+        Overrides(),
+        Overrides(lmbda=0.0),
+        Overrides(k=3),
+        Overrides(temperature=0.5),
+        Overrides(k=5, lmbda=1.0, temperature=200.0),
+        Overrides(lmbda=[0.7]),
+    ]
+    lm = fresh_lm()
+    asked = [ask(lm, PROSE[:60], one, log_probs=0, score_prompt=True) for one in overrides]
+    work(KNNLM(lm, Datastore(path), **PARAMETERS), *asked)
+    answers = set()
+    for one, given in zip(asked, overrides, strict=True):
+        names = {"k": given.k, "lmbda": given.lmbda, "temperature": given.temperature}
+        wanted = PARAMETERS | {name: value for name, value in names.items() if value is not None}
+        other = KNNLM(lm, Datastore(path), **wanted)
+        tokens = torch.tensor([[*one.job.prompt, *(scored.token for scored in one.tokens())]])
+        expected = other.log_probs(tokens)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
+        found = torch.tensor([scored.log_prob for scored in [*one.prompt, *one.tokens()]])
+        torch.testing.assert_close(found, expected, atol=5e-5, rtol=1e-5)
+        assert [s.token for s in one.tokens()] == other.generate(
+            PROSE[:60], max_new_tokens=12
+        ).tokens[: len(one.tokens())]
+        answers.add(tuple(found.tolist()))
+    assert len(answers) == len(overrides)
+
+
+def test_two_datastores(path: Path, tmp_path: Path) -> None:
+    lm = fresh_lm()
+    other = build(tmp_path / "other", lm, distinct_documents(2)[1:], window=64, context=16)
+    stores = [Datastore(path), other]
+    model = KNNLM(lm, stores, k=[9, 4], lmbda=[0.3, 0.5], temperature=8.0)
+    asked = [ask(lm, TEXTS[2], sources=20), ask(lm, TEXTS[0], Overrides(lmbda=[0.0, 0.9]))]
+    work(model, *asked)
+    assert [s.token for s in asked[0].tokens()] == model.generate(
+        TEXTS[2], max_new_tokens=12
+    ).tokens
+    alone = KNNLM(lm, stores, k=[9, 4], lmbda=[0.0, 0.9], temperature=8.0)
+    assert [s.token for s in asked[1].tokens()] == alone.generate(
+        TEXTS[0], max_new_tokens=12
+    ).tokens
+    for scored in asked[0].tokens():
+        assert scored.explanation is not None
+        named = [source.store for source in scored.explanation.sources]
+        assert named.count(str(path)) == 9
+        assert named.count(str(tmp_path / "other")) == 4
+
+
+def test_sources_are_those_that_explain_names(model: KNNLM) -> None:
+    asked = ask(model.lm, TEXTS[2], sources=4)
+    work(model, asked)
+    tokens = asked.tokens()
+    text = TEXTS[2] + asked.texts[0]
+    assert model.lm.encode([text])[0].tolist()[-len(tokens) :] == [s.token for s in tokens]
+    explained = explain(model, text, sources=4)[-len(tokens) :]
+    for scored, expected in zip(tokens, explained, strict=True):
+        found = scored.explanation
+        assert found is not None
+        assert found.token == expected.token
+        assert found.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
+        assert found.lm_log_prob == pytest.approx(expected.lm_log_prob, abs=1e-4)
+        assert found.knn_prob == pytest.approx(expected.knn_prob, abs=1e-4)
+        for source, wanted in zip(found.sources, expected.sources, strict=True):
+            assert source.weight == pytest.approx(wanted.weight, abs=1e-4)
+            assert source.squared_distance == pytest.approx(wanted.squared_distance, rel=1e-3)
+        assert {source.row for source in found.sources} == {s.row for s in expected.sources}
+
+
+def test_without_weight_there_are_no_sources(model: KNNLM) -> None:
+    asked = ask(model.lm, TEXTS[2], Overrides(lmbda=0.0), sources=4)
+    work(model, asked)
+    for scored in asked.tokens():
+        assert scored.explanation is not None
+        assert scored.explanation.sources == ()
+        assert scored.explanation.gain == 0.0
+
+
+def test_what_is_forgotten_or_compacted_meanwhile_is_seen(tmp_path: Path) -> None:
+    path = tiny_store(tmp_path / "store")
+    model = KNNLM(fresh_lm(), Datastore(path), **PARAMETERS)
+    worker = Worker(model, Metrics())
+
+    def documents() -> set[str]:
+        asked = ask(model.lm, PROSE[:100], sources=64)
+        worker.begin(asked.job)
+        while worker.jobs:
+            worker.turn()
+        explanations = [scored.explanation for scored in asked.tokens()]
+        return {source.document for one in explanations if one for source in one.sources}
+
+    before = documents()
+    assert before == {"d0", "d1", "d2", "d3", "d4"}
+    elsewhere = Datastore(path)
+    elsewhere.forget(["d0", "d3"])
+    assert documents() == {"d1", "d2", "d4"}
+    compact(elsewhere)
+    assert documents() == {"d1", "d2", "d4"}
+    build(path, fresh_lm(), distinct_documents(1))
+    assert documents() == {"d0", "d1", "d2", "d4"}
+    worker.close()
+
+
+def test_weights_by_distance_outlive_a_compaction(tmp_path: Path) -> None:
+    path = tiny_store(tmp_path / "store")
+    model = KNNLM(fresh_lm(), Datastore(path), **PARAMETERS | {"lmbda": 0.0})
+    by_distance = BucketedLambda(torch.tensor([1.0]), torch.tensor([0.9, 0.5]))
+    memories = (replace(model.memories[0], by_distance=by_distance),)
+    model.mixer = replace(model.mixer, memories=memories)
+    worker = Worker(model, Metrics())
+
+    def log_probs() -> list[float | None]:
+        asked = ask(model.lm, PROSE[:100], log_probs=1)
+        worker.begin(asked.job)
+        while worker.jobs:
+            worker.turn()
+        return [scored.log_prob for scored in asked.tokens()]
+
+    elsewhere = Datastore(path)
+    elsewhere.forget(["d0", "d3"])
+    forgotten = log_probs()
+    compact(elsewhere)
+    assert log_probs() == pytest.approx(forgotten, abs=1e-5)
+    worker.close()
+
+
+def test_a_failure_hits_its_own_request_alone(
+    model: KNNLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [ask(model.lm, text) for text in TEXTS]
+    bad = asked[2].job
+
+    def grow(self: Worker, row: Any, *rest: Any) -> bool:
+        if row.job is bad and row.tokens == 4:
+            raise RuntimeError("no memory left")
+        return bool(original(self, row, *rest))
+
+    original = Worker._grow
+    monkeypatch.setattr(Worker, "_grow", grow)
+    worker = Worker(model, Metrics())
+    for one in asked:
+        worker.begin(one.job)
+    while worker.jobs:
+        worker.turn()
+    worker.close()
+    assert isinstance(asked[2].events[-1], Failed)
+    for number, one in enumerate(asked):
+        if number != 2:
+            assert one.texts == [model.generate(TEXTS[number], max_new_tokens=12).text]
