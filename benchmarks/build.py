@@ -4,7 +4,7 @@
 
 Speed: the same windows of the same text, read by the bare decoder (no LM head) and stored by
 `knnlm.build` (tokenizing, capturing keys, converting, checksums, fsync, catalog), alternating in
-one process; the ratio is that of the medians. Memory: the peak of a process that builds from a
+one process; the ratio is that of the medians. Retriever: the peak of a process that builds from a
 corpus, and of one that builds from a corpus ten times as large.
 """
 

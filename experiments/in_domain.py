@@ -38,8 +38,8 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.tally import share_hurt
-from knnlm.mixture.continuous_cache import ContinuousCache, join_recalled
-from knnlm.mixture.features import Source, Voters
+from knnlm.mixture.continuous_cache import ContinuousCache, join_cache_neighbors
+from knnlm.mixture.features import GateInput, Voters
 from knnlm.mixture.interpolation import interpolate
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning.gate_training import fit_gate, make_examples
@@ -194,8 +194,8 @@ def remember(held_out: HeldOut, size: int) -> Voters:
     columns = torch.split(held_out.inputs, 1024), torch.split(held_out.keys, 1024)
     for inputs, keys in zip(*columns, strict=True):
         parts.append(cache.recall(inputs.long()[None], keys[None]).nearest(CACHE_K))
-    recalled = join_recalled(parts)
-    return recalled.voters
+    cache_neighbors = join_cache_neighbors(parts)
+    return cache_neighbors.voters
 
 
 def learned(
@@ -209,7 +209,7 @@ def learned(
 
     Of validation text, each block as networks predict it that learned from the others.
     """
-    sources = [Source(p.k, p.temperature) for p in parameters]
+    sources = [GateInput(p.k, p.temperature) for p in parameters]
     voters = [nearest(v, s.k) for v, s in zip(voters, sources, strict=True)]
     test_voters = [nearest(v, s.k) for v, s in zip(test_voters, sources, strict=True)]
     examples = make_examples(sources, valid.lm, valid.lm_log_probs, voters, valid.targets)

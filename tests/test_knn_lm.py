@@ -23,7 +23,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Windowing, cut_windows, encode_documents
-from knnlm.retrieval.retriever import Memory
+from knnlm.retrieval.retriever import Retriever
 from knnlm.text.corpus import Document
 
 K = 12
@@ -128,7 +128,7 @@ def test_fewer_entries_than_k(tmp_path: Path, llama_lm: LanguageModel) -> None:
     model = KNNLM(llama_lm, store, k=len(store), lmbda=0.5, temperature=10.0)
     first = store.documents()[0]
     store.forget(["d1", "d2"])
-    assert model.memories[0].parameters.k > len(store) == first.stop - first.start
+    assert model.retrievers[0].parameters.k > len(store) == first.stop - first.start
     tokens = tokens_of(llama_lm, TEXT)
     expected = 0.5 * slow_knn_probs(llama_lm, store, tokens, 10**6, 10.0)
     expected += 0.5 * lm_log_probs_of(llama_lm, tokens).double().exp()
@@ -172,10 +172,10 @@ def test_absent_neighbors_vote_for_nothing(store: Datastore) -> None:
     rows = torch.tensor([[3, -1], [-1, -1]])
     distances = torch.tensor([[1.0, torch.inf], [torch.inf, torch.inf]])
     value = store.values[3].item()
-    memory = Memory(store, ExactIndex(store), Parameters())
+    retriever = Retriever(store, ExactIndex(store), Parameters())
     # row −1 must not be read as row 0, nor as the last one
     for target in (value, store.values[0].item(), store.values[-1].item()):
-        votes = memory.votes_for_targets(
+        votes = retriever.votes_for_targets(
             Neighbors(distances, rows), torch.tensor([target, target], dtype=torch.int32)
         )
         assert votes.tolist() == [[target == value, False], [False, False]]
@@ -267,13 +267,14 @@ def test_parameters_come_from_the_caller_the_tuning_or_the_paper(
     tmp_path: Path, llama_lm: LanguageModel
 ) -> None:
     store = own_store(tmp_path / "s", llama_lm)
-    assert KNNLM(llama_lm, store).memories[0].parameters == Parameters(len(store), 0.25, 1.0)
+    assert KNNLM(llama_lm, store).retrievers[0].parameters == Parameters(len(store), 0.25, 1.0)
     store.save_parameters(Parameters(9, 0.7, 40.0), {})
-    assert KNNLM(llama_lm, store).memories[0].parameters == Parameters(9, 0.7, 40.0)
-    assert KNNLM(llama_lm, store, k=3, lmbda=0.0).memories[0].parameters == Parameters(3, 0.0, 40.0)
+    assert KNNLM(llama_lm, store).retrievers[0].parameters == Parameters(9, 0.7, 40.0)
+    (retriever,) = KNNLM(llama_lm, store, k=3, lmbda=0.0).retrievers
+    assert retriever.parameters == Parameters(3, 0.0, 40.0)
     store.forget(["d1"])
     store.save_parameters(Parameters(10**6, 0.7, 40.0), {})
-    assert KNNLM(llama_lm, store).memories[0].parameters.k == len(store)
+    assert KNNLM(llama_lm, store).retrievers[0].parameters.k == len(store)
 
 
 def test_bad_parameters_are_refused(llama_lm: LanguageModel, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ PUBLIC = [
     "KNNLM",
     "KNNLMError",
     "LanguageModel",
-    "Memory",
+    "Retriever",
     "Neighbors",
     "Parameters",
     "PerplexityReport",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from knnlm.mixture.parameters import Parameters as Parameters
     from knnlm.model.language_model import LanguageModel as LanguageModel
     from knnlm.model.reading import Windowing as Windowing
-    from knnlm.retrieval.retriever import Memory as Memory
+    from knnlm.retrieval.retriever import Retriever as Retriever
     from knnlm.text.corpus import Document as Document
     from knnlm.text.corpus import Documents as Documents
     from knnlm.text.corpus import read_documents as read_documents
@@ -49,7 +49,7 @@ _MODULES = {
     "KNNLM": "knn_lm",
     "KNNLMError": "errors",
     "LanguageModel": "model.language_model",
-    "Memory": "retrieval.retriever",
+    "Retriever": "retrieval.retriever",
     "Neighbors": "index.protocol",
     "Parameters": "mixture.parameters",
     "PerplexityReport": "evaluation.perplexity",

@@ -19,7 +19,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Windowing
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
-from knnlm.retrieval.retriever import ForEach, Memory
+from knnlm.retrieval.retriever import ForEach, Retriever
 from knnlm.text.corpus import Document
 
 
@@ -77,14 +77,14 @@ class KNNLM:
         """What is mixed with the language model, and how."""
 
     @property
-    def memories(self) -> tuple[Memory, ...]:
+    def retrievers(self) -> tuple[Retriever, ...]:
         """The datastores, each with its index and its parameters."""
-        return self.mixer.memories
+        return self.mixer.retrievers
 
     @property
     def windowing(self) -> Windowing:
         """How the first datastore's text was cut into windows; held-out text is cut likewise."""
-        return self.memories[0].store.windowing
+        return self.retrievers[0].store.windowing
 
     def log_probs(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Return log p of every next token after each position, float32.
@@ -95,13 +95,13 @@ class KNNLM:
         """
         reading = self.lm.keys_and_logits(tokens)
         log_probs = torch.log_softmax(reading.logits, dim=-1)
-        recalled = None
-        if self.mixer.recalls:
+        cache_neighbors = None
+        if self.mixer.uses_cache:
             cache = self.mixer.new_cache(reading.keys)
-            recollection = cache.recall(tokens.to(reading.keys.device), reading.keys)
-            recalled = self.mixer.nearest(recollection)
+            cache_view = cache.recall(tokens.to(reading.keys.device), reading.keys)
+            cache_neighbors = self.mixer.nearest(cache_view)
         asked = self.mixer.ask(reading.keys.flatten(0, 1))
-        mixed = self.mixer.mix_vocabulary(asked, recalled, log_probs.flatten(0, 1))
+        mixed = self.mixer.mix_vocabulary(asked, cache_neighbors, log_probs.flatten(0, 1))
         return mixed.reshape(log_probs.shape)
 
     def perplexity(

@@ -22,7 +22,7 @@ from knnlm.text.corpus import Document
 DOCUMENTS = [
     Document("first", "The nearest neighbors of a hidden state are near."),
     Document("second", PROSE[:230]),
-    Document("third", "A memory: one entry for every token. The nearest places vote."),
+    Document("third", "A retriever: one entry for every token. The nearest places vote."),
 ]
 TEXTS = {document.name: str(document.text) for document in DOCUMENTS}
 TEXT = "The nearest places are near."
@@ -41,7 +41,7 @@ def tokens(llama_lm: LanguageModel) -> list[int]:
 
 
 def at_tokens(model: KNNLM, lmbda: float, tokens: list[int]) -> Tensor:
-    other = KNNLM(model.lm, model.memories[0].store, k=K, lmbda=lmbda, temperature=TEMPERATURE)
+    other = KNNLM(model.lm, model.retrievers[0].store, k=K, lmbda=lmbda, temperature=TEMPERATURE)
     read = torch.tensor([[model.lm.start_token, *tokens[:-1]]])
     return other.log_probs(read)[0].gather(1, torch.tensor(tokens)[:, None])[:, 0]
 
@@ -68,7 +68,7 @@ def test_probabilities_are_those_of_the_mixture(model: KNNLM, tokens: list[int])
 def test_sources_are_the_nearest_entries(model: KNNLM, tokens: list[int]) -> None:
     explanations = explain(model, TEXT, sources=K)
     queries = model.lm.keys(torch.tensor([[model.lm.start_token, *tokens[:-1]]]))[0].double()
-    keys = stored_keys(model.memories[0].store).double()
+    keys = stored_keys(model.retrievers[0].store).double()
     for query, explanation in zip(queries, explanations, strict=True):
         squared = (keys - query).square().sum(dim=1)
         nearest = squared.topk(K, largest=False).values
@@ -82,7 +82,7 @@ def test_sources_are_the_nearest_entries(model: KNNLM, tokens: list[int]) -> Non
         votes = sum(
             source.weight
             for source in explanation.sources
-            if int(model.memories[0].store.values[source.row]) == explanation.token
+            if int(model.retrievers[0].store.values[source.row]) == explanation.token
         )
         assert explanation.knn_prob == pytest.approx(votes, abs=1e-5)
 
@@ -134,7 +134,7 @@ def test_what_is_asked_for_is_what_is_named(model: KNNLM) -> None:
 
 
 def test_forgotten_documents_are_never_named(model: KNNLM) -> None:
-    model.memories[0].store.forget(["first", "third"])
+    model.retrievers[0].store.forget(["first", "third"])
     explanations = explain(model, TEXT, sources=K)
     assert {source.document for e in explanations for source in e.sources} == {"second"}
 
@@ -168,8 +168,8 @@ def test_the_sources_of_several_datastores(
     model: KNNLM, llama_lm: LanguageModel, tmp_path: Path
 ) -> None:
     other = build(tmp_path / "other", llama_lm, [Document("o", TEXT + " Yes.")], window=256)
-    (memory,) = model.memories
-    stores = [memory.store, other]
+    (retriever,) = model.retrievers
+    stores = [retriever.store, other]
     both = KNNLM(llama_lm, stores, k=[K, 3], lmbda=[0.4, 0.2], temperature=TEMPERATURE)
     alone = [
         explain(KNNLM(llama_lm, store, k=k, lmbda=0.5, temperature=TEMPERATURE), TEXT, sources=50)
@@ -237,7 +237,7 @@ def test_credits_are_the_parts_of_the_probability(model: KNNLM) -> None:
         assert sum(c.tokens for c in explanation.credits) + from_lm == pytest.approx(1.0, abs=1e-5)
     total = sum_credits(explanations)
     assert {credit.document for credit in total} == set(TEXTS)
-    assert {credit.store for credit in total} == {str(model.memories[0].store.path)}
+    assert {credit.store for credit in total} == {str(model.retrievers[0].store.path)}
     for credit in total:
         parts = [c.tokens for e in explanations for c in e.credits if c.document == credit.document]
         assert credit.tokens == pytest.approx(sum(parts))
@@ -245,13 +245,13 @@ def test_credits_are_the_parts_of_the_probability(model: KNNLM) -> None:
 
 
 def test_what_nobody_voted_for_has_no_credits(model: KNNLM) -> None:
-    silent = KNNLM(model.lm, model.memories[0].store, k=1, lmbda=1.0)
+    silent = KNNLM(model.lm, model.retrievers[0].store, k=1, lmbda=1.0)
     explanations = silent.explain(TEXT)
     assert {explanation.log_prob for explanation in explanations} == {0.0, -math.inf}
     for explanation in explanations:
         given = sum(credit.tokens for credit in explanation.credits)
         assert given == pytest.approx(explanation.knn_prob)
-    fair = KNNLM(model.lm, model.memories[0].store, k=K, lmbda=0.0)
+    fair = KNNLM(model.lm, model.retrievers[0].store, k=K, lmbda=0.0)
     assert not any(explanation.credits for explanation in fair.explain(TEXT))
 
 
@@ -292,8 +292,8 @@ def test_refusals(model: KNNLM) -> None:
     for name in ("sources", "before", "after"):
         with refusal(InvalidArgumentError, f"{name} must be at least 0, got -1"):
             explain(model, TEXT, **{name: -1})  # type: ignore[arg-type]
-    model.memories[0].store.forget(["*"])
+    model.retrievers[0].store.forget(["*"])
     with refusal(
-        InvalidArgumentError, f"{model.memories[0].store.path} must have entries to explain with"
+        InvalidArgumentError, f"{model.retrievers[0].store.path} must have entries to explain with"
     ):
         explain(model, TEXT)

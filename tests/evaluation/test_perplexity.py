@@ -33,7 +33,7 @@ from knnlm.progress import Advance
 from knnlm.text.corpus import Document, read_documents
 
 TEXTS = [
-    Document("a", "The datastore has felt like a memory."),
+    Document("a", "The datastore has felt like a retriever."),
     Document("none", ""),
     Document("b", PROSE[100:] + "One\tmore  line,\nand a half"),
     Document("c", "x"),
@@ -92,7 +92,7 @@ def first_read(position: int, windowing: Windowing) -> int:
 
 
 def slow_scores(model: KNNLM, windowing: Windowing) -> list[Score]:
-    lm, store, parameters = model.lm, model.memories[0].store, model.memories[0].parameters
+    lm, store, parameters = model.lm, model.retrievers[0].store, model.retrievers[0].parameters
     keys = stored_keys(store).double()
     scores = []
     for sequence in sequences(lm, windowing.boundary):

@@ -11,9 +11,9 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.continuous_cache import (
     SIMILARITIES,
     CacheParameters,
+    CacheView,
     ContinuousCache,
-    Recollection,
-    join_recalled,
+    join_cache_neighbors,
 )
 from knnlm.mixture.interpolation import (
     Votes,
@@ -54,19 +54,19 @@ def brute_force(
 
 
 def assert_equal_to_brute_force(
-    recalled: Recollection,
+    view: CacheView,
     keys: Tensor,
     targets: Tensor,
     size: int,
     theta: float,
     similarity: str = "distance",
 ) -> None:
-    weights = neighbor_log_weights(-recalled.similarities, 1 / theta)
-    present = recalled.values >= 0
+    weights = neighbor_log_weights(-view.similarities, 1 / theta)
+    present = view.values >= 0
     nothing = torch.full((len(keys), VOCAB), -torch.inf)
-    component = Votes(weights, recalled.values.clamp_min(0), 1.0, present.any(dim=1))
+    component = Votes(weights, view.values.clamp_min(0), 1.0, present.any(dim=1))
     dense = interpolate_vocabulary(nothing, [component.by_token()]).exp()
-    votes = (recalled.values == targets[:, None]) & present
+    votes = (view.values == targets[:, None]) & present
     sparse = target_knn_log_probs(weights, votes).exp()
     expected = torch.zeros(len(keys), VOCAB)
     for now, answer in enumerate(brute_force(keys, targets, size, theta, similarity)):
@@ -79,9 +79,7 @@ def assert_equal_to_brute_force(
     assert bool(weights[~present.any(dim=1)].isneginf().all())
 
 
-def in_pieces(
-    cache: ContinuousCache, inputs: Tensor, keys: Tensor, sizes: list[int]
-) -> Recollection:
+def in_pieces(cache: ContinuousCache, inputs: Tensor, keys: Tensor, sizes: list[int]) -> CacheView:
     """Read a sequence piece by piece; the columns of the shorter recollections are absent pairs."""
     parts = [
         cache.recall(piece[None], of_keys[None])
@@ -90,7 +88,7 @@ def in_pieces(
     width = max(part.values.shape[1] for part in parts)
     missing = [(width - part.values.shape[1], 0) for part in parts]
     pad = torch.nn.functional.pad
-    return Recollection(
+    return CacheView(
         torch.cat(
             [pad(p.similarities, m, value=-torch.inf) for p, m in zip(parts, missing, strict=True)]
         ),
@@ -104,27 +102,27 @@ def in_pieces(
 def test_equal_to_brute_force(size: int, theta: float, similarity: str) -> None:
     inputs, keys, targets = text(600)  # several blocks of queries
     cache = ContinuousCache(size, DIMENSION, similarity=similarity)
-    recalled = cache.recall(inputs[None], keys[None])
-    assert_equal_to_brute_force(recalled, keys, targets, size, theta, similarity)
+    view = cache.recall(inputs[None], keys[None])
+    assert_equal_to_brute_force(view, keys, targets, size, theta, similarity)
 
 
 @pytest.mark.parametrize("size", [1, 5, 40, 500])
 @pytest.mark.parametrize("pieces", [[300], [1] * 300, [100, 1, 1, 98, 60, 40], [299, 1]])
 def test_windows_and_single_steps_carry_on(size: int, pieces: list[int]) -> None:
     inputs, keys, targets = text(300, seed=1)
-    recalled = in_pieces(ContinuousCache(size, DIMENSION), inputs, keys, pieces)
-    assert_equal_to_brute_force(recalled, keys, targets, size, 0.5)
+    view = in_pieces(ContinuousCache(size, DIMENSION), inputs, keys, pieces)
+    assert_equal_to_brute_force(view, keys, targets, size, 0.5)
 
 
 def test_no_query_sees_its_own_target_or_a_later_one() -> None:
     inputs, keys, _ = text(40, seed=2)
-    recalled = ContinuousCache(40, DIMENSION).recall(inputs[None], keys[None])
+    view = ContinuousCache(40, DIMENSION).recall(inputs[None], keys[None])
     for now in range(40):
         changed = inputs.clone()
         changed[now + 1 :] = VOCAB + 1
         again = ContinuousCache(40, DIMENSION).recall(changed[None], keys[None])
-        assert torch.equal(again.values[: now + 1], recalled.values[: now + 1])
-        assert torch.equal(again.similarities[: now + 1], recalled.similarities[: now + 1])
+        assert torch.equal(again.values[: now + 1], view.values[: now + 1])
+        assert torch.equal(again.similarities[: now + 1], view.similarities[: now + 1])
 
 
 def test_sequences_of_a_batch_never_meet() -> None:
@@ -138,8 +136,8 @@ def test_sequences_of_a_batch_never_meet() -> None:
             part.similarities.reshape(3, -1, part.similarities.shape[1])[row] for part in together
         ]
         values = [part.values.reshape(3, -1, part.values.shape[1])[row] for part in together]
-        recalled = Recollection(torch.cat(parts), torch.cat(values))
-        assert_equal_to_brute_force(recalled, own_keys, targets, 20, 0.5)
+        view = CacheView(torch.cat(parts), torch.cat(values))
+        assert_equal_to_brute_force(view, own_keys, targets, 20, 0.5)
 
 
 @pytest.mark.parametrize("cut", [3, 7, 20])  # within, right after and beyond the padding
@@ -150,16 +148,14 @@ def test_padding_on_the_left_is_never_remembered(cut: int) -> None:
     padded_keys = torch.cat([torch.full((padding, DIMENSION), 2.0), keys])
     real = torch.arange(padding + 30) >= padding
     cache = ContinuousCache(100, DIMENSION)
-    recalled = cache.recall(padded[None, :cut], padded_keys[None, :cut], real[None, :cut])
+    view = cache.recall(padded[None, :cut], padded_keys[None, :cut], real[None, :cut])
     tail = cache.recall(padded[None, cut:], padded_keys[None, cut:], real[None, cut:])
     width = tail.values.shape[1]
     pad = torch.nn.functional.pad
-    missing = (width - recalled.values.shape[1], 0)
-    own = Recollection(
-        torch.cat([pad(recalled.similarities, missing, value=-torch.inf), tail.similarities])[
-            padding:
-        ],
-        torch.cat([pad(recalled.values, missing, value=-1), tail.values])[padding:],
+    missing = (width - view.values.shape[1], 0)
+    own = CacheView(
+        torch.cat([pad(view.similarities, missing, value=-torch.inf), tail.similarities])[padding:],
+        torch.cat([pad(view.values, missing, value=-1), tail.values])[padding:],
     )
     assert_equal_to_brute_force(own, keys, targets, 100, 0.5)
 
@@ -170,12 +166,12 @@ def test_beams_go_on_from_the_sequence_that_they_continue() -> None:
     cache.recall(torch.stack([one[0], other[0]]), torch.stack([one[1], other[1]]))
     cache.reorder(torch.tensor([1, 1]))
     following = torch.tensor([[3], [4]]), torch.randn(2, 1, DIMENSION)
-    recalled = cache.recall(*following)
+    view = cache.recall(*following)
     for row in range(2):
         expected = torch.cat([other[0][-7:], following[0][row]])
-        assert torch.equal(recalled.values[row], expected)
+        assert torch.equal(view.values[row], expected)
         remembered = -(other[1][-8:] - following[1][row, 0]).square().sum(dim=1)
-        torch.testing.assert_close(recalled.similarities[row], remembered)
+        torch.testing.assert_close(view.similarities[row], remembered)
 
 
 def test_memory_is_bounded_by_the_size() -> None:
@@ -204,8 +200,8 @@ def test_distances_of_keys_with_a_large_common_part_keep_their_digits() -> None:
 
 def test_the_nearest_pairs_come_first() -> None:
     inputs, keys, _ = text(30, seed=12)
-    recalled = ContinuousCache(30, DIMENSION).recall(inputs[None], keys[None])
-    nearest = recalled.nearest(4)
+    view = ContinuousCache(30, DIMENSION).recall(inputs[None], keys[None])
+    nearest = view.nearest(4)
     for now in range(30):
         expected = (keys[:now] - keys[now]).square().sum(dim=1).sort()
         held = min(now, 4)
@@ -246,7 +242,7 @@ def test_consecutive_recollections_of_several_widths() -> None:
         for part in (slice(0, 4), slice(4, 30))
     ]
     whole = ContinuousCache(20, DIMENSION).recall(inputs[None], keys[None]).nearest(20)
-    joined = join_recalled(parts)
+    joined = join_cache_neighbors(parts)
     torch.testing.assert_close(joined.squared_distances, whole.squared_distances)
     assert torch.equal(joined.tokens, whole.tokens)
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.features import (
     TEMPERATURES,
+    GateInput,
     LMSummary,
-    Source,
     Voters,
     count_features,
     query_features,
@@ -38,7 +38,7 @@ def some_lm(queries: int = 30, seed: int = 1) -> LMSummary:
     return summarize_lm(torch.log_softmax(torch.randn(queries, VOCAB, generator=generator), 1))
 
 
-def features_of(source: Source, voters: Voters, lm: LMSummary) -> Tensor:
+def features_of(source: GateInput, voters: Voters, lm: LMSummary) -> Tensor:
     return query_features(lm, [weigh(source, voters)])
 
 
@@ -51,7 +51,7 @@ def test_the_lm_in_three_numbers() -> None:
 
 
 def test_components_are_softmaxes_at_several_temperatures() -> None:
-    source, voters = Source(21, 3.0), some_voters()
+    source, voters = GateInput(21, 3.0), some_voters()
     weights = weigh(source, voters).log_weights
     energies = [-voters.squared_distances.double() / (3.0 * factor) for factor in TEMPERATURES]
     for log_weights, energy in zip(weights, energies, strict=True):
@@ -60,7 +60,7 @@ def test_components_are_softmaxes_at_several_temperatures() -> None:
 
 
 def test_features_equal_a_slow_count() -> None:
-    source, voters, lm = Source(21, 3.0), some_voters(), some_lm()
+    source, voters, lm = GateInput(21, 3.0), some_voters(), some_lm()
     found = features_of(source, voters, lm)
     weights = weigh(source, voters).log_weights[1].double().exp()
     ranks = [1, 2, 4, 8, 16]
@@ -94,14 +94,14 @@ def test_features_equal_a_slow_count() -> None:
 def test_features_do_not_depend_on_the_scale_of_the_keys() -> None:
     voters, lm = some_voters(), some_lm()
     larger = Voters(voters.squared_distances * 1000, voters.tokens)
-    one = features_of(Source(21, 3.0), voters, lm)
-    other = features_of(Source(21, 3000.0), larger, lm)
+    one = features_of(GateInput(21, 3.0), voters, lm)
+    other = features_of(GateInput(21, 3000.0), larger, lm)
     torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 1024])
 def test_any_number_of_voters_gives_finite_features(k: int) -> None:
-    source, lm = Source(k, 1.0), some_lm()
+    source, lm = GateInput(k, 1.0), some_lm()
     found = features_of(source, some_voters(k=k), lm)
     assert bool(found.isfinite().all())
     assert found.shape == (30, count_features([source]))
@@ -109,14 +109,14 @@ def test_any_number_of_voters_gives_finite_features(k: int) -> None:
 
 def test_fewer_voters_than_asked_for_are_described_alike() -> None:
     voters, lm = some_voters(k=5), some_lm()
-    assert features_of(Source(64, 2.0), voters, lm).shape == (
+    assert features_of(GateInput(64, 2.0), voters, lm).shape == (
         30,
-        count_features([Source(64, 2.0)]),
+        count_features([GateInput(64, 2.0)]),
     )
 
 
 def test_a_query_is_described_alike_alone_and_among_others() -> None:
-    source, voters, lm = Source(21, 3.0), some_voters(), some_lm()
+    source, voters, lm = GateInput(21, 3.0), some_voters(), some_lm()
     together = features_of(source, voters, lm)
     for query in range(30):
         alone = slice(query, query + 1)
@@ -126,6 +126,6 @@ def test_a_query_is_described_alike_alone_and_among_others() -> None:
 
 def test_sources_have_rules() -> None:
     with refusal(InvalidArgumentError, "k must be at least 1, got 0"):
-        Source(0, 1.0)
+        GateInput(0, 1.0)
     with refusal(InvalidArgumentError, "temperature must be positive, got 0.0"):
-        Source(1, 0.0)
+        GateInput(1, 0.0)

@@ -12,7 +12,7 @@ from torch import Tensor
 from knnlm.errors import DatastoreCorruptError
 from knnlm.mixture.features import (
     TEMPERATURES,
-    Source,
+    GateInput,
     Voters,
     Weighed,
     count_features,
@@ -35,11 +35,11 @@ from knnlm.mixture.interpolation import (
 )
 
 VOCAB = 11
-SOURCES = [Source(16, 2.0), Source(5, 1.0)]
+SOURCES = [GateInput(16, 2.0), GateInput(5, 1.0)]
 
 
 def random_gate(
-    sources: Sequence[Source] = SOURCES, networks: int = 3, seed: int = 0
+    sources: Sequence[GateInput] = SOURCES, networks: int = 3, seed: int = 0
 ) -> LearnedGate:
     """A gate whose weights differ widely from query to query."""
     generator = torch.Generator().manual_seed(seed)

@@ -252,9 +252,9 @@ def test_lambda_by_distance_suits_the_text_that_it_was_fitted_to(
     buckets = tuning.mixture.by_distance
     assert buckets is not None
     keys = llama_lm.keys_and_logits(torch.tensor([[0, 5, 9, 11, 40, 7]])).keys[0]
-    (memory,) = model.memories
-    votes = memory.vote(memory.search(keys))
-    nearest = memory.search(keys).squared_distances[:, :1]
+    (retriever,) = model.retrievers
+    votes = retriever.vote(retriever.search(keys))
+    nearest = retriever.search(keys).squared_distances[:, :1]
     assert torch.equal(torch.as_tensor(votes.lmbda), buckets(nearest))
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from knnlm.evaluation.tally import share_hurt
-from knnlm.mixture.features import TEMPERATURES, Source, Voters, count_features, summarize_lm
+from knnlm.mixture.features import TEMPERATURES, GateInput, Voters, count_features, summarize_lm
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import Component, interpolate, target_knn_log_probs
 from knnlm.tuning.gate_training import (
@@ -19,7 +19,7 @@ from knnlm.tuning.gate_training import (
 )
 
 VOCAB = 11
-SOURCE = Source(8, 2.0)
+SOURCE = GateInput(8, 2.0)
 COMPONENTS = 1 + len(TEMPERATURES)
 
 
@@ -89,7 +89,7 @@ def test_any_amount_of_text_gives_a_gate(tokens: int) -> None:
 
 def test_training_sees_what_the_mixture_gives() -> None:
     generator = torch.Generator().manual_seed(5)
-    sources = [SOURCE, Source(4, 1.0)]
+    sources = [SOURCE, GateInput(4, 1.0)]
     lm = torch.log_softmax(torch.randn(700, VOCAB, generator=generator), dim=1)
     targets = torch.randint(0, VOCAB, (700,), generator=generator)
     voters = [

@@ -59,7 +59,7 @@ def test_trials_equal_an_evaluation_with_their_parameters(model: KNNLM, tuning: 
     for trial in [best, *found.by_k, *found.by_lmbda[::9], *found.by_temperature[::3]]:
         report = KNNLM(
             model.lm,
-            model.memories[0].store,
+            model.retrievers[0].store,
             k=trial.k,
             lmbda=trial.lmbda,
             temperature=trial.temperature,
@@ -94,7 +94,7 @@ def test_windows_and_limits_are_those_of_evaluation(model: KNNLM) -> None:
     found = tune(model, HELD_OUT, max_k=8, windowing=windowing, max_tokens=70)
     (p,) = found.parameters
     report = KNNLM(
-        model.lm, model.memories[0].store, k=p.k, lmbda=p.lmbda, temperature=p.temperature
+        model.lm, model.retrievers[0].store, k=p.k, lmbda=p.lmbda, temperature=p.temperature
     ).perplexity(HELD_OUT, windowing=windowing, max_tokens=70)
     assert found.tokens == report.tokens == 70
     assert report.knn.perplexity == pytest.approx(found.knn_perplexity, rel=1e-5)
@@ -230,7 +230,7 @@ def test_several_datastores_are_tuned_together(llama_lm: LanguageModel, tmp_path
     assert opened[0].tuning is not None
     assert opened[0].tuning["together_with"] == [str(stores[1].path)]
     model = KNNLM(llama_lm, opened)
-    assert tuple(memory.parameters for memory in model.memories) == found.parameters
+    assert tuple(retriever.parameters for retriever in model.retrievers) == found.parameters
     report = model.perplexity(HELD_OUT)
     assert report.knn.perplexity == pytest.approx(found.knn_perplexity, rel=1e-5)
     json.dumps(found.to_dict())
@@ -313,10 +313,10 @@ def test_tuned_parameters_become_the_defaults(llama_lm: LanguageModel, tmp_path:
     store = build(tmp_path / "s", llama_lm, distinct_documents(2), window=64)
     found = tune(KNNLM(llama_lm, store), HELD_OUT, max_k=16)
     found.save([store], ["held"])
-    (memory,) = KNNLM(llama_lm, Datastore(store.path)).memories
-    assert (memory.parameters,) == found.parameters
-    assert memory.store.tuning is not None
-    assert memory.store.tuning["text"] == ["held"]
+    (retriever,) = KNNLM(llama_lm, Datastore(store.path)).retrievers
+    assert (retriever.parameters,) == found.parameters
+    assert retriever.store.tuning is not None
+    assert retriever.store.tuning["text"] == ["held"]
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e6])

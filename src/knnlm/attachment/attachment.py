@@ -127,14 +127,14 @@ class Attachment:
         if logits.shape[1] != keys.shape[1]:
             keys = slice_logits_to_keep(keys, given.get("logits_to_keep", 0))
             kept = slice_logits_to_keep(kept, given.get("logits_to_keep", 0))
-        recalled = None
-        if self.mixer.recalls:
-            recollection = self._caches.recall(given, output, read.detach())
-            recalled = self.mixer.nearest(recollection.of(kept.flatten()))
+        cache_neighbors = None
+        if self.mixer.uses_cache:
+            cache_view = self._caches.recall(given, output, read.detach())
+            cache_neighbors = self.mixer.nearest(cache_view.of(kept.flatten()))
         lm_log_probs = torch.log_softmax(logits.float(), dim=-1)
         begun = self._pending.asked
         asked = self.mixer.ask(keys.flatten(0, 1)) if begun is None else begun.result()
-        mixed = self.mixer.mix_vocabulary(asked, recalled, lm_log_probs.flatten(0, 1))
+        mixed = self.mixer.mix_vocabulary(asked, cache_neighbors, lm_log_probs.flatten(0, 1))
         return mixed.reshape(lm_log_probs.shape)
 
 

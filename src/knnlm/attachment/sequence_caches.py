@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.errors import UnsupportedModelError
-from knnlm.mixture.continuous_cache import ContinuousCache, Recollection
+from knnlm.mixture.continuous_cache import CacheView, ContinuousCache
 from knnlm.retrieval.mixer import Mixer
 
 
@@ -29,7 +29,7 @@ class SequenceCaches:
         given: dict[str, Any],
         output: Any,
         keys: Float[Tensor, "batch time dim"],
-    ) -> Recollection:
+    ) -> CacheView:
         """Take in what a forward pass has read; return what its positions remember.
 
         given: the pass's arguments. Raises UnsupportedModelError where it cannot be followed.

@@ -18,7 +18,7 @@ from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Windowing
 from knnlm.retrieval.mixer import Mixer
-from knnlm.retrieval.retriever import Memory
+from knnlm.retrieval.retriever import Retriever
 from knnlm.text.windows import Window, document_windows, stream_windows
 
 THIS_TEXT = "(this text)"
@@ -128,9 +128,9 @@ def explain(
     text without tokens and a datastore without entries.
     """
     lm, mixer = model.lm, model.mixer
-    stores = [memory.store for memory in mixer.memories]
+    stores = [retriever.store for retriever in mixer.retrievers]
     if mixer.gate is None:
-        mixer = replace(mixer, memories=tuple(m for m in mixer.memories if len(m.store) > 0))
+        mixer = replace(mixer, retrievers=tuple(m for m in mixer.retrievers if len(m.store) > 0))
     if not any(len(store) > 0 for store in stores):
         raise InvalidArgumentError(f"{stores[0].path} must have entries to explain with, got none")
     for name, number in [("sources", sources), ("before", before), ("after", after)]:
@@ -140,8 +140,8 @@ def explain(
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")
     explanations: list[Explanation] = []
-    wanted = replace(Wanted.by(mixer, model.windowing.boundary), memories=mixer.memories)
-    documents = [_Documents(memory.store) for memory in mixer.memories]
+    wanted = replace(Wanted.by(mixer, model.windowing.boundary), retrievers=mixer.retrievers)
+    documents = [_Documents(retriever.store) for retriever in mixer.retrievers]
     for scores in score_windows(lm, text_windows(lm, tokens, model.windowing), wanted):
         text_before = [explanation.token for explanation in explanations]
         explanations += explain_scores(
@@ -202,14 +202,14 @@ def explain_scores(
     text_before: Sequence[int] = (),
     documents: Sequence[_Documents] | None = None,
 ) -> Iterator[Explanation]:
-    """Explain the targets of some scores, the neighbors being those of all the mixer's memories.
+    """Explain the targets of some scores, the neighbors being those of all the mixer's retrievers.
 
     text_before: the tokens before the targets, which a continuous cache remembers. documents: of
     each memory; None for explanations without credits.
     """
-    memories = mixer.memories
-    recalled = scores.recalled[0] if scores.recalled else None
-    votes = mixer.votes(memories, scores.neighbors, recalled, scores.lm)
+    retrievers = mixer.retrievers
+    cache_neighbors = scores.cache_neighbors[0] if scores.cache_neighbors else None
+    votes = mixer.votes(retrievers, scores.neighbors, cache_neighbors, scores.lm)
     of_targets = [of_source.for_targets(scores.targets) for of_source in votes]
     shares = _shares(votes)
     of_shares = [of_source.log_probs.exp() for of_source in of_targets]
@@ -232,12 +232,12 @@ def explain_scores(
             while place >= votes[which].tokens.shape[1]:
                 place -= votes[which].tokens.shape[1]
                 which += 1
-            if which == len(memories):
-                assert recalled is not None
-                age = int(recalled.ages[number, place])
-                if recalled.tokens[number, place] >= 0:
+            if which == len(retrievers):
+                assert cache_neighbors is not None
+                age = int(cache_neighbors.ages[number, place])
+                if cache_neighbors.tokens[number, place] >= 0:
                     remembered = len(text_before) + number - age
-                    distance = float(recalled.squared_distances[number, place])
+                    distance = float(cache_neighbors.squared_distances[number, place])
                     named.append(
                         _recalled_source(lm, text, remembered, weight, distance, before, after)
                     )
@@ -246,7 +246,7 @@ def explain_scores(
             if neighbors.rows[number, place] >= 0:
                 row = int(neighbors.rows[number, place])
                 distance = float(neighbors.squared_distances[number, place])
-                named.append(_source(lm, memories[which], row, weight, distance, before, after))
+                named.append(_source(lm, retrievers[which], row, weight, distance, before, after))
         yield Explanation(
             token=token,
             text=lm.decode([token]),
@@ -342,16 +342,16 @@ def _recalled_source(
 
 def _source(
     lm: LanguageModel,
-    memory: Memory,
+    retriever: Retriever,
     row: int,
     weight: float,
     squared_distance: float,
     before: int,
     after: int,
 ) -> Source:
-    passage = memory.store.passage(row, before, after)
+    passage = retriever.store.passage(row, before, after)
     return Source(
-        store=str(memory.store.path),
+        store=str(retriever.store.path),
         row=row,
         document=passage.document.name,
         position=row - passage.document.start,

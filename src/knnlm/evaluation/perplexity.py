@@ -160,7 +160,7 @@ def evaluate(
     """
     started = time.perf_counter()
     lm_seconds = search_seconds = 0.0
-    tally = Tally(mixer.memories, lm.vocab_size)
+    tally = Tally(mixer.retrievers, lm.vocab_size)
     last_document, last_targets = -1, list[np.ndarray]()
     met: dict[int, EncodedDocument] = {}
     wanted = Wanted.by(mixer, windowing.boundary)
@@ -210,7 +210,7 @@ def evaluate(
         change=perplexity_of((knn_nats - lm_nats) / tokens) - 1,
         change_error=errors and errors.change,
         errors_over=errors and errors.over,
-        parameters=tuple(memory.parameters for memory in mixer.memories),
+        parameters=tuple(retriever.parameters for retriever in mixer.retrievers),
         weights=mixer.weights,
         cache=mixer.cache,
         tokens_helped=tally.helped,

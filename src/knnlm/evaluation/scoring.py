@@ -15,19 +15,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.index.protocol import Neighbors
-from knnlm.mixture.continuous_cache import ContinuousCache, Recalled, join_recalled
+from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
 from knnlm.mixture.features import LMSummary
 from knnlm.mixture.interpolation import interpolate
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import default_batch_tokens, read_scores
 from knnlm.retrieval.mixer import Mixer
-from knnlm.retrieval.retriever import Memory
+from knnlm.retrieval.retriever import Retriever
 from knnlm.text.windows import Window
 
 QUERIES_AT_ONCE = 4096
 
 
-class Recall(NamedTuple):
+class CacheRequest(NamedTuple):
     """What continuous caches of several sizes are asked for: the k most similar pairs.
 
     boundary: "document" to begin anew with each document, "stream" to remember what came before.
@@ -43,22 +43,22 @@ class Recall(NamedTuple):
 class Wanted:
     """What is to be found of each token beside the model's log-probability.
 
-    memories: which are searched, whatever their λ. recall: what the continuous cache is asked for.
-    summary: whether the model's whole distribution is described.
+    retrievers: which are searched, whatever their λ. recall: what the continuous cache is asked
+    for. summary: whether the model's whole distribution is described.
     """
 
-    memories: tuple[Memory, ...]
-    recall: Recall | None = None
+    retrievers: tuple[Retriever, ...]
+    recall: CacheRequest | None = None
     summary: bool = False
 
     @classmethod
     def by(cls, mixer: Mixer, boundary: str) -> "Wanted":
         """Return what a mixer needs."""
         recall = None
-        if mixer.recalls:
+        if mixer.uses_cache:
             assert mixer.cache is not None
             cache = mixer.cache
-            recall = Recall((cache.size,), cache.votes.k, cache.similarity, boundary)
+            recall = CacheRequest((cache.size,), cache.votes.k, cache.similarity, boundary)
         return cls(mixer.searched, recall, mixer.gate is not None)
 
 
@@ -66,16 +66,16 @@ class Wanted:
 class Scores:
     """What the model and the datastores say of each new token of some windows, in order.
 
-    lm_log_probs: log p_LM of the token. neighbors: of the key that precedes it, in each memory that
-    was searched. recalled: of each size of the continuous cache that was asked for. lm: if wanted.
-    lm_seconds, search_seconds: what it took, the continuous cache among the search.
+    lm_log_probs: log p_LM of the token. neighbors: of the key that precedes it, in each datastore
+    that was searched. cache_neighbors: of each size of the continuous cache that was asked for.
+    lm: if wanted. lm_seconds, search_seconds: what it took, the continuous cache among the search.
     """
 
     windows: list[Window]
     targets: Int[Tensor, " token"]
     lm_log_probs: Float[Tensor, " token"]
     neighbors: tuple[Neighbors, ...]
-    recalled: tuple[Recalled, ...] = ()
+    cache_neighbors: tuple[CacheNeighbors, ...] = ()
     lm: LMSummary | None = None
     lm_seconds: float = 0.0
     search_seconds: float = 0.0
@@ -124,15 +124,17 @@ class _Scorer:
         if wanted.summary:
             summary = LMSummary.join([summaries[number] for number in range(len(windows))])
         read = time.perf_counter()
-        neighbors = tuple(memory.search(queries) for memory in wanted.memories)
-        recalled = self._recall(windows, torch.split(queries, [window.new for window in windows]))
+        neighbors = tuple(retriever.search(queries) for retriever in wanted.retrievers)
+        cache_neighbors = self._recall(
+            windows, torch.split(queries, [window.new for window in windows])
+        )
         searched = time.perf_counter()
         return Scores(
             windows,
             targets,
             log_probs,
             neighbors,
-            recalled,
+            cache_neighbors,
             summary,
             read - started,
             searched - read,
@@ -140,11 +142,11 @@ class _Scorer:
 
     def _recall(
         self, windows: Sequence[Window], keys: Sequence[Float[Tensor, "_ dim"]]
-    ) -> tuple[Recalled, ...]:
+    ) -> tuple[CacheNeighbors, ...]:
         recall = self._wanted.recall
         if recall is None:
             return ()
-        found: list[list[Recalled]] = [[] for _ in recall.sizes]
+        found: list[list[CacheNeighbors]] = [[] for _ in recall.sizes]
         for window, of_window in zip(windows, keys, strict=True):
             document = window.spans[0].document
             if self._cache is None or (
@@ -155,14 +157,14 @@ class _Scorer:
                 )
             self._document = document
             inputs = torch.from_numpy(window.inputs[window.context :]).long()
-            recollection = self._cache.recall(inputs[None], of_window[None])
+            cache_view = self._cache.recall(inputs[None], of_window[None])
             for parts, size in zip(found, recall.sizes, strict=True):
-                parts.append(recollection.nearest(recall.k, size))
-        return tuple(join_recalled(parts) for parts in found)
+                parts.append(cache_view.nearest(recall.k, size))
+        return tuple(join_cache_neighbors(parts) for parts in found)
 
 
 def mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
     """Return log p of each scored token under the mixer that the scores were made for."""
-    recalled = scores.recalled[0] if scores.recalled else None
-    votes = mixer.votes(mixer.searched, scores.neighbors, recalled, scores.lm)
+    cache_neighbors = scores.cache_neighbors[0] if scores.cache_neighbors else None
+    votes = mixer.votes(mixer.searched, scores.neighbors, cache_neighbors, scores.lm)
     return interpolate(scores.lm_log_probs, [one.for_targets(scores.targets) for one in votes])

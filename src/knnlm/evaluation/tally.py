@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.evaluation.scoring import Scores
-from knnlm.retrieval.retriever import Memory
+from knnlm.retrieval.retriever import Retriever
 
 FEWEST_DOCUMENTS = 10  # whose bootstrap says something of other documents
 BLOCK = 256  # consecutive tokens, which are alike
@@ -51,15 +51,15 @@ class Tally:
     mixture gives more, or less, than the LM.
     """
 
-    def __init__(self, memories: Sequence[Memory], vocab_size: int) -> None:
+    def __init__(self, retrievers: Sequence[Retriever], vocab_size: int) -> None:
         self.scored: dict[int, int] = {}
         self.helped = self.hurt = 0
         self._hurt_much = 0.0
         # by document and number of the block in it: nats of the LM and the mixture, and tokens
         self._of_blocks: dict[tuple[int, int], Float[Tensor, " count"]] = {}
         counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for memory in memories:
-            counts += _count_tokens(memory, vocab_size)
+        for retriever in retrievers:
+            counts += _count_tokens(retriever, vocab_size)
         # 0 for none, 1 for 1 … 9, 2 for 10 … 99, …
         self._bucket = counts.double().log10().floor().clamp_min(-1).long() + 1
         buckets = int(self._bucket.max()) + 1
@@ -152,8 +152,8 @@ def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray
     return per_token
 
 
-def _count_tokens(memory: Memory, vocab_size: int) -> Int[Tensor, " vocab"]:
-    return torch.bincount(memory.store.values[memory.store.alive], minlength=vocab_size)
+def _count_tokens(retriever: Retriever, vocab_size: int) -> Int[Tensor, " vocab"]:
+    return torch.bincount(retriever.store.values[retriever.store.alive], minlength=vocab_size)
 
 
 def perplexity_of(nats_per_token: float) -> float:

@@ -62,7 +62,7 @@ def _check_similarity(similarity: str) -> None:
         )
 
 
-class Recalled(NamedTuple):
+class CacheNeighbors(NamedTuple):
     """The remembered pairs that vote for what follows each query, the most similar first.
 
     squared_distances: −s, +inf where there is none. tokens: what followed then, −1 where there is
@@ -80,7 +80,7 @@ class Recalled(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Recollection:
+class CacheView:
     """The remembered pairs as each query sees them, the oldest first.
 
     similarities: −∞ where there is no pair. values: the token that followed h_i; −1 where there is
@@ -90,20 +90,20 @@ class Recollection:
     similarities: Float[Tensor, "query pair"]
     values: Int[Tensor, "query pair"]
 
-    def of(self, queries: Int[Tensor, " some"]) -> "Recollection":
+    def of(self, queries: Int[Tensor, " some"]) -> "CacheView":
         """Return that of some of the queries."""
-        return Recollection(self.similarities[queries], self.values[queries])
+        return CacheView(self.similarities[queries], self.values[queries])
 
-    def nearest(self, count: int, size: int | None = None) -> Recalled:
+    def nearest(self, count: int, size: int | None = None) -> CacheNeighbors:
         """Return the `count` most similar pairs, of the last `size` ones where that is given."""
         first = 0 if size is None else max(self.values.shape[1] - size, 0)
         recent = self.similarities[:, first:]
         similarities, columns = recent.topk(min(count, recent.shape[1]), dim=1)
         values = self.values[:, first:].gather(1, columns)
-        return Recalled(-similarities, values, recent.shape[1] - columns)
+        return CacheNeighbors(-similarities, values, recent.shape[1] - columns)
 
 
-def join_recalled(parts: Sequence[Recalled]) -> Recalled:
+def join_cache_neighbors(parts: Sequence[CacheNeighbors]) -> CacheNeighbors:
     """Return what consecutive queries recalled; where one has fewer pairs, the rest are absent."""
     width = max(part.tokens.shape[1] for part in parts)
     columns = []
@@ -111,7 +111,7 @@ def join_recalled(parts: Sequence[Recalled]) -> Recalled:
         missing = [(0, width - part.shape[1]) for part in of_parts]
         padded = [pad(part, m, value=absent) for part, m in zip(of_parts, missing, strict=True)]
         columns.append(torch.cat(padded))
-    return Recalled(*columns)
+    return CacheNeighbors(*columns)
 
 
 class ContinuousCache:
@@ -154,7 +154,7 @@ class ContinuousCache:
         inputs: Int[Tensor, "batch time"],
         keys: Float[Tensor, "batch time dim"],
         real: Bool[Tensor, "batch time"] | None = None,
-    ) -> Recollection:
+    ) -> CacheView:
         """Take in the next positions; return what each of them remembers, batch by batch.
 
         real: False where a position is padding, on a sequence's left; it is not remembered. A
@@ -173,14 +173,14 @@ class ContinuousCache:
         self._used = stop
         self.position += time
         width = min(self.size, stop)
-        recalled = [
+        cache_neighbors = [
             self._recall(first, min(first + _BLOCK, stop), width)
             for first in range(start, stop, _BLOCK)
         ]
         similarities, values = (
-            torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*recalled, strict=True)
+            torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*cache_neighbors, strict=True)
         )
-        return Recollection(similarities, values)
+        return CacheView(similarities, values)
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Let sequence i go on from what sequence rows[i] was, as a beam search does."""

@@ -1,6 +1,6 @@
 """What is known of a query before its next token is: how sure the LM is, how the votes fall.
 
-A `Source` is a datastore or the continuous cache: voters near the query, each with a token. It
+A `GateInput` is a datastore or the continuous cache: voters near the query, each with a token. It
 enters the mixture as several components, the same voters weighed at several temperatures. Distances
 are taken in units of the source's temperature, so that features mean the same whatever the scale of
 the keys.
@@ -25,7 +25,7 @@ _ROWS = 16  # distributions described at once, so that they stay in the processo
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class GateInput:
     """Where voters come from, and how they are weighed.
 
     k: how many at most (≥ 1). temperature: T of a fixed mixture that suits it (> 0); components
@@ -122,7 +122,7 @@ class Weighed(NamedTuple):
     best: Float[Tensor, " query"]
 
 
-def weigh(source: Source, voters: Voters) -> Weighed:
+def weigh(source: GateInput, voters: Voters) -> Weighed:
     """Weigh a source's voters at each of its temperatures, and describe their vote."""
     log_weights = torch.stack(
         [
@@ -155,7 +155,7 @@ def query_features(lm: LMSummary, weighed: Sequence[Weighed]) -> Float[Tensor, "
     return torch.stack(columns, dim=1)
 
 
-def count_features(sources: Sequence[Source]) -> int:
+def count_features(sources: Sequence[GateInput]) -> int:
     """Return how many features `query_features` gives."""
     nothing = torch.zeros(0)
     lm = LMSummary(nothing, nothing, nothing.long())

@@ -17,8 +17,8 @@ from torch.nn import functional
 from knnlm.errors import DatastoreCorruptError
 from knnlm.mixture.features import (
     TEMPERATURES,
+    GateInput,
     LMSummary,
-    Source,
     Voters,
     Weighed,
     count_features,
@@ -75,7 +75,7 @@ class LearnedGate:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[GateInput],
         mean: Float[Tensor, " feature"],
         scale: Float[Tensor, " feature"],
         parameters: Sequence[Tensor],
@@ -177,7 +177,7 @@ class LearnedGate:
         """Undo `to_tensors` and `describe`; raises DatastoreCorruptError."""
         names = [f"network.{number}" for number in range(2 * _LAYERS)]
         mean, scale, *parameters = _take(tensors, "mean", "scale", *names)
-        sources = [Source(**source) for source in description["sources"]]
+        sources = [GateInput(**source) for source in description["sources"]]
         made_for = len(mean), parameters[-1].shape[-1]
         needed = count_features(sources), 1 + len(TEMPERATURES) * len(sources)
         if made_for != needed:

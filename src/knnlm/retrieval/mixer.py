@@ -14,10 +14,10 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Index, Neighbors
 from knnlm.mixture.continuous_cache import (
+    CacheNeighbors,
     CacheParameters,
+    CacheView,
     ContinuousCache,
-    Recalled,
-    Recollection,
 )
 from knnlm.mixture.features import LMSummary, Weighed, summarize_lm, weigh
 from knnlm.mixture.gate import LearnedGate
@@ -32,10 +32,10 @@ from knnlm.mixture.interpolation import (
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.retrieval.retriever import (
     ForEach,
-    Memory,
+    Retriever,
     as_stores,
     check_total,
-    open_memories,
+    open_retrievers,
     override,
 )
 
@@ -50,7 +50,7 @@ class Mixer:
     memory chooses its own, and the cache's is fixed.
     """
 
-    memories: tuple[Memory, ...]
+    retrievers: tuple[Retriever, ...]
     cache: CacheParameters | None = None
     gate: LearnedGate | None = None
 
@@ -59,25 +59,25 @@ class Mixer:
         """What chooses them: `learned`, `distance` or `fixed`."""
         if self.gate is not None:
             return "learned"
-        by_distance = any(memory.by_distance is not None for memory in self.memories)
+        by_distance = any(retriever.by_distance is not None for retriever in self.retrievers)
         return "distance" if by_distance else "fixed"
 
     @property
-    def searched(self) -> tuple[Memory, ...]:
-        """The memories whose neighbors are needed: without a gate, those that count."""
+    def searched(self) -> tuple[Retriever, ...]:
+        """The retrievers whose neighbors are needed: without a gate, those that count."""
         if self.gate is not None:
-            return self.memories
-        return tuple(memory for memory in self.memories if memory.counts)
+            return self.retrievers
+        return tuple(retriever for retriever in self.retrievers if retriever.counts)
 
     @property
-    def recalls(self) -> bool:
+    def uses_cache(self) -> bool:
         """Whether what the continuous cache remembers is needed."""
         return self.cache is not None and (self.gate is not None or self.cache.votes.lmbda > 0.0)
 
     @property
     def counts(self) -> bool:
         """Whether anything can change the model's predictions."""
-        return self.recalls or any(len(memory.store) > 0 for memory in self.searched)
+        return self.uses_cache or any(len(retriever.store) > 0 for retriever in self.searched)
 
     def new_cache(
         self, keys: Float[Tensor, "batch time dim"], position: int = 0
@@ -93,72 +93,80 @@ class Mixer:
             position=position,
         )
 
-    def nearest(self, recollection: Recollection) -> Recalled:
+    def nearest(self, cache_view: CacheView) -> CacheNeighbors:
         """Return the pairs that vote, of what the cache remembers."""
         assert self.cache is not None
-        return recollection.nearest(self.cache.votes.k)
+        return cache_view.nearest(self.cache.votes.k)
 
     def ask(self, keys: Float[Tensor, "query dim"]) -> "Asked":
-        """Search each memory in `searched`, and do all that needs no language model."""
-        neighbors = [memory.search(keys) for memory in self.searched] if len(keys) else []
+        """Search each retriever in `searched`, and do all that needs no language model."""
+        neighbors = [retriever.search(keys) for retriever in self.searched] if len(keys) else []
         found = list(zip(self.searched, neighbors, strict=False))
         if self.gate is None:
-            votes = [memory.vote(of_one).by_token() for memory, of_one in found]
+            votes = [retriever.vote(of_one).by_token() for retriever, of_one in found]
             return Asked(neighbors, votes, [], [])
-        voters = [memory.voters(of_one) for memory, of_one in found]
+        voters = [retriever.voters(of_one) for retriever, of_one in found]
         sources = self.gate.sources
         weighed = [weigh(*of_source) for of_source in zip(sources, voters, strict=False)]
         return Asked(neighbors, [], weighed, [_sums(one) for one in weighed])
 
     def votes(
         self,
-        memories: Sequence[Memory],
+        retrievers: Sequence[Retriever],
         neighbors: Sequence[Neighbors],
-        recalled: Recalled | None,
+        cache_neighbors: CacheNeighbors | None,
         lm: LMSummary | None,
     ) -> list[Votes]:
         """Return how each source's voters enter the mixture, the cache's last.
 
-        memories: those in `searched`, or all; neighbors: of each. recalled: where `recalls`. lm:
-        what the model says, where there is a gate.
+        retrievers: those in `searched`, or all; neighbors: of each. cache_neighbors: where
+        `uses_cache`. lm: what the model says, where there is a gate.
         """
         if self.gate is None:
-            votes = [memory.vote(found) for memory, found in zip(memories, neighbors, strict=True)]
-            return [*votes, *self._cache_votes(recalled)]
+            votes = [
+                retriever.vote(found)
+                for retriever, found in zip(retrievers, neighbors, strict=True)
+            ]
+            return [*votes, *self._cache_votes(cache_neighbors)]
         assert lm is not None
-        voters = [memory.voters(found) for memory, found in zip(memories, neighbors, strict=True)]
-        if recalled is not None:
-            voters.append(recalled.voters)
+        voters = [
+            retriever.voters(found) for retriever, found in zip(retrievers, neighbors, strict=True)
+        ]
+        if cache_neighbors is not None:
+            voters.append(cache_neighbors.voters)
         return self.gate.to(lm.entropy.device)(lm, voters)
 
-    def _cache_votes(self, recalled: Recalled | None) -> list[Votes]:
+    def _cache_votes(self, cache_neighbors: CacheNeighbors | None) -> list[Votes]:
         """Return the continuous cache's fixed vote, if it has one."""
-        if recalled is None:
+        if cache_neighbors is None:
             return []
         assert self.cache is not None
         temperature, lmbda = self.cache.votes.temperature, self.cache.votes.lmbda
-        log_weights = neighbor_log_weights(recalled.squared_distances, temperature)
-        present = recalled.squared_distances[:, 0].isfinite()
-        return [Votes(log_weights, recalled.tokens, lmbda, present)]
+        log_weights = neighbor_log_weights(cache_neighbors.squared_distances, temperature)
+        present = cache_neighbors.squared_distances[:, 0].isfinite()
+        return [Votes(log_weights, cache_neighbors.tokens, lmbda, present)]
 
     def mix_vocabulary(
         self,
         asked: "Asked",
-        recalled: Recalled | None,
+        cache_neighbors: CacheNeighbors | None,
         lm_log_probs: Float[Tensor, "query vocab"],
     ) -> Float[Tensor, "query vocab"]:
-        """Return log p of every token. asked: what `ask` found; recalled: see `votes`.
+        """Return log p of every token. asked: what `ask` found; cache_neighbors: see `votes`.
 
         Where nothing counts, `lm_log_probs` come back as they are.
         """
         if not self.counts or len(lm_log_probs) == 0:
             return lm_log_probs
         if self.gate is None:
-            by_token = [*asked.votes, *(one.by_token() for one in self._cache_votes(recalled))]
+            by_token = [
+                *asked.votes,
+                *(one.by_token() for one in self._cache_votes(cache_neighbors)),
+            ]
         else:
             weighed, sums = asked.weighed, asked.sums
-            if recalled is not None:
-                of_cache = weigh(self.gate.sources[-1], recalled.voters)
+            if cache_neighbors is not None:
+                of_cache = weigh(self.gate.sources[-1], cache_neighbors.voters)
                 weighed, sums = [*weighed, of_cache], [*sums, _sums(of_cache)]
             lm = summarize_lm(lm_log_probs.detach())
             by_token = self.gate.to(lm.entropy.device).choose_by_token(lm, weighed, sums)
@@ -166,7 +174,7 @@ class Mixer:
 
 
 class Asked(NamedTuple):
-    """What was found near some keys: in each memory in `Mixer.searched`.
+    """What was found near some keys: in each retriever in `Mixer.searched`.
 
     votes: for each token, where weights are fixed. weighed, sums: for a gate, which has to see the
     language model before it chooses.
@@ -203,7 +211,9 @@ def open_mixer(
     """
     if weights not in WEIGHTS:
         raise InvalidArgumentError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
-    memories = open_memories(model, store, k=k, lmbda=lmbda, temperature=temperature, index=index)
+    retrievers = open_retrievers(
+        model, store, k=k, lmbda=lmbda, temperature=temperature, index=index
+    )
     given = any(one is not None for one in (k, lmbda, temperature))
     if weights == "distance":
         if given or cache:
@@ -211,12 +221,12 @@ def open_mixer(
                 "weights='distance' must come without k, lmbda, temperature and cache: it uses the "
                 "k and T that it was tuned with"
             )
-        return Mixer(_by_distance(memories))
+        return Mixer(_by_distance(retrievers))
     fixed = weights == "fixed" or given
     if isinstance(cache, CacheParameters):
-        return _with_fixed_cache(memories, cache)
+        return _with_fixed_cache(retrievers, cache)
     if fixed and not cache:
-        return Mixer(memories)
+        return Mixer(retrievers)
     stores = as_stores(store)
     tuned = stores[0].mixture(stores[1:])
     if cache and tuned is None:
@@ -225,15 +235,15 @@ def open_mixer(
             "give its parameters"
         )
     if tuned is None:
-        return Mixer(memories)
+        return Mixer(retrievers)
     if fixed:
-        return _with_fixed_cache(memories, tuned.cache)
+        return _with_fixed_cache(retrievers, tuned.cache)
     gate = tuned.cache_gate if cache else tuned.gate
     if gate is not None:
-        return Mixer(memories, tuned.cache if cache else None, gate.to(model.device))
+        return Mixer(retrievers, tuned.cache if cache else None, gate.to(model.device))
     if not cache:
-        return Mixer(memories)
-    return Mixer(override(memories, lmbda=tuned.lmbdas), tuned.cache)
+        return Mixer(retrievers)
+    return Mixer(override(retrievers, lmbda=tuned.lmbdas), tuned.cache)
 
 
 def override_mixer(
@@ -246,21 +256,21 @@ def override_mixer(
     """Return the mixer with what is asked for; then its weights are fixed."""
     if k is None and lmbda is None and temperature is None:
         return mixer
-    memories = override(mixer.memories, k=k, lmbda=lmbda, temperature=temperature)
-    return Mixer(memories) if mixer.cache is None else _with_fixed_cache(memories, mixer.cache)
+    retrievers = override(mixer.retrievers, k=k, lmbda=lmbda, temperature=temperature)
+    return Mixer(retrievers) if mixer.cache is None else _with_fixed_cache(retrievers, mixer.cache)
 
 
-def _by_distance(memories: tuple[Memory, ...]) -> tuple[Memory, ...]:
-    tuned = memories[0].store.mixture() if len(memories) == 1 else None
+def _by_distance(retrievers: tuple[Retriever, ...]) -> tuple[Retriever, ...]:
+    tuned = retrievers[0].store.mixture() if len(retrievers) == 1 else None
     if tuned is None or tuned.by_distance is None:
         raise InvalidArgumentError(
             "weights='distance' must have been tuned for this datastore alone, on text that was "
             "long enough, and it was not: run knnlm tune, or choose tuned or fixed"
         )
-    return (replace(memories[0], by_distance=tuned.by_distance),)
+    return (replace(retrievers[0], by_distance=tuned.by_distance),)
 
 
-def _with_fixed_cache(memories: tuple[Memory, ...], cache: CacheParameters) -> Mixer:
-    weights = [*(memory.parameters for memory in memories), cache.votes]
+def _with_fixed_cache(retrievers: tuple[Retriever, ...], cache: CacheParameters) -> Mixer:
+    weights = [*(retriever.parameters for retriever in retrievers), cache.votes]
     check_total(weights, "the datastores and the continuous cache")
-    return Mixer(memories, cache)
+    return Mixer(retrievers, cache)

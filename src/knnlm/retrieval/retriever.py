@@ -23,7 +23,7 @@ ForEach: TypeAlias = Value | Sequence[Value | None] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class Retriever:
     """A datastore in a mixture: how it is searched, and how its neighbors' vote counts.
 
     by_distance: gives each query its λ, in place of the parameters'; None for that one.
@@ -70,7 +70,7 @@ class Memory:
         )
 
 
-def open_memories(
+def open_retrievers(
     model: KeyedModel,
     store: Datastore | Sequence[Datastore],
     *,
@@ -78,7 +78,7 @@ def open_memories(
     lmbda: ForEach[float] = None,
     temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
-) -> tuple[Memory, ...]:
+) -> tuple[Retriever, ...]:
     """Open one or several datastores for a model, and choose their parameters.
 
     See `choose_parameters`; index: by default the datastore's own, searched where the model is.
@@ -89,7 +89,7 @@ def open_memories(
         one.check_model(model)
     chosen = choose_parameters(store, k=k, lmbda=lmbda, temperature=temperature)
     return tuple(
-        Memory(
+        Retriever(
             one, open_index(one, device=str(model.device)) if given is None else given, parameters
         )
         for one, given, parameters in zip(
@@ -121,22 +121,22 @@ def choose_parameters(
 
 
 def override(
-    memories: Sequence[Memory],
+    retrievers: Sequence[Retriever],
     *,
     k: ForEach[int] = None,
     lmbda: ForEach[float] = None,
     temperature: ForEach[float] = None,
-) -> tuple[Memory, ...]:
-    """Return the memories with what is asked for, and λ fixed.
+) -> tuple[Retriever, ...]:
+    """Return the retrievers with what is asked for, and λ fixed.
 
     The rules are those of `choose_parameters`.
     """
-    stores = [memory.store for memory in memories]
-    defaults = [memory.parameters for memory in memories]
+    stores = [retriever.store for retriever in retrievers]
+    defaults = [retriever.parameters for retriever in retrievers]
     chosen = _fill_in(stores, defaults, k, lmbda, temperature)
     return tuple(
-        replace(memory, parameters=parameters, by_distance=None)
-        for memory, parameters in zip(memories, chosen, strict=True)
+        replace(retriever, parameters=parameters, by_distance=None)
+        for retriever, parameters in zip(retrievers, chosen, strict=True)
     )
 
 

@@ -9,11 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.evaluation.perplexity import evaluation_scores
-from knnlm.evaluation.scoring import Recall, Wanted
+from knnlm.evaluation.scoring import CacheRequest, Wanted
 from knnlm.evaluation.tally import share_hurt
 from knnlm.knn_lm import KNNLM
-from knnlm.mixture.continuous_cache import CacheParameters, Recalled, join_recalled
-from knnlm.mixture.features import LMSummary, Source, Voters
+from knnlm.mixture.continuous_cache import CacheNeighbors, CacheParameters, join_cache_neighbors
+from knnlm.mixture.features import GateInput, LMSummary, Voters
 from knnlm.mixture.gate import BucketedLambda, LearnedGate
 from knnlm.mixture.interpolation import neighbor_log_weights, target_knn_log_probs
 from knnlm.mixture.parameters import Parameters
@@ -45,7 +45,7 @@ _BLOCKS = 5
 class HeldOutText:
     """All that is needed of a held-out text to tune a mixture.
 
-    lm_log_probs: of the true tokens, the targets. voters: of each datastore. recalled: of a
+    lm_log_probs: of the true tokens, the targets. voters: of each datastore. cache_neighbors: of a
     continuous cache of each of CACHE_SIZES.
     """
 
@@ -53,7 +53,7 @@ class HeldOutText:
     lm_log_probs: Float[Tensor, " token"]
     lm: LMSummary
     voters: tuple[Voters, ...]
-    recalled: tuple[Recalled, ...]
+    cache_neighbors: tuple[CacheNeighbors, ...]
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -72,14 +72,15 @@ def read_held_out(
     k: of a datastore with fewer entries, all of them. Takes 9·k bytes a token and datastore. None
     for a text without tokens.
     """
-    memories = tuple(
-        replace(m, parameters=replace(m.parameters, k=min(k, len(m.store)))) for m in model.memories
+    retrievers = tuple(
+        replace(m, parameters=replace(m.parameters, k=min(k, len(m.store))))
+        for m in model.retrievers
     )
-    recall = Recall(CACHE_SIZES, CACHE_K, boundary=windowing.boundary)
+    recall = CacheRequest(CACHE_SIZES, CACHE_K, boundary=windowing.boundary)
     parts: list[HeldOutText] = []
     for scores in evaluation_scores(
         model.lm,
-        Wanted(memories, recall, summary=True),
+        Wanted(retrievers, recall, summary=True),
         documents,
         windowing,
         max_tokens,
@@ -88,10 +89,13 @@ def read_held_out(
     ):
         assert scores.lm is not None
         voters = tuple(
-            memory.voters(found) for memory, found in zip(memories, scores.neighbors, strict=True)
+            retriever.voters(found)
+            for retriever, found in zip(retrievers, scores.neighbors, strict=True)
         )
         parts.append(
-            HeldOutText(scores.targets, scores.lm_log_probs, scores.lm, voters, scores.recalled)
+            HeldOutText(
+                scores.targets, scores.lm_log_probs, scores.lm, voters, scores.cache_neighbors
+            )
         )
     if not parts:
         return None
@@ -104,8 +108,8 @@ def read_held_out(
             for of_store in zip(*(part.voters for part in parts), strict=True)
         ),
         tuple(
-            join_recalled(of_size)
-            for of_size in zip(*(part.recalled for part in parts), strict=True)
+            join_cache_neighbors(of_size)
+            for of_size in zip(*(part.cache_neighbors for part in parts), strict=True)
         ),
     )
 
@@ -152,10 +156,10 @@ def fit_mixture(
         mixture = replace(
             mixture, by_distance=_fit_by_distance(text, voters[0], knn_ratios[0], everything)
         )
-    sources = [Source(p.k, p.temperature) for p in parameters]
-    recalled = text.recalled[CACHE_SIZES.index(cache.size)]
-    cache_source = Source(CACHE_K, cache.votes.temperature)
-    remembered = recalled.voters
+    sources = [GateInput(p.k, p.temperature) for p in parameters]
+    cache_neighbors = text.cache_neighbors[CACHE_SIZES.index(cache.size)]
+    cache_source = GateInput(CACHE_K, cache.votes.temperature)
+    remembered = cache_neighbors.voters
     gate, log_probs = _fit_gate(text, sources, voters, progress)
     fits.append(_fit("learned weights", text, log_probs, held_out=True))
     if fits[-1].perplexity < fits[0].perplexity:
@@ -193,7 +197,7 @@ def _held_out_by_distance(
 
 
 def _fit_gate(
-    text: HeldOutText, sources: Sequence[Source], voters: Sequence[Voters], progress: Progress
+    text: HeldOutText, sources: Sequence[GateInput], voters: Sequence[Voters], progress: Progress
 ) -> tuple[LearnedGate, Float[Tensor, " token"]]:
     parts = []
     with progress.task("gate", len(text), "tokens") as advance:
@@ -220,7 +224,7 @@ def _fit_cache(
     tried: dict[tuple[int, float], float] = {}
 
     def try_out(number: int, temperature: float, steps: int) -> tuple[list[float], Tensor]:
-        voters = text.recalled[number].voters
+        voters = text.cache_neighbors[number].voters
         ratios = torch.stack([*knn_ratios, _ratios(text, voters, temperature)], dim=1)
         weights = fit_weights(ratios, steps)
         return weights, _mixed(text, ratios, weights)

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.mixture.features import (
+    GateInput,
     LMSummary,
-    Source,
     Voters,
     query_features,
     weigh,
@@ -59,7 +59,7 @@ class Examples:
 
 
 def make_examples(
-    sources: Sequence[Source],
+    sources: Sequence[GateInput],
     lm: LMSummary,
     lm_log_probs: Float[Tensor, " token"],
     voters: Sequence[Voters],
@@ -102,7 +102,7 @@ class FittedGate:
     held_out_log_probs: Float[Tensor, " token"]
 
 
-def fit_gate(sources: Sequence[Source], examples: Examples, seed: int = 0) -> FittedGate:
+def fit_gate(sources: Sequence[GateInput], examples: Examples, seed: int = 0) -> FittedGate:
     """Train the networks of a gate with AdamW, each with a fifth of the text held out.
 
     A fifth is a block of consecutive tokens, as neighboring tokens are alike. Each network is kept

@@ -187,10 +187,10 @@ def tune(
     Of several datastores, k and temperature of each alone, then all λ together. Then a continuous
     cache, and, of a text of at least 2,048 tokens, gates that choose the weights of each token.
     """
-    for memory in model.memories:
-        if len(memory.store) == 0:
+    for retriever in model.retrievers:
+        if len(retriever.store) == 0:
             raise InvalidArgumentError(
-                f"{memory.store.path} must have entries to tune on, got none"
+                f"{retriever.store.path} must have entries to tune on, got none"
             )
     if max_k is not None and max_k < 1:
         raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")

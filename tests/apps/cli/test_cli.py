@@ -239,7 +239,7 @@ def memorized(models: Path, text: str, *more: str) -> tuple[str, ...]:
 
 
 def test_generated_text_comes_as_it_is(work: Path, models: Path) -> None:
-    line = 'if x[:x:] == "[bold]:100:[/bold]":\treturn  ' + "memory, " * 20 + "end\n"
+    line = 'if x[:x:] == "[bold]:100:[/bold]":\treturn  ' + "retriever, " * 20 + "end\n"
     options = memorized(models, line)
     (length,) = {len(tokens) for tokens in [byte_tokenizer()(line)["input_ids"]]}
     prompt = line[:12]

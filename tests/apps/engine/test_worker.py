@@ -28,7 +28,7 @@ from knnlm.model.language_model import LanguageModel
 TEXTS = [
     "The nearest",
     "",
-    "A datastore is a memory: one entry for every token of the",
+    "A datastore is a retriever: one entry for every token of the",
     "x",
     PROSE[:150],
     "What followed there is a guess at",
@@ -289,8 +289,8 @@ def test_weights_by_distance_outlive_a_compaction(tmp_path: Path) -> None:
     path = tiny_store(tmp_path / "store")
     model = KNNLM(fresh_lm(), Datastore(path), **PARAMETERS | {"lmbda": 0.0})
     by_distance = BucketedLambda(torch.tensor([1.0]), torch.tensor([0.9, 0.5]))
-    memories = (replace(model.memories[0], by_distance=by_distance),)
-    model.mixer = replace(model.mixer, memories=memories)
+    retrievers = (replace(model.retrievers[0], by_distance=by_distance),)
+    model.mixer = replace(model.mixer, retrievers=retrievers)
     worker = Worker(model, Metrics())
 
     def log_probs() -> list[float | None]:

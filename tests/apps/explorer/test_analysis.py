@@ -22,7 +22,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.text.corpus import Document
 from knnlm.tuning.tune import tune
 
-TEXT = "A datastore is a memory: ☃ 語 one entry for every token of the text."
+TEXT = "A datastore is a retriever: ☃ 語 one entry for every token of the text."
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_it_holds_what_explanations_hold(model: KNNLM) -> None:
     for number, explanation in enumerate(explanations):
         distances = [source.squared_distance for source in explanation.sources]  # rows may tie
         assert found.squared_distances[number, :5].tolist() == pytest.approx(distances, abs=1e-3)
-    assert found.rows.shape[1] == LEAST_K > model.memories[0].parameters.k
+    assert found.rows.shape[1] == LEAST_K > model.retrievers[0].parameters.k
 
 
 def test_plain_values_come_back(model: KNNLM) -> None:
@@ -67,18 +67,18 @@ def test_plain_values_come_back(model: KNNLM) -> None:
     assert unpacked(plain["tokens"], "<i4").tolist() == analysis.tokens.tolist()
     assert unpacked(plain["lm_log_probs"], "<f4").tolist() == analysis.lm_log_probs.tolist()
     (store,) = plain["datastores"]
-    memory, (found,) = model.memories[0], analysis.neighbors
+    retriever, (found,) = model.retrievers[0], analysis.neighbors
     assert store["parameters"] == PARAMETERS
     np.testing.assert_array_equal(unpacked(store["rows"], "<i4", store["k"]), found.rows)
     np.testing.assert_array_equal(
         unpacked(store["squared_distances"], "<f4", store["k"]), found.squared_distances
     )
     values = unpacked(store["values"], "<i4", store["k"])
-    np.testing.assert_array_equal(values, memory.tokens(found))
+    np.testing.assert_array_equal(values, retriever.tokens(found))
     assert {int(token) for token in plain["vocabulary"]} >= set(values.flatten().tolist())
     named = {document["name"]: document for document in store["documents"]}
     for row in set(found.rows.flatten().tolist()):
-        document = memory.store.document_at(row)
+        document = retriever.store.document_at(row)
         assert named[document.name]["start"] <= row < named[document.name]["stop"]
     size = len(plain["pieces"])
     top = unpacked(plain["lm_top_log_probs"], "<f4").reshape(size, -1)
@@ -171,7 +171,7 @@ def test_a_text_without_tokens_and_rows_beyond_the_store(model: KNNLM) -> None:
     with refusal(InvalidArgumentError, "text must have a token, got none"):
         analyze(model, "")
     with refusal(InvalidArgumentError, "rows must be below"):
-        read_passages(model.lm, model.memories, [[model.memories[0].store.rows]])
+        read_passages(model.lm, model.retrievers, [[model.retrievers[0].store.rows]])
 
 
 def test_only_the_empty_page_is_open_to_all(path: Path) -> None:

@@ -26,7 +26,7 @@ PROGRAM = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason=f"no browser found: {', '.join(BROWSERS)}")
 
 OWNED = "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
-TEXT = f"A datastore is a memory: one entry.\n{OWNED} ☃ The nearest places vote."
+TEXT = f"A datastore is a retriever: one entry.\n{OWNED} ☃ The nearest places vote."
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from knnlm.apps.server.schema import CompletionResponse, ExplainResponse, Health
 from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
 
-TEXT = "A datastore is a memory: one entry for every token of the"
+TEXT = "A datastore is a retriever: one entry for every token of the"
 LIMITS = Limits(max_tokens=100, max_batch=8, max_queue=40, max_body_bytes=20_000)
 KEY = "sesame-öffne-dich".encode().hex()
 
@@ -185,7 +185,7 @@ def test_sources_come_with_their_passages(served: Served, model: KNNLM) -> None:
     choice = served.complete(TEXT, max_tokens=5, temperature=0, sources=True).choices[0]
     sources = choice.model_dump()["sources"]
     assert "".join(one["text"] for one in sources) == choice.text
-    store = model.memories[0].store
+    store = model.retrievers[0].store
     documents = {document.name: document for document in store.documents()}
     for one in sources:
         assert len(one["sources"]) == 3

@@ -55,7 +55,7 @@ def index(
 
     auto: exact up to 50,000 entries; above, ivf, which keeps a copy of the keys list by list;
     compressed, which keeps 8-bit codes only and reads the keys of candidates from the datastore,
-    where that copy would fill half of the memory. `knnlm build` does this by itself.
+    where that copy would fill half of the retriever. `knnlm build` does this by itself.
 
         knnlm index docs.store --kind ivf --recall 0.98 --queries held-out/tune
     """

@@ -249,7 +249,7 @@ def tune(
         progress=console.RichProgress(),
     )
     plot_tuning(tuning, picture)
-    tuning.save([memory.store for memory in opened.memories], text)
+    tuning.save([retriever.store for retriever in opened.retrievers], text)
     if as_json:
         console.print_json(tuning.to_dict() | {"plot": str(picture)})
         return

@@ -190,7 +190,7 @@ def _facts(model: KNNLM) -> Facts:
         vocab_size=model.lm.vocab_size,
         start_token=model.lm.start_token,
         max_window=model.lm.max_window,
-        entries=tuple(len(memory.store) for memory in model.memories),
-        parameters=tuple(memory.parameters for memory in model.memories),
+        entries=tuple(len(retriever.store) for retriever in model.retrievers),
+        parameters=tuple(retriever.parameters for retriever in model.retrievers),
         weights=model.mixer.weights,
     )

@@ -1,6 +1,6 @@
-"""What the memories add to a step of the model, and who spoke for a token.
+"""What the retrievers add to a step of the model, and who spoke for a token.
 
-Knows memories and tensors; knows no request and no protocol.
+Knows retrievers and tensors; knows no request and no protocol.
 """
 
 import time
@@ -25,7 +25,7 @@ _TOKENS_BEFORE, _TOKENS_AFTER = 24, 8
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """What a request asks of the memories: one value for all of them, or one for each.
+    """What a request asks of the retrievers: one value for all of them, or one for each.
 
     None stands for what the server was started with.
     """
@@ -37,15 +37,15 @@ class Overrides:
     def of(self, mixer: Mixer) -> Mixer:
         """Return the mixer with what was asked for; raises InvalidArgumentError."""
         if self.temperature is not None:  # checked here: the protocol's `temperature` is another
-            for_each("knn_temperature", self.temperature, len(mixer.memories))
+            for_each("knn_temperature", self.temperature, len(mixer.retrievers))
         return override_mixer(mixer, k=self.k, lmbda=self.lmbda, temperature=self.temperature)
 
 
 @dataclass(frozen=True, slots=True)
-class Mixture:
+class MixedStep:
     """Log-probabilities of what follows some positions, and the neighbors that were asked.
 
-    mixer: with the memories that were searched. neighbors: of every position, in each of them.
+    mixer: with the retrievers that were searched. neighbors: of every position, in each of them.
     """
 
     log_probs: Float[Tensor, "position vocab"]
@@ -57,7 +57,7 @@ class Mixture:
     def explain(self, place: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
         """Name the strongest neighbors of the position `place`, which `token` follows."""
         lm_log_probs = self.lm_log_probs[place, [token]].cpu()
-        if not self.mixer.memories:
+        if not self.mixer.retrievers:
             log_prob = float(lm_log_probs[0])
             return Explanation(token, lm.decode([token]), log_prob, 0.0, log_prob, ())
         neighbors = tuple(
@@ -74,11 +74,11 @@ class Mixture:
         return explanation
 
 
-def mix_step(mixer: Mixer, step: Step) -> Mixture:
+def mix_step(mixer: Mixer, step: Step) -> MixedStep:
     """Return the mixture after each position of a step; λ = 0 is not searched."""
-    mixer = replace(mixer, memories=mixer.searched)
+    mixer = replace(mixer, retrievers=mixer.searched)
     started = time.perf_counter()
     asked = mixer.ask(step.keys)
     seconds = time.perf_counter() - started
     log_probs = mixer.mix_vocabulary(asked, None, step.log_probs)
-    return Mixture(log_probs, step.log_probs, mixer, tuple(asked.neighbors), seconds)
+    return MixedStep(log_probs, step.log_probs, mixer, tuple(asked.neighbors), seconds)

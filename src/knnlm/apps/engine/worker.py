@@ -29,7 +29,7 @@ from knnlm.apps.engine.jobs import (
 )
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.sampling import choose_token, seeded_generator
-from knnlm.apps.engine.steps import Mixture, mix_step
+from knnlm.apps.engine.steps import MixedStep, mix_step
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.errors import InvalidArgumentError, UnsupportedModelError
 from knnlm.evaluation.explain import explain
@@ -129,14 +129,14 @@ class Worker:
     def _follow_changes(self) -> None:
         """See what was added, forgotten or compacted meanwhile."""
         changed = []
-        for memory in self._mixer.memories:
-            numbering = memory.store.numbering
-            memory.store.refresh()
-            if memory.store.numbering != numbering:
-                index = open_index(memory.store, device=str(self._lm.device))
-                memory = replace(memory, index=index)
-            changed.append(memory)
-        self._mixer = replace(self._mixer, memories=tuple(changed))
+        for retriever in self._mixer.retrievers:
+            numbering = retriever.store.numbering
+            retriever.store.refresh()
+            if retriever.store.numbering != numbering:
+                index = open_index(retriever.store, device=str(self._lm.device))
+                retriever = replace(retriever, index=index)
+            changed.append(retriever)
+        self._mixer = replace(self._mixer, retrievers=tuple(changed))
 
     def _explain(self, job: TextToExplain, mixer: Mixer) -> None:
         explanations = explain(self._with(mixer), job.text, **job.options)
@@ -220,12 +220,12 @@ class Worker:
         self._metrics.model_seconds.inc(time.perf_counter() - started)
         return answer
 
-    def _mix(self, mixer: Mixer, step: Step) -> Mixture:
+    def _mix(self, mixer: Mixer, step: Step) -> MixedStep:
         mixture = mix_step(mixer, step)
         self._metrics.search_seconds.inc(mixture.search_seconds)
         return mixture
 
-    def _score(self, prompt: _Prompt, mixture: Mixture, first: int) -> None:
+    def _score(self, prompt: _Prompt, mixture: MixedStep, first: int) -> None:
         """Give the prompt's tokens after the positions `first`, … their log-probabilities."""
         job = prompt.job
         _check_numbers(mixture.log_probs)
@@ -239,7 +239,7 @@ class Worker:
             prompt.scored.append(self._scored(job, prompt.stream, token, mixture, place))
 
     def _scored(
-        self, job: Completion, stream: TextStream, token: int, mixture: Mixture, place: int
+        self, job: Completion, stream: TextStream, token: int, mixture: MixedStep, place: int
     ) -> ScoredToken:
         """Describe the last token of a stream as far as the job asks for it."""
         text = self._lm.decode([token])
@@ -252,7 +252,7 @@ class Worker:
                 top.setdefault(self._lm.decode([other]), value)
         return ScoredToken(token, text, stream.offsets[-1], log_prob, top)
 
-    def _begin_samples(self, prompt: _Prompt, mixture: Mixture) -> None:
+    def _begin_samples(self, prompt: _Prompt, mixture: MixedStep) -> None:
         job = prompt.job
         assert prompt.cached is not None
         rows = []
@@ -291,8 +291,8 @@ class Worker:
         self._metrics.model_seconds.inc(time.perf_counter() - started)
         alike: dict[tuple[object, ...], list[int]] = {}
         for place, row in enumerate(group.rows):
-            memories = row.mixer.memories
-            asked = tuple((memory.parameters, id(memory.index)) for memory in memories)
+            retrievers = row.mixer.retrievers
+            asked = tuple((retriever.parameters, id(retriever.index)) for retriever in retrievers)
             alike.setdefault((asked, id(row.mixer.gate)), []).append(place)
         goes_on = [True] * len(group.rows)
         for places in alike.values():
@@ -306,7 +306,7 @@ class Worker:
                     self._fail(row.job, error)
         self._keep(group, goes_on)
 
-    def _grow(self, row: _Row, mixture: Mixture, place: int) -> bool:
+    def _grow(self, row: _Row, mixture: MixedStep, place: int) -> bool:
         """Choose a row's next token and post what is certain of its text; return if it goes on."""
         job = row.job
         _check_numbers(mixture.log_probs[place])

@@ -24,7 +24,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.mixer import Mixer
-from knnlm.retrieval.retriever import Memory
+from knnlm.retrieval.retriever import Retriever
 from knnlm.text.windows import Window
 
 LEAST_K = 256
@@ -50,13 +50,13 @@ class Analysis:
     """What the LM says of each token of a text, and its neighbors: λ, k and T are still open.
 
     generated_from: the first token that the model wrote itself; their number where it wrote none.
-    lm_top: the LM's likeliest tokens in each place. neighbors: in each memory, of its k or more.
+    lm_top: the LM's likeliest tokens in each place. neighbors: in each retriever, of its k or more.
     weights: of the model's own mixture (see `Mixer.weights`); log_probs: of the tokens under it.
     All in nats.
     """
 
     lm: LanguageModel
-    memories: tuple[Memory, ...]
+    retrievers: tuple[Retriever, ...]
     weights: str
     tokens: Int[Tensor, " token"]
     generated_from: int
@@ -69,8 +69,8 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; arrays as base64, little-endian."""
         values = [
-            memory.tokens(found)
-            for memory, found in zip(self.memories, self.neighbors, strict=True)
+            retriever.tokens(found)
+            for retriever, found in zip(self.retrievers, self.neighbors, strict=True)
         ]
         mentioned = torch.cat([self.tokens, self.lm_top.flatten(), *(v.flatten() for v in values)])
         return {
@@ -89,18 +89,18 @@ class Analysis:
             },
             "datastores": [
                 {
-                    "path": str(memory.store.path),
-                    "entries": len(memory.store),
-                    "numbering": memory.store.numbering,
-                    "parameters": asdict(memory.parameters),
+                    "path": str(retriever.store.path),
+                    "entries": len(retriever.store),
+                    "numbering": retriever.store.numbering,
+                    "parameters": asdict(retriever.parameters),
                     "k": found.rows.shape[1],
                     "squared_distances": _packed(found.squared_distances, "<f4"),
                     "rows": _packed(found.rows, "<i4"),
                     "values": _packed(of_memory, "<i4"),
-                    "documents": _documents(memory.store, found.rows),
+                    "documents": _documents(retriever.store, found.rows),
                 }
-                for memory, found, of_memory in zip(
-                    self.memories, self.neighbors, values, strict=True
+                for retriever, found, of_memory in zip(
+                    self.retrievers, self.neighbors, values, strict=True
                 )
             ],
         }
@@ -111,8 +111,8 @@ class Analysis:
         Of every token the nearest `sources`, and the nearest as many that vote for it.
         """
         chosen = []
-        for memory, found in zip(self.memories, self.neighbors, strict=True):
-            votes = memory.votes_for_targets(found, self.tokens)
+        for retriever, found in zip(self.retrievers, self.neighbors, strict=True):
+            votes = retriever.votes_for_targets(found, self.tokens)
             votes &= votes.cumsum(dim=1) <= sources
             votes[:, :sources] |= found.present[:, :sources]
             chosen.append(np.unique(found.rows[votes].numpy()).tolist())
@@ -138,12 +138,12 @@ def analyze(
     # a gate with the cache among its sources knows no mixture without it
     mixer = model.mixer
     if mixer.cache is not None:
-        mixer = Mixer(mixer.memories)
+        mixer = Mixer(mixer.retrievers)
     windows = text_windows(lm, tokens, model.windowing)
     parts = [_read(lm, mixer, window) for window in windows]
     return Analysis(
         lm=lm,
-        memories=mixer.memories,
+        retrievers=mixer.retrievers,
         weights=mixer.weights,
         tokens=torch.tensor(tokens),
         generated_from=len(tokens) - len(generated),
@@ -155,7 +155,7 @@ def analyze(
                 torch.cat([part.neighbors[which].squared_distances for part in parts]),
                 torch.cat([part.neighbors[which].rows for part in parts]),
             )
-            for which in range(len(mixer.memories))
+            for which in range(len(mixer.retrievers))
         ),
         log_probs=torch.cat([part.log_probs for part in parts]),
     )
@@ -179,20 +179,20 @@ def _read(lm: LanguageModel, mixer: Mixer, window: Window) -> _Read:
             summaries.append(summarize_lm(distribution).cpu())
     keys = reading.keys[0, window.context :].float()
     neighbors = []
-    for memory in mixer.memories:
-        k = max(memory.parameters.k, min(LEAST_K, len(memory.store)))
-        found = memory.index.search(keys, k)
+    for retriever in mixer.retrievers:
+        k = max(retriever.parameters.k, min(LEAST_K, len(retriever.store)))
+        found = retriever.index.search(keys, k)
         neighbors.append(Neighbors(found.squared_distances.cpu(), found.rows.cpu()))
     lm_log_probs = torch.cat(log_probs)
     mixed = lm_log_probs
     if mixer.counts:
         own = tuple(
             Neighbors(
-                found.squared_distances[:, : memory.parameters.k],
-                found.rows[:, : memory.parameters.k],
+                found.squared_distances[:, : retriever.parameters.k],
+                found.rows[:, : retriever.parameters.k],
             )
-            for memory, found in zip(mixer.memories, neighbors, strict=True)
-            if memory in mixer.searched
+            for retriever, found in zip(mixer.retrievers, neighbors, strict=True)
+            if retriever in mixer.searched
         )
         summary = LMSummary.join(summaries) if summaries else None
         mixed = mixed_log_probs(Scores([window], targets, lm_log_probs, own, lm=summary), mixer)
@@ -200,19 +200,19 @@ def _read(lm: LanguageModel, mixer: Mixer, window: Window) -> _Read:
 
 
 def read_passages(
-    lm: LanguageModel, memories: Sequence[Memory], rows: Sequence[Sequence[int]]
+    lm: LanguageModel, retrievers: Sequence[Retriever], rows: Sequence[Sequence[int]]
 ) -> list[dict[str, dict[str, str]]]:
-    """Return the text around some rows of each memory: before and after their value, by row."""
+    """Return the text around some rows of each retriever: before and after their value, by row."""
     answers = []
-    for memory, of_memory in zip(memories, rows, strict=True):
+    for retriever, of_memory in zip(retrievers, rows, strict=True):
         passages = {}
         for row in of_memory:
-            if not 0 <= row < memory.store.rows:
+            if not 0 <= row < retriever.store.rows:
                 raise InvalidArgumentError(
-                    f"rows must be below {memory.store.rows}, the entries of {memory.store.path}, "
-                    f"got {row}"
+                    f"rows must be below {retriever.store.rows}, the entries of "
+                    f"{retriever.store.path}, got {row}"
                 )
-            passage = memory.store.passage(row, _BEFORE, _AFTER)
+            passage = retriever.store.passage(row, _BEFORE, _AFTER)
             if passage.document.forgotten:
                 continue
             passages[str(row)] = {
@@ -224,11 +224,11 @@ def read_passages(
     return answers
 
 
-def describe_stores(memories: Sequence[Memory]) -> list[dict[str, Any]]:
+def describe_stores(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
     """Return what each datastore holds: its index, its mixture, its largest documents."""
     described = []
-    for memory in memories:
-        store = memory.store
+    for retriever in retrievers:
+        store = retriever.store
         documents = sorted(store.documents(), key=lambda one: one.start - one.stop)
         described.append(
             {
@@ -239,7 +239,7 @@ def describe_stores(memories: Sequence[Memory]) -> list[dict[str, Any]]:
                 "forgotten_entries": store.forgotten_rows,
                 "size_bytes": sum(shard.file.size_bytes for shard in store.shards),
                 "index": describe_index(store),
-                "parameters": asdict(memory.parameters),
+                "parameters": asdict(retriever.parameters),
                 "is_tuned": store.parameters is not None,
                 "is_learned": store.is_learned,
                 "documents": len(documents),

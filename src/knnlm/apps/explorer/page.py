@@ -45,7 +45,7 @@ def standalone_page(analysis: Analysis) -> str:
     plain = analysis.to_dict()
     rows = analysis.strongest_rows(_SOURCES_KEPT)
     for store, passages in zip(
-        plain["datastores"], read_passages(analysis.lm, analysis.memories, rows), strict=True
+        plain["datastores"], read_passages(analysis.lm, analysis.retrievers, rows), strict=True
     ):
         store["passages"] = passages
     style = "\n".join(read_asset(name) for name in STYLES)

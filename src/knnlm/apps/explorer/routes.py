@@ -81,7 +81,7 @@ def install(app: FastAPI, engine: Engine, name: str) -> None:
     @app.get(page.DATASTORES, include_in_schema=False)
     async def datastores(request: Request) -> Response:
         return await ask(
-            request, lambda model: {"name": name, "datastores": describe_stores(model.memories)}
+            request, lambda model: {"name": name, "datastores": describe_stores(model.retrievers)}
         )
 
 
@@ -95,14 +95,14 @@ def _analyze(body: AnalysisRequest, model: KNNLM) -> dict[str, Any]:
 
 
 def _read_passages(body: PassagesRequest, model: KNNLM) -> list[dict[str, dict[str, str]]]:
-    numbering = [memory.store.numbering for memory in model.memories]
+    numbering = [retriever.store.numbering for retriever in model.retrievers]
     if body.numbering != numbering:
         raise InvalidArgumentError(
             "a datastore was compacted since the text was explained, which renumbers its entries: "
             "explain it again"
         )
-    if len(body.rows) != len(model.memories):
+    if len(body.rows) != len(model.retrievers):
         raise InvalidArgumentError(
-            f"rows must be of each of the {len(model.memories)} datastores, got {len(body.rows)}"
+            f"rows must be of each of the {len(model.retrievers)} datastores, got {len(body.rows)}"
         )
-    return read_passages(model.lm, model.memories, body.rows)
+    return read_passages(model.lm, model.retrievers, body.rows)

@@ -17,7 +17,7 @@ from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.explorer import routes as explorer
 from knnlm.apps.server import http_errors as refusals
 from knnlm.apps.server.http_errors import CLIENT_LEFT, RefusalError
-from knnlm.apps.server.middleware import Gate
+from knnlm.apps.server.middleware import RequestGuard
 from knnlm.apps.server.requests import RequestReader
 from knnlm.apps.server.responses import Answer, Piece, explanation_info
 from knnlm.apps.server.schema import (
@@ -46,7 +46,7 @@ def create_app(
     limits: Limits,
     metrics: Metrics,
     api_key: str | None = None,
-) -> Gate:
+) -> RequestGuard:
     """Return the ASGI app in front of a started engine; `name` is the model's for clients."""
     app = FastAPI(title="knnlm", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     refusals.install(app)
@@ -133,7 +133,7 @@ def create_app(
         return Response(metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
     explorer.install(app, engine, name)
-    return Gate(
+    return RequestGuard(
         app,
         limits=limits,
         metrics=metrics,

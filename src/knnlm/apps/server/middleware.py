@@ -18,7 +18,7 @@ _TAKES_JSON = {"/v1/completions", "/v1/explain", *ASKED_PATHS}
 _THROWN_AWAY_BYTES = 64 << 20  # read of a body that is too large, so that its sender sees why
 
 
-class Gate:
+class RequestGuard:
     """The outermost layer of the app.
 
     api_key: without which nothing but /health answers. routes: the paths that are counted under

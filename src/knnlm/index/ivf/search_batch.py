@@ -34,7 +34,7 @@ _QUERIES_AT_ONCE = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
+class Candidates:
     """Candidates of all queries in one array; `starts`, `counts` [query, run] say whose."""
 
     distances: Floats
@@ -191,7 +191,7 @@ def _bounds(batch: _Batch, k: int, effort: Effort) -> Floats:
     return bounds.clip(max=np.float32(UNBOUNDED))
 
 
-def _candidates(batch: _Batch, bounds: Floats) -> Runs:
+def _candidates(batch: _Batch, bounds: Floats) -> Candidates:
     """Return exact distances of every candidate within its query's bound."""
     runs = len(batch.parts)
     counts = np.zeros((runs, len(batch.pairs)), np.int64)  # by list, as the pieces lie
@@ -233,7 +233,7 @@ def _candidates(batch: _Batch, bounds: Floats) -> Runs:
     starts_of, counts_of = np.empty((2, counts.shape[1], runs), np.int64)
     starts_of[batch.pairs] = (np.cumsum(counts) - counts.reshape(-1)).reshape(counts.shape).T
     counts_of[batch.pairs] = counts.T
-    return Runs(
+    return Candidates(
         np.concatenate([distances for distances, _ in kept] or [np.empty(0, np.float32)]),
         np.concatenate([positions for _, positions in kept] or [np.empty(0, np.int64)]),
         starts_of.reshape(shape[0], -1),
@@ -241,7 +241,7 @@ def _candidates(batch: _Batch, bounds: Floats) -> Runs:
     )
 
 
-def nearest_of(runs: Runs, rows: Int[Tensor, " n"], k: int) -> Neighbors:
+def nearest_of(runs: Candidates, rows: Int[Tensor, " n"], k: int) -> Neighbors:
     """Pick the k nearest of each query's candidates. rows: the datastore's, by position."""
     distances = np.empty((len(runs.counts), k), np.float32)
     nearest_rows = np.empty((len(runs.counts), k), np.int64)
@@ -256,7 +256,7 @@ def nearest_of(runs: Runs, rows: Int[Tensor, " n"], k: int) -> Neighbors:
 
 
 def nearest_in(
-    runs: Runs, row_of_position: Integers, first: int, distances: Floats, rows: Integers
+    runs: Candidates, row_of_position: Integers, first: int, distances: Floats, rows: Integers
 ) -> None:
     """Write the nearest candidates of the queries from `first` on; +inf and −1 where too few."""
     kernels.nearest(

@@ -24,7 +24,14 @@ from knnlm.index.ivf.codes import (
     Effort,
 )
 from knnlm.index.ivf.lists import Lists
-from knnlm.index.ivf.search_batch import UNBOUNDED, Floats, Integers, PartArrays, Runs, nearest_in
+from knnlm.index.ivf.search_batch import (
+    UNBOUNDED,
+    Candidates,
+    Floats,
+    Integers,
+    PartArrays,
+    nearest_in,
+)
 from knnlm.index.protocol import Neighbors
 from knnlm.threads import workers
 
@@ -130,7 +137,7 @@ def _candidates(
     parts: list[PartArrays],
     k: int,
     effort: Effort,
-) -> Runs:
+) -> Candidates:
     """Return exact distances of the candidates with the best scores."""
     code = lists.encode(query)
     probes = lists.nearest_lists(query, code, nprobe)
@@ -152,7 +159,7 @@ def _candidates(
     else:
         distances = np.concatenate([distances for distances, _ in found])
         positions = np.concatenate([positions for _, positions in found])
-    return Runs(distances, positions, _ONLY[None], np.array([[len(positions)]]))
+    return Candidates(distances, positions, _ONLY[None], np.array([[len(positions)]]))
 
 
 def _exact(query: Floats, keys: NDArray[Any], positions: Integers) -> Floats:
