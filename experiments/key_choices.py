@@ -19,8 +19,9 @@ from jaxtyping import Float
 from measuring import cached, measure, mixed, papers_recipe, percent
 from torch import Tensor
 
+from knnlm.choices import Key
 from knnlm.mixture.features import Voters
-from knnlm.model.key_places import KEY_CHOICES, capture_keys, find_key_places
+from knnlm.model.key_places import capture_keys, find_key_places
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.windows import Window
 from knnlm.tuning.tune import sweep
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test_keys = read_all(experiment, domain.test, len(test), scored=True)
 
     measured: dict[str, dict[str, dict[str, Any]]] = {}
-    for key in [key for key in KEY_CHOICES if key in stored]:
+    for key in [key for key in Key if key in stored]:
         neighbors, test_neighbors = (
             cached(text, search(stored[key], stored["targets"], keys[key]))
             for text, keys in ((valid, valid_keys), (test, test_keys))

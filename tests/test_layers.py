@@ -13,7 +13,8 @@ import knnlm
 # From the lowest to the highest: folders, and files that stand by themselves. A file imports from
 # the layers above its own line in this list, and from its own folder, where no circle is allowed.
 LAYERS = [
-    ["errors", "progress", "provenance", "threads"],
+    ["errors"],
+    ["choices", "progress", "provenance", "threads"],
     ["index.protocol", "text"],
     ["mixture"],
     ["model"],

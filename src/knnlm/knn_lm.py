@@ -41,9 +41,10 @@ class KNNLM:
     k, lmbda, temperature: by default what `tune` stored with the datastore, else the paper's
     1024, 0.25 and 1, with k at most the number of entries.
     index: what finds the neighbors; by default the datastore's.
-    weights: `tuned` lets the gate that `tune` stored for these datastores choose λ and T of each
-    token, as long as none of k, lmbda, temperature is given; `distance` chooses λ by the distance
-    of the nearest neighbor, as tuned (Drozdov et al. 2022); `fixed` is the paper's.
+    weights: `learned` lets the gate that `tune` stored for these datastores choose λ and T of each
+    token; `distance` chooses λ by the distance of the nearest neighbor, as tuned (Drozdov et al.
+    2022); `fixed` is the paper's. By default learned where there is a gate and none of k, lmbda and
+    temperature is given, else fixed.
     cache: the continuous cache (Grave et al. 2017), a further component; True for the one that
     `tune` stored.
 
@@ -61,7 +62,7 @@ class KNNLM:
         temperature: ForEach[float] = None,
         index: ForEach[Index] = None,
         cache: CacheParameters | bool = False,
-        weights: str = "tuned",
+        weights: str | None = None,
     ) -> None:
         self.lm = lm
         self.mixer: Mixer = open_mixer(

@@ -7,9 +7,9 @@ import torch
 from conftest import refusal
 from torch import Tensor
 
+from knnlm.choices import Similarity
 from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.continuous_cache import (
-    SIMILARITIES,
     CacheParameters,
     CacheView,
     ContinuousCache,
@@ -98,7 +98,7 @@ def in_pieces(cache: ContinuousCache, inputs: Tensor, keys: Tensor, sizes: list[
 
 @pytest.mark.parametrize("size", [1, 7, 300, 1000])
 @pytest.mark.parametrize("theta", [1e-3, 0.7])
-@pytest.mark.parametrize("similarity", SIMILARITIES)
+@pytest.mark.parametrize("similarity", list(Similarity))
 def test_equal_to_brute_force(size: int, theta: float, similarity: str) -> None:
     inputs, keys, targets = text(600)  # several blocks of queries
     cache = ContinuousCache(size, DIMENSION, similarity=similarity)

@@ -13,8 +13,8 @@ from families import FAMILIES, VOCAB_SIZE
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from knnlm.choices import Key
 from knnlm.errors import InvalidArgumentError, UnsupportedModelError
-from knnlm.model.key_places import KEY_CHOICES
 from knnlm.model.language_model import LanguageModel
 
 
@@ -175,7 +175,7 @@ def keys_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, key: str
 Family = tuple[PreTrainedModel, Anatomy]
 
 
-@pytest.mark.parametrize("key", KEY_CHOICES)
+@pytest.mark.parametrize("key", list(Key))
 def test_keys_are_finite_and_have_one_vector_per_position(
     family: Family, tokenizer: PreTrainedTokenizerFast, key: str
 ) -> None:

@@ -75,6 +75,7 @@ def dense_log_probs(model: KNNLM, document: Document) -> Tensor:
     ("given", "weights", "cached"),
     [
         ({}, "learned", False),
+        ({"weights": "learned"}, "learned", False),
         ({"cache": True}, "learned", True),
         ({"weights": "fixed"}, "fixed", False),
         ({"weights": "fixed", "cache": True}, "fixed", True),
@@ -292,10 +293,19 @@ def test_refusals(llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning], tmp_
         KNNLM(llama_lm, untuned, cache=True)
     with refusal(InvalidArgumentError, "weights='distance' must have been tuned", "run knnlm tune"):
         KNNLM(llama_lm, untuned, weights="distance")
+    for cache in (False, CACHE):
+        with refusal(InvalidArgumentError, "weights='learned' must "):
+            KNNLM(llama_lm, untuned, weights="learned", cache=cache)
+    given: dict[str, Any]
+    for given in ({"k": 3}, {"lmbda": 0.1}, {"temperature": 2.0}, {"cache": CACHE}):
+        with refusal(InvalidArgumentError, "weights='learned' must come without k, lmbda"):
+            KNNLM(llama_lm, store, weights="learned", **given)
     for given in ({"k": 3}, {"lmbda": 0.1}, {"temperature": 2.0}, {"cache": True}):
         with refusal(InvalidArgumentError, "weights='distance' must come without k, lmbda"):
             KNNLM(llama_lm, store, weights="distance", **given)
-    with refusal(InvalidArgumentError, "weights must be one of tuned, distance, fixed, got 'best'"):
+    with refusal(
+        InvalidArgumentError, "weights must be one of learned, distance, fixed, got 'best'"
+    ):
         KNNLM(llama_lm, store, weights="best")
 
 

@@ -147,7 +147,7 @@ def attach(
     temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
     cache: CacheParameters | bool = False,
-    weights: str = "tuned",
+    weights: str | None = None,
 ) -> Attachment:
     """Let an unmodified HF causal LM answer with the kNN-LM's mixture.
 
@@ -156,7 +156,7 @@ def attach(
 
     store: one datastore, or several whose λ add up to at most 1; then k, lmbda, temperature and
     index are one value for all or a sequence with one for each. By default they are what `tune`
-    stored with the datastore, else the paper's. weights: `tuned`, `distance` or `fixed`, as of
+    stored with the datastore, else the paper's. weights: as of
     `KNNLM`. cache: the continuous cache, True for the one that `tune` stored; it follows the
     sequences being read.
     Outside a `with` block, call the attachment's `detach()`.

@@ -16,8 +16,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from knnlm.choices import Boundary, KeyDtype, parse_choice
 from knnlm.datastore.catalog import FILE_NAME, Catalog, Settings, StoredDocument, StoredShard
-from knnlm.datastore.datastore import LOCK_NAME, SHARDS, Datastore, parse_key_dtype, writer_lock
+from knnlm.datastore.datastore import LOCK_NAME, SHARDS, Datastore, writer_lock
 from knnlm.datastore.shards import ASIDE, write_shard, writing
 from knnlm.errors import (
     DatastoreMismatchError,
@@ -40,8 +41,7 @@ from knnlm.progress import SILENT, Advance, Progress
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Window
 
-_MIN_SHARD_ROWS = 8192
-_MAX_SHARD_BYTES = 1 << 28
+_MIN_SHARD_ROWS, _MAX_SHARD_BYTES = 8192, 1 << 28
 
 
 def build(
@@ -92,7 +92,7 @@ def build(
         store.windowing.check_model(lm)
     else:
         windowing = choose_windowing(lm, window, context, boundary)
-        settings = _new_settings(lm, windowing, key_dtype or "float16")
+        settings = _new_settings(lm, windowing, key_dtype or KeyDtype.float16)
         store = _create(path, settings)
     with store.writer() as catalog, _removed_if_empty(store):
         _Builder(store, catalog, lm, documents, shard_rows, batch_tokens, progress).run(max_entries)
@@ -101,7 +101,7 @@ def build(
 
 
 def _new_settings(lm: LanguageModel, windowing: Windowing, dtype: str) -> Settings:
-    parse_key_dtype(dtype)
+    parse_choice(KeyDtype, "key_dtype", dtype)
     return Settings(
         model=lm.name,
         revision=lm.revision,
@@ -208,7 +208,7 @@ class _Builder:
         self.batch_tokens = batch_tokens or default_batch_tokens(lm)
         self.progress = progress
         self.rows = store.rows
-        self.streaming = store.settings.boundary == "stream"
+        self.streaming = store.settings.boundary == Boundary.stream
         self.history = np.array(catalog.get("stream_tail") or [], dtype=np.int32)
         self.fresh_stream = self.streaming and len(self.history) == 0
         self.incoming: dict[int, _Incoming] = {}

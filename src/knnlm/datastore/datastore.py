@@ -113,7 +113,8 @@ class Datastore:
     @property
     def key_dtype(self) -> torch.dtype:
         """The dtype of the keys on disk."""
-        return parse_key_dtype(self.settings.key_dtype)
+        dtype: torch.dtype = getattr(torch, self.settings.key_dtype)
+        return dtype
 
     @property
     def windowing(self) -> Windowing:
@@ -318,22 +319,6 @@ class Datastore:
                     catalog.forget_document(number)
         self.refresh()
         return list(chosen.values())
-
-
-_KEY_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-}
-
-
-def parse_key_dtype(name: str) -> torch.dtype:
-    """Return the torch dtype of a name; raises InvalidArgumentError."""
-    if name not in _KEY_DTYPES:
-        raise InvalidArgumentError(
-            f"key_dtype must be one of {', '.join(_KEY_DTYPES)}, got {name!r}"
-        )
-    return _KEY_DTYPES[name]
 
 
 @contextmanager

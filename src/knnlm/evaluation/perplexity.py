@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from knnlm.choices import Boundary
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.scoring import Scores, Wanted, mixed_log_probs, score_windows
 from knnlm.evaluation.tally import FrequencyBucket, Tally, perplexity_of
@@ -190,7 +191,7 @@ def evaluate(
     size_bytes = sum(met[number].size_bytes for number in scored)
     last = met[max(scored)]
     # a stream predicts every document's start token but the first one's
-    streaming = windowing.boundary == "stream"
+    streaming = windowing.boundary == Boundary.stream
     unpredicted = int(streaming and last.number == min(met))
     if scored[last.number] < last.tokens - unpredicted:
         targets = np.concatenate(last_targets)

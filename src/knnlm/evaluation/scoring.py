@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from knnlm.choices import Boundary, Similarity
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
 from knnlm.mixture.features import LMSummary
@@ -35,8 +36,8 @@ class CacheRequest(NamedTuple):
 
     sizes: tuple[int, ...]
     k: int
-    similarity: str = "distance"
-    boundary: str = "document"
+    similarity: str = Similarity.distance
+    boundary: str = Boundary.document
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +151,7 @@ class _Scorer:
         for window, of_window in zip(windows, keys, strict=True):
             document = window.spans[0].document
             if self._cache is None or (
-                recall.boundary == "document" and document != self._document
+                recall.boundary == Boundary.document and document != self._document
             ):
                 self._cache = ContinuousCache(
                     max(recall.sizes), self._lm.dimension, similarity=recall.similarity

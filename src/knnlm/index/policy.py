@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from knnlm.choices import IndexKind, parse_choice
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.available_memory import memory_bytes
@@ -15,7 +16,6 @@ from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.protocol import Index
 from knnlm.progress import SILENT, Progress
 
-KINDS = ("auto", "exact", "ivf", "compressed", "faiss")
 EXACT_UP_TO = 50_000  # entries: below, exact search costs less than the model
 _GROWN = 1.25  # times the entries it was built from: then an index is built anew
 _SETTING = "index"
@@ -49,14 +49,13 @@ def build_index(
 ) -> Index:
     """Build the index that a datastore is searched with from now on.
 
-    kind: one of `KINDS`; see `choose_kind` for "auto". factory: FAISS's, for kind "faiss". nprobe:
+    kind: see `IndexKind`; see `choose_kind` for "auto". factory: FAISS's, for kind "faiss". nprobe:
     lists that a query looks into; None: the fewest that reach `recall` of the k true nearest.
     queries: real ones to measure it with; None: stored keys.
 
     Raises InvalidArgumentError, DatastoreLockedError, DatastoreWriteError, MissingDependencyError.
     """
-    if kind not in KINDS:
-        raise InvalidArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    parse_choice(IndexKind, "kind", kind)
     if (factory is not None) != (kind == "faiss"):
         raise InvalidArgumentError(
             f"factory goes with kind faiss and only with it, got kind {kind!r} and factory "

@@ -18,11 +18,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from knnlm.choices import Similarity, parse_choice
 from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.features import Voters
 from knnlm.mixture.parameters import Parameters
-
-SIMILARITIES = ("distance", "dot")
 
 _BLOCK = 256  # queries that share one product with the pairs before them
 _REWINDABLE = 64  # positions that can be taken back without loss
@@ -41,7 +40,7 @@ class CacheParameters:
 
     size: int
     votes: Parameters
-    similarity: str = "distance"
+    similarity: str = Similarity.distance
 
     def __post_init__(self) -> None:
         _check_size(self.size)
@@ -56,10 +55,7 @@ def _check_size(size: int) -> None:
 
 
 def _check_similarity(similarity: str) -> None:
-    if similarity not in SIMILARITIES:
-        raise InvalidArgumentError(
-            f"similarity must be one of {', '.join(SIMILARITIES)}, got {similarity!r}"
-        )
+    parse_choice(Similarity, "similarity", similarity)
 
 
 class CacheNeighbors(NamedTuple):
@@ -126,7 +122,7 @@ class ContinuousCache:
         size: int,
         dimension: int,
         *,
-        similarity: str = "distance",
+        similarity: str = Similarity.distance,
         batch: int = 1,
         device: torch.device | str = "cpu",
         position: int = 0,

@@ -19,18 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from knnlm.errors import InvalidArgumentError, UnsupportedModelError
-
-KEY_CHOICES: tuple[str, ...] = (
-    "ffn_input",
-    "ffn_input_before_norm",
-    "attention_input",
-    "attention_input_before_norm",
-    "output",
-    "output_after_norm",
-)
-"""The key table of the paper (Table 5), all of the last layer; `output_after_norm` is what the LM
-head reads."""
+from knnlm.choices import Key
+from knnlm.errors import UnsupportedModelError
 
 _FEED_FORWARD_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "fc1")
 _ATTENTION_NAMES = (
@@ -88,13 +78,6 @@ class KeyPlaces:
         )
 
 
-def check_key(key: str) -> str:
-    """Return `key` if it is one of `KEY_CHOICES`."""
-    if key not in KEY_CHOICES:
-        raise InvalidArgumentError(f"key={key!r} must be one of {', '.join(KEY_CHOICES)}")
-    return key
-
-
 def find_key_places(model: PreTrainedModel, probe: Int[Tensor, "batch time"]) -> KeyPlaces:
     """Find every key choice that `model` has, with one forward pass over a few tokens."""
     decoder = model.get_decoder()
@@ -102,7 +85,7 @@ def find_key_places(model: PreTrainedModel, probe: Int[Tensor, "batch time"]) ->
     layer = _last_layer(model, decoder)
     if layer is None:
         reason = "its decoder has no list of num_hidden_layers layers"
-        return KeyPlaces(taps, {key: reason for key in KEY_CHOICES if key not in taps})
+        return KeyPlaces(taps, {key: reason for key in Key if key not in taps})
     taps["output"] = Tap(layer, "output")
     attention = _child(layer, _ATTENTION_NAMES)
     feed_forward = _child(layer, _FEED_FORWARD_NAMES)
@@ -125,7 +108,7 @@ def find_key_places(model: PreTrainedModel, probe: Int[Tensor, "batch time"]) ->
         taps["ffn_input_before_norm"] = Tap(
             _norm_before(feed_forward, layer, decoder, probe) or feed_forward, "input"
         )
-    return KeyPlaces({key: taps[key] for key in KEY_CHOICES if key in taps}, reasons)
+    return KeyPlaces({key: taps[key] for key in Key if key in taps}, reasons)
 
 
 class KeyCapture:

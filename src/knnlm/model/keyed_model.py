@@ -16,8 +16,9 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from knnlm.choices import Key, parse_choice
 from knnlm.errors import UnsupportedModelError
-from knnlm.model.key_places import KeyCapture, capture_keys, check_key, find_key_places
+from knnlm.model.key_places import KeyCapture, capture_keys, find_key_places
 
 _WINDOW_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _SAMPLE_SIZE = 1024
@@ -34,7 +35,7 @@ class Reading:
 class KeyedModel:
     """A HF decoder-only causal LM, and the place in it where keys are read.
 
-    `key` chooses the hidden state that is the key, one of `KEY_CHOICES`; in models without a
+    `key` chooses the hidden state that is the key, one of `Key`; in models without a
     feed-forward block (Mamba) `ffn_input` becomes `attention_input`, the mixer's input, and the
     attribute `key` has the choice in effect. `name` is by default what the model itself says.
 
@@ -44,7 +45,7 @@ class KeyedModel:
     def __init__(
         self, model: PreTrainedModel, *, key: str = "ffn_input", name: str | None = None
     ) -> None:
-        check_key(key)
+        parse_choice(Key, "key", key)
         self.model = model
         self.name: str = name or model.name_or_path or type(model).__name__
         self.max_window: int | None = _max_window(model.config.get_text_config())
@@ -55,7 +56,7 @@ class KeyedModel:
             logits = self._causal_logits(probe)
             places = find_key_places(model, probe)
         self.key: str = places.resolve(key)
-        """The key choice in effect, one of `KEY_CHOICES`."""
+        """The key choice in effect, one of `Key`."""
         self._decoder: nn.Module = model.get_decoder()
         self._tap = places.taps[self.key]
         self.dimension: int = self.keys(probe).shape[-1]

@@ -27,16 +27,15 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from knnlm.choices import Key, ModelDtype, parse_choice
 from knnlm.errors import (
     InvalidArgumentError,
     ModelNotFoundError,
     UnsupportedModelError,
     missing_dependency,
 )
-from knnlm.model.key_places import check_key
 from knnlm.model.keyed_model import KeyedModel, check_decoder_only
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PROBE_TEXT = "The 1st café’s naïve “kNN-LM” — 3.14 ≈ π,\r\n\tif x != [0, 1]: 日本語 🙂  <s> end"
 
 
@@ -79,7 +78,7 @@ class LanguageModel(KeyedModel):
         or float16, where auto is float32 on the CPU and the checkpoint's own elsewhere. `device` is
         auto, cpu, cuda, cuda:N or mps, where auto is cuda if there is one, else cpu.
         """
-        check_key(key)
+        parse_choice(Key, "key", key)
         target = _parse_device(device)
         precision = _parse_dtype(dtype, target)
         source, options = _locate(name)
@@ -200,11 +199,10 @@ def _parse_device(device: str) -> torch.device:
 
 
 def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
-    if dtype == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    if dtype not in _DTYPES:
-        raise InvalidArgumentError(f"dtype={dtype!r} must be auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    if parse_choice(ModelDtype, "dtype", dtype) is not ModelDtype.auto:
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    return torch.float32 if device.type == "cpu" else "auto"
 
 
 def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from knnlm.choices import Boundary, parse_choice
 from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document, Documents
 from knnlm.text.windows import Window, check_window, document_windows, stream_windows
 
-BOUNDARIES = ("document", "stream")
 DEFAULT_WINDOW = 1024
 DEFAULT_CONTEXT = 256
 _ENCODE_CHARACTERS = 1 << 20  # of text handed to the tokenizer at once
@@ -53,14 +53,11 @@ class Windowing:
 
     window: int = DEFAULT_WINDOW
     context: int = DEFAULT_CONTEXT
-    boundary: str = "document"
+    boundary: str = Boundary.document
 
     def __post_init__(self) -> None:
         check_window(self.window, self.context)
-        if self.boundary not in BOUNDARIES:
-            raise InvalidArgumentError(
-                f"boundary must be one of {', '.join(BOUNDARIES)}, got {self.boundary!r}"
-            )
+        parse_choice(Boundary, "boundary", self.boundary)
 
     def check_model(self, lm: LanguageModel) -> None:
         """Refuse windows that the model cannot read at once; raises InvalidArgumentError."""
@@ -142,7 +139,7 @@ def encode_documents(
     Text is tokenized in batches across documents, and never more of it than a batch is held. In a
     stream the start token is put before each document's tokens.
     """
-    start = lm.start_token if boundary == "stream" else None
+    start = lm.start_token if boundary == Boundary.stream else None
     blocks = (
         (number, document.name, text)
         for number, document in enumerate(documents)
@@ -188,7 +185,7 @@ def cut_windows(
     """
     size, context = windowing.window, windowing.context
     skips = chain([skip], repeat(0))
-    if windowing.boundary == "stream":
+    if windowing.boundary == Boundary.stream:
         pieces = ((d.number, d.pieces(skip)) for d, skip in zip(documents, skips, strict=False))
         yield from stream_windows(pieces, size, context, history)
     else:

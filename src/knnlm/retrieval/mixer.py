@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from knnlm.choices import Weights, parse_choice
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Index, Neighbors
@@ -39,8 +40,6 @@ from knnlm.retrieval.retriever import (
     override,
 )
 
-WEIGHTS = ("tuned", "distance", "fixed")
-
 
 @dataclass(frozen=True, slots=True)
 class Mixer:
@@ -55,12 +54,12 @@ class Mixer:
     gate: LearnedGate | None = None
 
     @property
-    def weights(self) -> str:
-        """What chooses them: `learned`, `distance` or `fixed`."""
+    def weights(self) -> Weights:
+        """What chooses the weights of each token's neighbors."""
         if self.gate is not None:
-            return "learned"
+            return Weights.learned
         by_distance = any(retriever.by_distance is not None for retriever in self.retrievers)
-        return "distance" if by_distance else "fixed"
+        return Weights.distance if by_distance else Weights.fixed
 
     @property
     def searched(self) -> tuple[Retriever, ...]:
@@ -199,36 +198,46 @@ def open_mixer(
     temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
     cache: CacheParameters | bool = False,
-    weights: str = "tuned",
+    weights: str | None = None,
 ) -> Mixer:
     """Open one or several datastores for a model, and choose how they are mixed.
 
-    weights: `tuned` for the gate that `tune` stored for these datastores, but fixed where k, lmbda,
-    temperature or the cache's parameters are given, and where there is no gate; `fixed`; or
-    `distance` for the λ by the nearest distance that `tune` stored for a datastore. cache: True for
-    the continuous cache that `tune` stored. Raises DatastoreMismatchError for a datastore of
-    another model, InvalidArgumentError.
+    weights: see `Weights`; None for learned weights where `tune` stored a gate for these datastores
+    and none of k, lmbda, temperature and the cache's parameters is given, else fixed ones. cache:
+    True for the continuous cache that `tune` stored. Raises DatastoreMismatchError for a datastore
+    of another model, and InvalidArgumentError, also for weights that were never tuned.
     """
-    if weights not in WEIGHTS:
-        raise InvalidArgumentError(f"weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    if weights is not None:
+        weights = parse_choice(Weights, "weights", weights)
     retrievers = open_retrievers(
         model, store, k=k, lmbda=lmbda, temperature=temperature, index=index
     )
     given = any(one is not None for one in (k, lmbda, temperature))
-    if weights == "distance":
+    if weights == Weights.learned and (given or isinstance(cache, CacheParameters)):
+        raise InvalidArgumentError(
+            "weights='learned' must come without k, lmbda, temperature and the cache's parameters: "
+            "the gate uses those that it was learned with"
+        )
+    if weights == Weights.distance:
         if given or cache:
             raise InvalidArgumentError(
                 "weights='distance' must come without k, lmbda, temperature and cache: it uses the "
                 "k and T that it was tuned with"
             )
         return Mixer(_by_distance(retrievers))
-    fixed = weights == "fixed" or given
+    fixed = weights == Weights.fixed or given
     if isinstance(cache, CacheParameters):
         return _with_fixed_cache(retrievers, cache)
     if fixed and not cache:
         return Mixer(retrievers)
     stores = as_stores(store)
     tuned = stores[0].mixture(stores[1:])
+    gate = None if tuned is None else tuned.cache_gate if cache else tuned.gate
+    if weights == Weights.learned and gate is None:
+        raise InvalidArgumentError(
+            "weights='learned' must have been learned for these datastores, from enough text, and "
+            "they were not: run knnlm tune, or choose fixed"
+        )
     if cache and tuned is None:
         raise InvalidArgumentError(
             "cache must have been tuned for these datastores, and it was not: run knnlm tune, or "
@@ -238,7 +247,6 @@ def open_mixer(
         return Mixer(retrievers)
     if fixed:
         return _with_fixed_cache(retrievers, tuned.cache)
-    gate = tuned.cache_gate if cache else tuned.gate
     if gate is not None:
         return Mixer(retrievers, tuned.cache if cache else None, gate.to(model.device))
     if not cache:
@@ -265,7 +273,7 @@ def _by_distance(retrievers: tuple[Retriever, ...]) -> tuple[Retriever, ...]:
     if tuned is None or tuned.by_distance is None:
         raise InvalidArgumentError(
             "weights='distance' must have been tuned for this datastore alone, on text that was "
-            "long enough, and it was not: run knnlm tune, or choose tuned or fixed"
+            "long enough, and it was not: run knnlm tune, or choose learned or fixed"
         )
     return (replace(retrievers[0], by_distance=tuned.by_distance),)
 

@@ -17,13 +17,12 @@ from knnlm.apps.cli.options import (
     K,
     Lmbda,
     Model,
-    ModelDtype,
     Store,
     Temperature,
-    Weights,
     WeightsOption,
 )
 from knnlm.apps.cli.text_commands import check_writable, open_model
+from knnlm.choices import ModelDtype
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ def explain(
     lmbda: Lmbda = None,
     temperature: Temperature = None,
     cache: Cache = False,
-    weights: WeightsOption = Weights.tuned,
+    weights: WeightsOption = None,
     generate: Annotated[
         int,
         typer.Option(help="Continue the text by so many tokens, and explain those.", min=0),
@@ -65,7 +64,7 @@ def explain(
             show_default=False,
         ),
     ] = None,
-    dtype: ModelDtype = Dtype.auto,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

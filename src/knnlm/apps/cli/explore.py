@@ -13,14 +13,13 @@ from knnlm.apps.cli.options import (
     K,
     Lmbda,
     Model,
-    ModelDtype,
     Store,
     Temperature,
-    Weights,
     WeightsOption,
 )
 from knnlm.apps.cli.serve import check_installed
 from knnlm.apps.cli.text_commands import open_model
+from knnlm.choices import ModelDtype
 
 
 def explore(
@@ -34,8 +33,8 @@ def explore(
     k: K = None,
     lmbda: Lmbda = None,
     temperature: Temperature = None,
-    weights: WeightsOption = Weights.tuned,
-    dtype: ModelDtype = Dtype.auto,
+    weights: WeightsOption = None,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "auto",
 ) -> None:
     """Open a page on this machine: paste a text, see which passages spoke for each token.

@@ -1,65 +1,13 @@
 """The arguments and options that several commands share."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from knnlm.choices import Boundary, IndexKind, ModelDtype, Weights
+
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M"
-
-
-class Boundary(StrEnum):
-    """Whether documents see each other."""
-
-    document = "document"
-    stream = "stream"
-
-
-class KeyDtype(StrEnum):
-    """Precision of the keys on disk."""
-
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-class Dtype(StrEnum):
-    """Precision of the model's arithmetic."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Weights(StrEnum):
-    """What chooses how much each token's neighbors count."""
-
-    tuned = "tuned"
-    distance = "distance"
-    fixed = "fixed"
-
-
-class Key(StrEnum):
-    """Which hidden state of the last layer is the key."""
-
-    ffn_input = "ffn_input"
-    ffn_input_before_norm = "ffn_input_before_norm"
-    attention_input = "attention_input"
-    attention_input_before_norm = "attention_input_before_norm"
-    output = "output"
-    output_after_norm = "output_after_norm"
-
-
-class IndexKind(StrEnum):
-    """How a datastore is searched."""
-
-    auto = "auto"
-    exact = "exact"
-    ivf = "ivf"
-    compressed = "compressed"
-    faiss = "faiss"
 
 
 IndexOption = Annotated[IndexKind, typer.Option(help="How the datastore is searched.")]
@@ -82,8 +30,8 @@ Model = Annotated[
         show_default=False,
     ),
 ]
-ModelDtype = Annotated[
-    Dtype, typer.Option(help="Precision of the model; auto: the datastore's own.")
+Dtype = Annotated[
+    ModelDtype, typer.Option(help="Precision of the model; auto: the datastore's own.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Window = Annotated[
@@ -128,11 +76,13 @@ Cache = Annotated[
     typer.Option("--cache", help="Mix in the continuous cache of the text itself, as tuned."),
 ]
 WeightsOption = Annotated[
-    Weights,
+    Weights | None,
     typer.Option(
         "--weights",
-        help="tuned: learned weights where tune stored them; distance: λ by the nearest distance; "
-        "fixed: one λ and T.",
+        help="learned: a weight for each token, as tuned; distance: λ by the nearest distance, as "
+        "tuned; fixed: one λ and T. By default learned where it was tuned and no k, λ or T is "
+        "given, else fixed.",
+        show_default=False,
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

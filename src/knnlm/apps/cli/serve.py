@@ -13,13 +13,12 @@ from knnlm.apps.cli.options import (
     K,
     Lmbda,
     Model,
-    ModelDtype,
     Store,
     Temperature,
-    Weights,
     WeightsOption,
 )
 from knnlm.apps.cli.text_commands import open_model
+from knnlm.choices import ModelDtype
 from knnlm.errors import missing_dependency
 
 
@@ -64,8 +63,8 @@ def serve(
     k: K = None,
     lmbda: Lmbda = None,
     temperature: Temperature = None,
-    weights: WeightsOption = Weights.tuned,
-    dtype: ModelDtype = Dtype.auto,
+    weights: WeightsOption = None,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "auto",
 ) -> None:
     """Serve the kNN-LM to OpenAI clients: completions, log-probabilities, sources.

@@ -8,15 +8,14 @@ from knnlm.apps.cli import console
 from knnlm.apps.cli.options import (
     Device,
     Dtype,
-    IndexKind,
     IndexOption,
     Json,
     Model,
-    ModelDtype,
     Store,
     TextColumn,
 )
 from knnlm.apps.cli.text_commands import load_model
+from knnlm.choices import IndexKind, ModelDtype
 
 
 def index(
@@ -47,7 +46,7 @@ def index(
     ] = None,
     model: Model = None,
     text_column: TextColumn = "text",
-    dtype: ModelDtype = Dtype.auto,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "cpu",
     as_json: Json = False,
 ) -> None:

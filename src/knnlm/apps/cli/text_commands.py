@@ -12,29 +12,24 @@ from knnlm.apps.cli import console
 from knnlm.apps.cli.options import (
     DEFAULT_MODEL,
     Also,
-    Boundary,
     BoundaryOption,
     Cache,
     Context,
     Device,
     Dtype,
-    IndexKind,
     Json,
     K,
-    Key,
-    KeyDtype,
     Lmbda,
     MaxTokens,
     Model,
-    ModelDtype,
     Store,
     Temperature,
     TextColumn,
     Texts,
-    Weights,
     WeightsOption,
     Window,
 )
+from knnlm.choices import Boundary, IndexKind, Key, KeyDtype, ModelDtype, Weights
 from knnlm.errors import DatastoreWriteError, InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -44,9 +39,11 @@ if TYPE_CHECKING:
     from knnlm.model.reading import Windowing
 
 
-def load_model(store: "Datastore", model: str | None, dtype: Dtype, device: str) -> "LanguageModel":
+def load_model(
+    store: "Datastore", model: str | None, dtype: ModelDtype, device: str
+) -> "LanguageModel":
     """Load the language model that a datastore was built with, from there or another place."""
-    asked = None if dtype is Dtype.auto else dtype.value
+    asked = None if dtype is ModelDtype.auto else dtype.value
     return store.load_model(model, dtype=asked, device=device)
 
 
@@ -54,14 +51,14 @@ def open_model(
     path: Path,
     also: Sequence[Path] | None,
     model: str | None,
-    dtype: Dtype,
+    dtype: ModelDtype,
     device: str,
     k: list[int] | None = None,
     lmbda: list[float] | None = None,
     temperature: list[float] | None = None,
     *,
     cache: bool = False,
-    weights: Weights = Weights.tuned,
+    weights: Weights | None = None,
 ) -> "KNNLM":
     """Open datastores and model; parameters are refused before the model is loaded."""
     from knnlm.datastore.datastore import Datastore
@@ -76,7 +73,7 @@ def open_model(
     for store in stores:
         console.warn_of_poor_recall(store)
     lm = load_model(stores[0], model, dtype, device)
-    return KNNLM(lm, stores, **given, cache=cache, weights=weights.value)
+    return KNNLM(lm, stores, **given, cache=cache, weights=weights)
 
 
 def _one_or_each(values: list[Any] | None) -> Any:
@@ -144,7 +141,7 @@ def build(
         ),
     ] = None,
     text_column: TextColumn = "text",
-    dtype: ModelDtype = Dtype.auto,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -218,7 +215,7 @@ def tune(
         typer.Option(help="Where to draw the sweep; default STORE/tuning.png.", show_default=False),
     ] = None,
     text_column: TextColumn = "text",
-    dtype: ModelDtype = Dtype.auto,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -266,13 +263,13 @@ def evaluate(
     lmbda: Lmbda = None,
     temperature: Temperature = None,
     cache: Cache = False,
-    weights: WeightsOption = Weights.tuned,
+    weights: WeightsOption = None,
     max_tokens: MaxTokens = None,
     window: Window = None,
     context: Context = None,
     boundary: BoundaryOption = None,
     text_column: TextColumn = "text",
-    dtype: ModelDtype = Dtype.auto,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -309,7 +306,7 @@ def generate(
     lmbda: Lmbda = None,
     temperature: Temperature = None,
     cache: Cache = False,
-    weights: WeightsOption = Weights.tuned,
+    weights: WeightsOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     sample: Annotated[
         bool, typer.Option("--sample", help="Draw tokens instead of taking the likeliest.")
@@ -317,7 +314,7 @@ def generate(
     sampling_temperature: Annotated[float, typer.Option(help="Of --sample.", min=0.01)] = 1.0,
     top_p: Annotated[float, typer.Option(help="Of --sample.", min=0.01, max=1.0)] = 1.0,
     seed: Annotated[int, typer.Option(help="Of --sample.")] = 0,
-    dtype: ModelDtype = Dtype.auto,
+    dtype: Dtype = ModelDtype.auto,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
