@@ -40,6 +40,7 @@ format: $(VENV)/developing
 
 docs: $(VENV)/developing
 	$(BIN)/python docs/generate_cli.py
+	$(BIN)/python docs/generate_api.py
 
 clean:
 	rm -rf $(VENV) knnlm-demo .mypy_cache .ruff_cache .pytest_cache
