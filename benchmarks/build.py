@@ -1,10 +1,10 @@
-"""What storing costs beyond reading: `build` against the bare forward pass, and peak memory.
+"""The cost of building a datastore: `build` against the bare forward pass, and peak memory.
 
     python benchmarks/build.py --model knnlm-demo/smollm2-135m
 
-Speed: the same windows of the same text, read by the bare decoder (no LM head) and stored by
+Speed: the same windows of the same text are read by the bare decoder (no LM head) and stored by
 `knnlm.build` (tokenizing, capturing keys, converting, checksums, fsync, catalog), alternating in
-one process; the ratio is that of the medians. Retriever: the peak of a process that builds from a
+one process; the ratio is that of the medians. Memory: the peak of a process that builds from a
 corpus, and of one that builds from a corpus ten times as large.
 """
 
@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "build.json"
 
 
 def corpus(share: float) -> list[knnlm.Document]:
-    """Return the topics of Python's language reference, or the first share of their text."""
+    """Return the first `share` of the text of Python's language reference, a document per topic."""
     topics: dict[str, str] = pydoc_data.topics.topics
     wanted = share * sum(map(len, topics.values()))
     documents: list[knnlm.Document] = []
@@ -48,7 +48,7 @@ def corpus(share: float) -> list[knnlm.Document]:
 
 
 def bare_forward(lm: knnlm.LanguageModel, windows: list[Window], batch_tokens: int) -> float:
-    """Return the seconds that the decoder alone takes, longest windows first, in padded batches."""
+    """Return the seconds the decoder alone takes, in padded batches, longest windows first."""
     decoder = lm.model.get_decoder()
     left = sorted(windows, key=lambda window: -window.positions)
     started = time.perf_counter()
@@ -66,7 +66,7 @@ def bare_forward(lm: knnlm.LanguageModel, windows: list[Window], batch_tokens: i
 
 
 def timed_build(lm: knnlm.LanguageModel, documents: list[knnlm.Document]) -> float:
-    """Return the seconds of a whole build, in a new folder."""
+    """Return the seconds a complete build takes, in a new folder."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         knnlm.build(Path(folder) / "store", lm, documents)
@@ -74,7 +74,7 @@ def timed_build(lm: knnlm.LanguageModel, documents: list[knnlm.Document]) -> flo
 
 
 def peak_mib(arguments: list[str]) -> float:
-    """Return the peak memory of a process of its own."""
+    """Run this script in a new process and return its peak memory."""
     output = subprocess.run(
         [sys.executable, __file__, *arguments], capture_output=True, text=True, check=True
     )
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--share", type=float, default=0.2, help="of the text, for the speed")
+    parser.add_argument("--share", type=float, default=0.2, help="share of the text used for speed")
     parser.add_argument("--peak-of", type=float, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Holding a process to an amount of memory: a Linux control group, of version 2 or 1."""
+"""Limiting the memory of a process with a Linux control group, version 2 or 1."""
 
 import os
 import time
@@ -10,10 +10,10 @@ MOUNTED = Path("/sys/fs/cgroup")
 
 
 class ControlGroup:
-    """A new group for processes that `join` it; whatever memory they cause to be used counts.
+    """A new group for processes that `join` it; all memory they use counts.
 
-    That includes the files that they read, as far as those stay cached. Needs root. peak_bytes: the
-    most that was used so far.
+    That includes the files they read, while these stay cached. Needs root. peak_bytes: the maximum
+    used so far.
     """
 
     def __init__(self, name: str, limit_bytes: int) -> None:
@@ -45,10 +45,10 @@ class ControlGroup:
         self._folder.rmdir()
 
     def join(self) -> None:
-        """Put the calling process into the group."""
+        """Move the calling process into the group."""
         (self._folder / "cgroup.procs").write_text(str(os.getpid()), encoding="ascii")
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that the group used."""
+        """The maximum memory that the group has used."""
         return int((self._folder / self._peak).read_text(encoding="ascii"))

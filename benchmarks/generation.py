@@ -1,12 +1,12 @@
-"""What remembering costs while generating: time per new token, attached against alone.
+"""The cost of a datastore while generating: time per new token, attached against alone.
 
     python benchmarks/generation.py STORE TEXT… --k 1024
 
-The same model generates greedily from the same prompts (the beginnings of the texts), without a
-datastore and with STORE attached (searched with its own index), in turn in one process; one
+The same model generates greedily from the same prompts (the beginnings of the texts), alternately
+without a datastore and with STORE attached (searched with its own index), in one process; one
 sequence at a time and in a batch. Weights are fixed for each k, and learned if `knnlm tune` stored
-such. A ratio is of a run to the mean of the runs alone before and after it; the median of all
-repetitions, its standard error (by a bootstrap) and the quartiles are shown.
+any. Each ratio divides a run by the mean of the runs alone before and after it; reported are the
+median over all repetitions, its standard error (by a bootstrap) and the quartiles.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def main() -> None:
         if len(tokens) == arguments.prompt_tokens - 1:
             prompts.append([lm.start_token, *tokens.tolist()])
     if len(prompts) < max(arguments.batch):
-        parser.error(f"TEXT must have {max(arguments.batch)} documents that are long enough")
+        parser.error(f"TEXT must contain {max(arguments.batch)} documents that are long enough")
 
     def seconds_per_step(batch: list[list[int]]) -> float:
         inputs = torch.tensor(batch, device=lm.device)

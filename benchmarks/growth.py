@@ -1,18 +1,17 @@
-"""Growth: what a search costs, finds and keeps in memory, up to ten million entries.
+"""How search time, recall and memory grow, up to ten million entries.
 
     python benchmarks/growth.py --keys train_keys.npy --queries test_keys.npy --folder /tmp/growth
 
-For each size a datastore is made, indexed with `build_index(store, "auto")` and searched. Fewer
-entries than keys are a random choice of them; more are copies of them with noise: as long, on
-average, as `--noise` times the median distance of a key to the nearest other one. Queries are the
-same for all sizes.
+For each size a datastore is made, indexed with `build_index(store, "auto")` and searched. Up to
+the number of keys, its entries are a random subset; beyond that, copies with added noise, whose
+length is on average `--noise` times the median distance from a key to its nearest other key. All
+sizes have the same queries.
 
-With `--limit-gib` every process is held to so much memory by a control group (this needs root): all
-that it reads of files counts as far as it stays cached, and not only what it allocates, so files
-are put out of the cache before.
+With `--limit-gib`, a control group limits the memory of every process (this needs root). Cached
+file pages count as well as allocations, so files are evicted from the cache beforehand.
 
-Each build and each search is a process of its own; memory is what the system counted for it:
-resident, its own (without mapped files), and the control group's peak. A datastore that is already
+Each build and each search runs in a process of its own. Memory is as the system reports it:
+resident, private (without mapped files), and the control group's peak. A datastore that is already
 in the folder is used and left there.
 """
 
@@ -47,7 +46,7 @@ TRUTH, FOUND = "truth.npy", "found.npy"
 
 
 def made_keys(keys: NDArray[np.float16], size: int, noise: float) -> Iterator[NDArray[np.float16]]:
-    """Yield blocks of `size` keys in all. noise: the standard deviation in every dimension."""
+    """Yield `size` keys in blocks. noise: the standard deviation in every dimension."""
     generator = np.random.default_rng(size)
     if size <= len(keys):
         chosen = np.sort(generator.permutation(len(keys))[:size])
@@ -63,7 +62,7 @@ def made_keys(keys: NDArray[np.float16], size: int, noise: float) -> Iterator[ND
 
 
 def nearest_distance(keys: NDArray[np.float16]) -> float:
-    """Return the median distance of a key to the nearest one that is not its copy."""
+    """Return the median distance from a key to the nearest one that is not its copy."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(keys), generator=generator)[:NEAREST_OF]
     sample = torch.from_numpy(keys[rows.numpy()]).float()
@@ -78,7 +77,7 @@ def nearest_distance(keys: NDArray[np.float16]) -> float:
 
 
 def own_memory() -> dict[str, float]:
-    """Return what the system counts for this process, in bytes."""
+    """Return the memory that the system reports for this process, in bytes."""
     kinds = {"VmHWM": "peak_resident_bytes", "VmRSS": "resident_bytes", "RssAnon": "own_bytes"}
     found = {}
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -89,7 +88,7 @@ def own_memory() -> dict[str, float]:
 
 
 def find_truth(path: Path, queries: NDArray[np.float32], k: int) -> dict[str, Any]:
-    """Find the true neighbors of some queries, by exact search."""
+    """Find the true neighbors of the first queries by exact search, and save them."""
     asked = torch.from_numpy(queries[:TRUTH_QUERIES])
     rows = ExactIndex(Datastore(path), resident_bytes=0).search(asked, k).rows
     np.save(path.parent / TRUTH, rows.numpy())
@@ -97,7 +96,7 @@ def find_truth(path: Path, queries: NDArray[np.float32], k: int) -> dict[str, An
 
 
 def build(path: Path, kind: str, *, indexed: bool) -> dict[str, Any]:
-    """Index a datastore, or take the index that it has."""
+    """Index a datastore, or use its existing index."""
     store = Datastore(path)
     if indexed:
         return {"build_seconds": None, "index": describe_index(store)}
@@ -111,7 +110,7 @@ def search(path: Path, queries: NDArray[np.float32], k: int, repetitions: int) -
     """Search with a datastore's index: a batch, repeatedly, and one query at a time."""
     index = open_index(Datastore(path))
     asked = torch.from_numpy(queries)
-    rows = index.search(asked, k).rows  # compiles, and reads what has to be read once
+    rows = index.search(asked, k).rows  # compiles, and reads the index into memory
     np.save(path.parent / FOUND, rows[:TRUTH_QUERIES].numpy())
     batches, singles = [], []
     for _ in range(repetitions):
@@ -132,7 +131,7 @@ def search(path: Path, queries: NDArray[np.float32], k: int, repetitions: int) -
 
 
 def in_a_process(arguments: list[str], limit_bytes: int | None) -> dict[str, Any]:
-    """Run a step of this script in a process of its own, in a control group if limited."""
+    """Run one step of this script in a new process, in a control group if limited."""
     command = [sys.executable, __file__, *arguments]
     if limit_bytes is None:
         answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -145,7 +144,7 @@ def in_a_process(arguments: list[str], limit_bytes: int | None) -> dict[str, Any
 
 
 def forget_cached(folder: Path) -> None:
-    """Put a folder's files out of the system's cache, so that who reads them has them counted."""
+    """Evict a folder's files from the page cache, so that they count for whoever reads them."""
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)
@@ -155,7 +154,7 @@ def forget_cached(folder: Path) -> None:
 
 
 def measured(arguments: argparse.Namespace, path: Path) -> dict[str, Any]:
-    """Build and search, in processes of their own."""
+    """Build and search, each in a new process."""
     given = ["--queries", str(arguments.queries), "--folder", str(path), "--kind", arguments.kind]
     given += ["--k", str(arguments.k), "--batch", str(arguments.batch)]
     given += ["--repetitions", str(arguments.repetitions)]
@@ -182,13 +181,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keys", type=Path, help="an array of keys, .npy")
     parser.add_argument("--queries", type=Path, required=True, help="an array of queries, .npy")
-    parser.add_argument("--folder", type=Path, required=True, help="where datastores are made")
+    parser.add_argument("--folder", type=Path, required=True, help="folder for the datastores")
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000])
     parser.add_argument("--noise", type=float, default=1.0)
     parser.add_argument("--limit-gib", type=float)
-    parser.add_argument("--kind", default="auto", help="of index")
+    parser.add_argument("--kind", default="auto", help="kind of index")
     parser.add_argument(
-        "--indexed", action="store_true", help="search datastores as they are indexed already"
+        "--indexed", action="store_true", help="search datastores with the index they have"
     )
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--k", type=int, default=1024)
@@ -201,7 +200,7 @@ def main() -> None:
         print(json.dumps(build(arguments.folder, arguments.kind, indexed=arguments.indexed)))
         return
     queries = np.load(arguments.queries).astype(np.float32)
-    # those whose truth is computed come first, and are of all texts
+    # so that the first ones, whose true neighbors are computed, come from all texts
     queries = queries[np.random.default_rng(0).permutation(len(queries))[: arguments.batch]]
     if arguments.step == "truth":
         print(json.dumps(find_truth(arguments.folder, queries, arguments.k)))
@@ -231,7 +230,7 @@ def main() -> None:
 
 
 def write(arguments: argparse.Namespace, sizes: list[dict[str, Any]], distance: float) -> None:
-    """Write what is measured so far."""
+    """Write the results so far."""
     write_results(
         arguments.results,
         {

@@ -1,18 +1,18 @@
-"""knn-transformers' own evaluation of a datastore's keys and a text; called by `tax.py`.
+"""Evaluate a text with knn-transformers on a datastore's keys; called by `tax.py`.
 
     python benchmarks/knn_transformers.py STORE TEXT… --checkout CLONE --folder DIR
 
 Its classes are imported from a clone of github.com/neulab/knn-transformers and run unmodified:
-KNNSaver.build_index makes the index (its defaults: IVF4096,PQ64), KNNWrapper breaks into the model.
-What is set from outside:
+KNNSaver.build_index makes the index (its default: IVF4096,PQ64), KNNWrapper breaks into the model.
+Four things are set from outside:
 
 - The datastore's keys and values are written as the two arrays that KNNSaver would have written.
 - Its table of models has no entry for Llama: one is added, the input of the last layer's `mlp`.
-- move_dstore_to_mem, without which its lookup of values fails with today's torch.
+- move_dstore_to_mem, without which its lookup of values fails with current torch.
 - knn_sim_func = l2, without which its constructor fails.
 
-The model reads the windows one by one, with labels, and the loss is the model's own; the LM alone
-reads them likewise. The folder keeps the index for another run.
+The model reads the windows one by one, with labels, and computes its own loss; so does the LM
+alone. The folder keeps the index for later runs.
 """
 
 import argparse
@@ -37,7 +37,7 @@ PROBES = 32
 
 
 def load_module(checkout: Path) -> ModuleType:
-    """Import its knnlm.py, whose name is that of our package, under another."""
+    """Import its knnlm.py, which has the name of our package, under another name."""
     spec = importlib.util.spec_from_file_location("their_knnlm", checkout / "knnlm.py")
     assert spec is not None
     assert spec.loader is not None
@@ -50,7 +50,7 @@ def load_module(checkout: Path) -> ModuleType:
 
 
 def write_arrays(theirs: Any, store: knnlm.Datastore, folder: Path, model: Any) -> tuple[Any, Any]:
-    """Write keys and values in its format, where they are not there yet; return both."""
+    """Write keys and values in its format, unless they exist; return both."""
     dimension = store.settings.dimension
     prefix = theirs.get_dstore_path(folder, model.config.model_type, store.rows, dimension)
     there = Path(f"{prefix}_vals.npy").exists()
@@ -66,7 +66,7 @@ def write_arrays(theirs: Any, store: knnlm.Datastore, folder: Path, model: Any) 
 
 
 def build_index(theirs: Any, store: knnlm.Datastore, folder: Path, model: Any) -> float | None:
-    """Build its index by its own method, where it is not there yet; return the seconds."""
+    """Build its index by its own method, unless it exists; return the seconds."""
     folder.mkdir(parents=True, exist_ok=True)
     saver = theirs.KNNSaver(store.rows, str(folder), store.settings.dimension)
     saver.model = model
@@ -82,7 +82,7 @@ def build_index(theirs: Any, store: knnlm.Datastore, folder: Path, model: Any) -
 
 
 def evaluate(model: Any, windows: list[torch.Tensor]) -> tuple[float, float]:
-    """Return the seconds and the perplexity; every window's tokens but the first are scored."""
+    """Return seconds and perplexity; scores every token of a window except its first."""
     nats, tokens = 0.0, 0
     started = time.perf_counter()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def main() -> None:
     )
     windows: list[torch.Tensor] = []
     for window in cut_windows(documents, lm.start_token, store.windowing):
-        assert window.context == 0, "its evaluation knows no windows with context"
+        assert window.context == 0, "its evaluation does not support windows with context"
         windows.append(torch.from_numpy(window.tokens).long())
         if sum(len(tokens) - 1 for tokens in windows) >= arguments.max_tokens:
             break

@@ -1,4 +1,4 @@
-"""Datastores of given keys, for measuring."""
+"""Make datastores from given keys, for benchmarks."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +16,7 @@ from knnlm.datastore.shards import write_shard
 def write_store(
     folder: Path, settings: Settings, shards: Iterable[tuple[Tensor, Tensor]]
 ) -> Datastore:
-    """Make a datastore that holds shards of keys and values, in one document."""
+    """Make a datastore from shards of keys and values, as one document."""
     (folder / SHARDS).mkdir(parents=True)
     catalog = Catalog.create(folder, settings)
     rows = 0
@@ -33,7 +33,7 @@ def write_store(
 
 
 def make_store(folder: Path, dimension: int, blocks: Iterable[NDArray[np.float16]]) -> Datastore:
-    """Make a datastore of blocks of keys, a shard each; its values mean nothing."""
+    """Make a datastore from blocks of keys, one shard each; its values are all 0."""
     settings = Settings(
         "given keys", None, "float32", "", "", 1, 0, "ffn_input", dimension, "float16", 1, 0,
         "document",

@@ -28,27 +28,27 @@ STYLES: dict[str, tuple[str, str, str]] = {  # name in the results: label, color
 
 
 def results(name: str) -> dict[str, Any]:
-    """Read what a benchmark wrote."""
+    """Read the results of a benchmark."""
     contents: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return contents
 
 
 def plain(value: float, _: object = None) -> str:
-    """Write a tick's number without an exponent."""
+    """Format the number of a tick without an exponent."""
     if value >= 1e6:
         return f"{value / 1e6:g} M"
     return f"{value:,.0f}" if value >= 10 else f"{value:g}"
 
 
 def tidy(axes: Axes) -> None:
-    """Leave out what says nothing."""
+    """Remove the frame and add a light grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(visible=True, color="#e5e7e9", linewidth=0.7)
     axes.set_axisbelow(True)
 
 
 def save(figure: Any, name: str) -> None:
-    """Write a picture."""
+    """Save a picture."""
     figure.savefig(PICTURES / f"{name}.png", dpi=130, bbox_inches="tight")
     plt.close(figure)
 
@@ -77,7 +77,7 @@ def draw_search() -> None:
         axes.set_title(f"k = {k:,}", fontsize=11)
         axes.set_xlabel(f"recall of the {k:,} nearest")
         tidy(axes)
-    panels[0][0].set_ylabel("queries a second, in batches of 4,096")
+    panels[0][0].set_ylabel("queries per second, in batches of 4,096")
     panels[0][0].legend(fontsize=8.5, frameon=False, loc="lower left")
     figure.suptitle(
         f"{measured['entries']:,} keys of SmolLM2-135M, {measured['nlist']:,} lists, "
@@ -89,7 +89,7 @@ def draw_search() -> None:
 
 
 def draw_tax() -> None:
-    """Draw the cost of an evaluation against the size of the datastore."""
+    """Draw the time of an evaluation against the size of the datastore."""
     measured = results("tax")
     sizes = measured["sizes"]
     figure, axes = plt.subplots(figsize=(6.4, 4))
@@ -124,14 +124,14 @@ def draw_tax() -> None:
     low, high = axes.get_ylim()
     axes.set_yticks([tick for tick in (1, 1.1, 1.2, 1.5, 2, 3, 5, 10) if low <= tick <= high])
     axes.set_xlabel("entries")
-    axes.set_ylabel("time of an evaluation, in that of the LM alone")
+    axes.set_ylabel("time of an evaluation, relative to the LM alone")
     axes.legend(fontsize=8.5, frameon=False)
     tidy(axes)
     save(figure, "tax")
 
 
 def draw_growth() -> None:
-    """Draw the time of a query against the size of the datastore."""
+    """Draw the time per query against the size of the datastore."""
     measured = results("growth")
     sizes = [size for size in measured["sizes"] if size["limit_bytes"] is None]
     entries = [size["entries"] for size in sizes]
@@ -144,7 +144,7 @@ def draw_growth() -> None:
         color=OTHER,
         linestyle="--",
         linewidth=1,
-        label="growth like √N",
+        label="∝ √N",
     )
     for size, time, facts in zip(entries, times, sizes, strict=True):
         axes.annotate(
@@ -163,7 +163,7 @@ def draw_growth() -> None:
     axes.yaxis.set_major_formatter(FuncFormatter(plain))
     axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     axes.set_xlabel("entries")
-    axes.set_ylabel("ms a query, in batches of 4,096")
+    axes.set_ylabel("ms per query, in batches of 4,096")
     axes.set_title(f"k = {measured['k']:,}", fontsize=11)
     axes.legend(fontsize=8.5, frameon=False)
     tidy(axes)

@@ -1,12 +1,12 @@
-"""Searching: knnlm's inverted file against FAISS, with the same lists and probes.
+"""Search: knnlm's inverted file against FAISS, with the same number of lists and probes.
 
     python benchmarks/search.py --keys train_keys.npy --queries test_keys.npy
     python benchmarks/search.py STORE
 
-From a datastore, the last keys are taken out and used as queries. All kinds answer the same
+With a datastore, its last keys are removed and used as queries. All indexes answer the same
 queries in turn, repeatedly, in one process: a batch, and one query at a time. Times are medians;
-a ratio is the median of the ratios within a repetition. Recall is against exact search.
-`--curve` measures batches with other numbers of probes too, for the picture.
+a ratio is the median of the ratios within each repetition. Recall is against exact search.
+`--curve` also measures batches with other numbers of probes, for the picture.
 """
 
 import argparse
@@ -41,10 +41,10 @@ Queries = NDArray[np.float32]
 
 @dataclass
 class Kind:
-    """One way to search.
+    """One kind of search.
 
-    batch: how many queries it is given at once; slow ones get fewer. probing: what has the number
-    of lists to look into. curve: recall and milliseconds, by k and that number.
+    batch: queries searched at once; slow kinds get fewer. probing: the object that has `nprobe`.
+    curve: recall and milliseconds by k and nprobe.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Kind:
 
 
 def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind]:
-    """Return FAISS's indexes over the same lists, and the paper's way on top of one."""
+    """Return FAISS indexes over the same lists, and PQ with the paper's recomputed distances."""
     import faiss
 
     dimension = keys.shape[1]
@@ -87,7 +87,7 @@ def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind
         return lambda queries, k: index.search(queries, k)[1]
 
     def recomputing(queries: Queries, k: int) -> Rows:
-        """Take PQ's neighbors, and their distances from the stored keys."""
+        """Find neighbors with PQ, and compute their distances from the stored keys."""
         rows = product.search(queries, k)[1]
         for query, found in zip(queries, rows, strict=True):
             difference = keys[found].astype(np.float32) - query
@@ -104,13 +104,13 @@ def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind
 
 
 def knnlm_kinds(store: Datastore, nlist: int, nprobe: int) -> list[Kind]:
-    """Build our kinds, and exact search."""
+    """Build our inverted files, and exact search."""
     kinds = []
     for kind in ("float16", "compressed"):
         started = time.perf_counter()
         index = IVFIndex.build(store, kind=kind, nlist=nlist, nprobe=nprobe)
         seconds = time.perf_counter() - started
-        # the file of the next kind takes the name of this one, which stays mapped
+        # the next kind's file replaces this one, which stays mapped
         kinds.append(Kind(f"knnlm ivf {kind}", _searching(index), seconds, probing=index))
     kinds.append(Kind("knnlm exact", _searching(ExactIndex(store)), batch=256))
     return kinds
@@ -121,14 +121,14 @@ def _searching(index: IVFIndex | ExactIndex) -> Callable[[Queries, int], Rows]:
 
 
 def recall(kind: Kind, queries: Queries, truth: Rows) -> float:
-    """Return the part of the true neighbors that a kind finds."""
+    """Return the share of the true neighbors that a kind finds."""
     found = kind.search(queries[: len(truth)], truth.shape[1])
     hits = [len(np.intersect1d(*pair)) for pair in zip(found, truth, strict=True)]
     return sum(hits) / truth.size
 
 
 def measure_curves(kinds: list[Kind], queries: Queries, truth: Rows, nprobes: list[int]) -> None:
-    """Time batches and measure recall at several numbers of probes."""
+    """Time batches and measure recall with several numbers of probes."""
     k = truth.shape[1]
     for kind in kinds:
         if kind.probing is None:
@@ -151,7 +151,7 @@ def measure_curves(kinds: list[Kind], queries: Queries, truth: Rows, nprobes: li
 def measure(
     kinds: list[Kind], queries: Queries, truth: Rows, k: int, repetitions: int, singles: int
 ) -> None:
-    """Time all kinds in turn, and their recall."""
+    """Measure the recall of all kinds, and time them in turn."""
     for kind in kinds:
         kind.recall[str(k)] = recall(kind, queries, truth[:, :k])
         kind.search(queries[:1], k)
@@ -181,7 +181,7 @@ def main() -> None:
     """Measure, print and write `benchmarks/results/search.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("store", nargs="?", type=Path, help="a datastore")
-    parser.add_argument("--keys", type=Path, help="an array of keys, .npy, instead")
+    parser.add_argument("--keys", type=Path, help="an array of keys, .npy, instead of a datastore")
     parser.add_argument("--queries", type=Path, help="an array of queries, .npy")
     parser.add_argument("--nlist", type=int, default=1024)
     parser.add_argument("--nprobe", type=int, default=32)
@@ -210,7 +210,7 @@ def main() -> None:
         shards = (keys[start : start + SHARD_ROWS] for start in range(0, len(keys), SHARD_ROWS))
         store = make_store(Path(folder) / "store", keys.shape[1], shards)
         exact = ExactIndex(store)
-        # the queries whose truth is computed come first, and are of all texts
+        # so that the first ones, whose true neighbors are computed, come from all texts
         queries = queries[np.random.default_rng(0).permutation(len(queries))]
         asked = torch.from_numpy(queries[:TRUTH_QUERIES])
         truth = exact.search(asked, max(arguments.k)).rows.numpy()
@@ -228,7 +228,7 @@ def main() -> None:
 
 
 def report(kinds: list[Kind], arguments: argparse.Namespace, entries: int) -> None:
-    """Print a table for each k and write the results."""
+    """Print a table for each k, and write the results."""
     reference = next(kind for kind in kinds if kind.name == REFERENCE)
     print(f"{entries} keys, nlist {arguments.nlist}, nprobe {arguments.nprobe}; × of {REFERENCE}")
     for k in arguments.k:

@@ -1,15 +1,15 @@
-"""What remembering costs an evaluation: the kNN-LM against the LM alone, on the same windows.
+"""The time of an evaluation: the kNN-LM against the LM alone, on the same windows.
 
     python benchmarks/tax.py STORE TEXT… --max-tokens 8192 --entries 100000 250000
     python benchmarks/tax.py STORE TEXT… --max-tokens 8192 --knn-transformers CHECKOUT --folder DIR
 
 STORE is searched with its index; `--entries` adds datastores of its first entries, with the index
-that "auto" gives them; `--compressed` a copy of it with a compressed index. Exact search with
-k 1024 is there to compare perplexities. The LM alone and the kNN-LM evaluate the same text in turn,
+that "auto" chooses; `--compressed` adds a copy of it with a compressed index. Perplexities are
+compared to exact search with k 1024. The LM alone and the kNN-LM evaluate the same text in turn,
 repeatedly, in one process; the tax is the median of the ratios of their times.
 
-knn-transformers is measured in a process of its own, because it changes FAISS for the whole
-process, against the LM alone in that process: see `knn_transformers.py`.
+knn-transformers runs in a process of its own, because it changes FAISS for the whole process, and
+is compared to the LM alone in that process: see `knn_transformers.py`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ SHARD_ROWS = 65_536
 def first_entries(
     store: knnlm.Datastore, entries: int, folder: Path, kind: str = "auto"
 ) -> knnlm.Datastore:
-    """Make a datastore of the first entries of another, and its index."""
+    """Make a datastore from the first entries of another, with its index."""
     parts = (
         torch.arange(start, min(entries, start + SHARD_ROWS))
         for start in range(0, entries, SHARD_ROWS)
@@ -49,7 +49,7 @@ def first_entries(
 
 
 class Tax:
-    """Measures one text."""
+    """Measures evaluation times on one text."""
 
     def __init__(self, lm: knnlm.LanguageModel, arguments: argparse.Namespace) -> None:
         self.lm, self.arguments = lm, arguments
@@ -65,20 +65,20 @@ class Tax:
         return model.perplexity(self.documents, max_tokens=self.arguments.max_tokens)
 
     def ways(self, store: knnlm.Datastore) -> dict[str, dict[str, Any]]:
-        """Return what is measured: fixed weights for every k, and what `tune` has learned."""
+        """Return the weights to measure: fixed for every k, and learned if `tune` stored them."""
         ways = {f"k {k}": {"k": k, **self.fixed} for k in self.arguments.k}
         if store.is_learned:
             ways |= {"learned": {}, "learned + cache": {"cache": True}}
         return ways
 
     def measure(self, store: knnlm.Datastore) -> dict[str, Any]:
-        """Measure the tax of a datastore, in every way to mix."""
+        """Measure the tax of a datastore with all weights."""
         ways = self.ways(store)
         exact = self.evaluate(store, k=EXACT_K, index=ExactIndex(store), **self.fixed)
         alone: list[knnlm.PerplexityReport] = []
         remembering: dict[str, list[knnlm.PerplexityReport]] = {name: [] for name in ways}
         for given in ways.values():
-            self.evaluate(store, **given)  # compiles what is compiled at first use
+            self.evaluate(store, **given)  # compiles the kernels
         for _ in range(self.arguments.repetitions):
             alone.append(self.evaluate(store, k=1, lmbda=0.0))
             for name, given in ways.items():
@@ -94,7 +94,7 @@ class Tax:
             loss = perplexity / exact.knn.perplexity - 1
             print(
                 f"{name:<16}{statistics.median(seconds):8.2f} s: {tax:.3f}×, perplexity "
-                f"{perplexity:.4f} ({loss:+.2%} of exact search's)"
+                f"{perplexity:.4f} ({loss:+.2%} from exact search)"
             )
             settings.append(
                 {
@@ -142,14 +142,14 @@ def main() -> None:
     parser.add_argument("text", nargs="+")
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--entries", type=int, nargs="*", default=[])
-    parser.add_argument("--compressed", action="store_true", help="a compressed index too")
+    parser.add_argument("--compressed", action="store_true", help="also measure a compressed index")
     parser.add_argument("--k", type=int, nargs="+", default=[1024, 256])
     parser.add_argument("--lmbda", type=float, default=0.2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--knn-transformers", type=Path, help="a clone of that repository")
-    parser.add_argument("--folder", type=Path, help="where its datastore and index are kept")
-    parser.add_argument("--recompute", action="store_true", help="its exact distances too")
+    parser.add_argument("--folder", type=Path, help="folder for its datastore and index")
+    parser.add_argument("--recompute", action="store_true", help="also measure its exact distances")
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if (arguments.knn_transformers is None) != (arguments.folder is None):

@@ -1,11 +1,11 @@
-"""How much is remembered: a datastore of 1/16, 1/8, 1/4, 1/2 and all of the text.
+"""How the gain depends on the size: a datastore of 1/16, 1/8, 1/4, 1/2 and all of the text.
 
     python experiments/datastore_size.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-Khandelwal et al. 2020, Figure 2: perplexity falls and the best λ rises with each doubling, and does
-not level off at 3 billion entries. k 1024, T 1, λ tuned on validation text for each size; the
-smaller datastores are the first documents of the largest. With each size goes how near the nearest
-neighbor is, and how often it, or any of 1,024, is right.
+Khandelwal et al. 2020, Figure 2: with each doubling perplexity falls and the best λ rises, and
+neither levels off at 3 billion entries. k 1024, T 1, λ tuned on validation text for each size; the
+smaller datastores are the first documents of the largest. Also reported for each size: the distance
+of the nearest neighbor, and how often it, or any of 1,024, is right.
 """
 
 from collections.abc import Sequence
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure_sizes(experiment: Experiment, domain: Domain) -> list[dict[str, Any]]:
-    """Measure the recipe with a part of a collection's datastore, from the smallest to all."""
+    """Measure the recipe with growing parts of a collection's datastore."""
     store = experiment.store(domain)
     valid, test = experiment.valid(domain), experiment.test(domain)
     points = []
@@ -66,7 +66,7 @@ def measure_sizes(experiment: Experiment, domain: Domain) -> list[dict[str, Any]
 
 
 def mean(values: Tensor) -> float:
-    """Return the mean of numbers, or the share of what is true."""
+    """Return the mean of numbers, or the share of true values."""
     return float(values.double().mean())
 
 

@@ -1,11 +1,11 @@
-"""Domain adaptation: three datastores swapped under one language model.
+"""Domain adaptation: one language model with three exchangeable datastores.
 
     python experiments/domain_adaptation.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 4: an LM that never read Books, with a datastore of Books. Here the LM
-is tuned on none of the three collections, and each of them is predicted with each datastore, and
-with all three at once. λ is tuned on validation text of the collection that is predicted; so are k
-and T ("tuned"), and a small network that chooses the weights of each token ("learned").
+is tuned on none of the three collections, and predicts each with each datastore, and with all
+three at once. Validation text of the predicted collection tunes λ; also k and T ("tuned"), or a
+small network that chooses the weights of each token ("learned").
 Other collections: --domain NAME TRAIN VALID TEST, once for each.
 """
 
@@ -52,7 +52,7 @@ def named_domains(experiment: Experiment) -> list[Domain]:
 def adapt(
     experiment: Experiment, domains: Sequence[Domain], lm: LanguageModel | None = None
 ) -> dict[str, Any]:
-    """Measure each collection with each datastore, and with all at once; print the changes."""
+    """Measure each collection with each datastore and with all at once; print the changes."""
     stores = [experiment.store(domain, lm) for domain in domains]
     measured = {}
     for domain in domains:
@@ -99,7 +99,7 @@ def adapt(
 def draw(
     panel: Any, domains: Sequence[Domain], measured: dict[str, dict[str, dict[str, Any]]]
 ) -> None:
-    """Draw each collection's changes beside each other, a bar for each datastore."""
+    """Draw the changes of each collection side by side, one bar per datastore."""
     columns = [*(f"+ {domain.name}" for domain in domains), "+ all"]
     for number, column in enumerate(columns):
         changes = [100 * measured[domain.name][column]["change"] for domain in domains]

@@ -1,7 +1,7 @@
-"""What every experiment begins and ends with: arguments, cached work, results and a picture.
+"""The frame of every experiment: arguments, cached work, results and a picture.
 
-`--work` keeps datastores, what the model says of held-out text, and neighbors, each under a digest
-of what made it, so that experiments share them and a second run takes seconds.
+`--work` caches datastores, the model's predictions of held-out text, and neighbors, each under a
+digest of its inputs, so that experiments share them and a second run takes seconds.
 """
 
 import argparse
@@ -43,7 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Experiment:
-    """The command line of an experiment, and the work that it shares with the others."""
+    """An experiment's command line, and the work it shares with other experiments."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Experiment:
         for split in ("train", "valid", "test"):
             add(f"--{split}", nargs="+", help="files, folders, globs or hf:NAME[:CONFIG][:SPLIT]")
         add("--text-column", default="text")
-        add("--entries", type=int, help="the most that a datastore holds")
+        add("--entries", type=int, help="maximum entries of a datastore")
         add("--valid-tokens", type=int, default=valid_tokens)
         add("--test-tokens", type=int, default=test_tokens)
-        add("--paper-protocol", action="store_true", help="1536/1536 built, 512 scored after 2560")
+        add("--paper-protocol", action="store_true", help="build 1536/1536, score 512 after 2560")
         add("--results", type=Path, default=RESULTS)
         self.add_argument = add
         self._argv = argv
@@ -74,7 +74,7 @@ class Experiment:
 
     @property
     def work(self) -> Path:
-        """The folder of all that is cached."""
+        """The folder of all cached work."""
         work: Path = self.arguments.work
         return work
 
@@ -85,18 +85,18 @@ class Experiment:
 
     @cached_property
     def progress(self) -> RichProgress:
-        """Bars in the terminal."""
+        """Progress bars in the terminal."""
         return RichProgress()
 
     @property
     def built(self) -> Windowing:
-        """How a datastore's text is cut."""
+        """How the text of a datastore is cut into windows."""
         paper = self.arguments.paper_protocol
         return Windowing(3072, 1536, "stream") if paper else Windowing(self._window, 0, "stream")
 
     @property
     def scored(self) -> Windowing:
-        """How held-out text is cut."""
+        """How held-out text is cut into windows."""
         return Windowing(3072, 2560, "stream") if self.arguments.paper_protocol else self.built
 
     @property
@@ -105,7 +105,7 @@ class Experiment:
 
     @cached_property
     def domain(self) -> Domain:
-        """The collection that the experiment is about: Python's, or the one that is given."""
+        """The collection under test: the given one, else Python's reference."""
         given = self.arguments
         if given.train is None:
             return self.domain_named("Python")
@@ -115,7 +115,7 @@ class Experiment:
 
     @property
     def domains(self) -> list[Domain]:
-        """The three default collections, or the one that is given."""
+        """The given collection, else the three default ones."""
         if self.arguments.train is not None:
             return [self.domain]
         return [self.domain_named(name) for name in DOMAINS]
@@ -126,7 +126,7 @@ class Experiment:
         return replace(domain, entries=self.arguments.entries or domain.entries)
 
     def store(self, domain: Domain | None = None, lm: LanguageModel | None = None) -> Datastore:
-        """Build a domain's datastore, unless it was built; stops and goes on."""
+        """Build a domain's datastore, or resume an interrupted build, or open a finished one."""
         domain, lm = domain or self.domain, lm or self.lm
         documents = self.documents(domain.train)
         digest = self._digest(lm, documents, self.built, domain.entries)
@@ -146,12 +146,12 @@ class Experiment:
         return store
 
     def valid(self, domain: Domain | None = None, lm: LanguageModel | None = None) -> HeldOut:
-        """Return what the model says of the text to tune on."""
+        """Return the model's predictions of the text to tune on."""
         sources = (domain or self.domain).valid
         return self._read(sources, self.arguments.valid_tokens, lm or self.lm)
 
     def test(self, domain: Domain | None = None, lm: LanguageModel | None = None) -> HeldOut:
-        """Return what the model says of the text to measure on."""
+        """Return the model's predictions of the text to measure on."""
         sources = (domain or self.domain).test
         return self._read(sources, self.arguments.test_tokens, lm or self.lm)
 
@@ -162,7 +162,7 @@ class Experiment:
         windowing: Windowing | None = None,
         lm: LanguageModel | None = None,
     ) -> list[Window]:
-        """Cut the first tokens of a text into windows; by default as a datastore's."""
+        """Cut the first tokens of a text into windows; by default those of a datastore."""
         documents = self.documents(sources)
         return list(self._cut(documents, tokens, windowing or self.built, lm or self.lm))
 
@@ -187,7 +187,7 @@ class Experiment:
         digest = self._digest(lm, documents, self.scored, tokens)
         tensors = self.kept(digest, lambda: self._score(documents, tokens, lm))
         ends = (tensors["targets"] == lm.start_token).nonzero()[:, 0].tolist()
-        # a start token begins each document but the first
+        # each document but the first begins with a start token
         parts = np.split(tensors["targets"].numpy(), ends)
         texts = [lm.decode(part[i > 0 :]) for i, part in enumerate(parts)]
         summary = LMSummary(*(tensors.pop(name) for name in LMSummary._fields))
@@ -225,7 +225,7 @@ class Experiment:
     def voters(self, store: Datastore, held_out: HeldOut, kept_rows: int | None = None) -> Voters:
         """Return the 1,024 nearest entries of each token, by exact search.
 
-        kept_rows: only of so many first entries.
+        kept_rows: search only this many entries, the first ones.
         """
 
         def search() -> dict[str, Tensor]:
@@ -245,14 +245,14 @@ class Experiment:
         return Voters(found["squared_distances"], tokens)
 
     def progress_over(self, parts: Sequence[Tensor], description: str) -> Iterator[Tensor]:
-        """Yield tensors, showing how many of their rows are done."""
+        """Yield tensors and report the rows done as progress."""
         with self.progress.task(description, sum(map(len, parts)), "tokens") as advance:
             for part in parts:
                 yield part
                 advance(len(part))
 
     def kept(self, digest: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Return the tensors kept under a digest, made now if there are none."""
+        """Return the tensors cached under a digest; make them if there are none."""
         path = self.work / "kept" / f"{digest}.safetensors"
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -294,20 +294,20 @@ class Experiment:
 
 
 class FirstRows(Datastore):
-    """A datastore of which only the first rows are found."""
+    """A view of a datastore's first rows."""
 
     def __init__(self, path: Path, kept_rows: int) -> None:
         self._kept_rows = kept_rows
         super().__init__(path)
 
     def refresh(self) -> bool:
-        """See what other writers committed since, of the first rows."""
+        """Update to what other writers have committed, among the first rows."""
         changed = super().refresh()
         self.rows = min(self.rows, self._kept_rows)
         return changed
 
     def key_blocks(self, max_rows: int, first_row: int = 0) -> Iterator[tuple[int, Tensor]]:
-        """Yield (row of the first, keys) of the first rows."""
+        """Yield (first row, keys) for each block of the first rows."""
         for start, keys in super().key_blocks(max_rows, first_row):
             if start >= self.rows:
                 return
@@ -315,5 +315,5 @@ class FirstRows(Datastore):
 
 
 def digest_of(*made_of: Any) -> str:
-    """Return a name for what is made of these plain values."""
+    """Return a digest of plain values, which names what is made from them."""
     return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]

@@ -1,10 +1,10 @@
-"""How many tokens are helped, how many hurt, and by how much.
+"""How many tokens a datastore helps, how many it hurts, and by how much.
 
     python experiments/helped_and_hurt.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Wang et al. (2023) find that a kNN-LM helps fewer than half of the tokens: the mean hides a few
-large gains and many small losses. Fixed weights (the paper's recipe, and tuned k, λ, T) against a
-learned weight for each token; by how sure the LM was; and the tokens with the largest changes.
+large gains and many small losses. Compares fixed weights (the paper's recipe, and tuned k, λ, T)
+with learned weights, also by the LM's confidence, and lists the tokens with the largest changes.
 """
 
 import math
@@ -28,7 +28,7 @@ SHOWN = 12
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Count tokens under each way to weigh."""
+    """Count helped and hurt tokens with each kind of weights."""
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"{name:20} helped {counted['helped']:.1%}, hurt {counted['hurt']:.1%}; by ≥ 0.1 nats "
             f"{counted['helped_by_0.1_nats']:.1%} and {counted['hurt_by_0.1_nats']:.1%}; "
-            f"{counted['nats_gained']:.4f} nats a token gained, {counted['nats_lost']:.4f} lost"
+            f"{counted['nats_gained']:.4f} nats gained per token, {counted['nats_lost']:.4f} lost"
         )
     experiment.write("helped_and_hurt", {"entries": store.rows, "measured": results})
     with experiment.picture("helped_and_hurt", 2) as [left, right]:
@@ -83,18 +83,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         right.axhline(0, color="gray", linewidth=0.8)
         right.tick_params("x", rotation=20, labelsize=8)
-        right.set_ylabel("share of the whole gain in nats, %")
+        right.set_ylabel("share of the total gain in nats, %")
 
 
 def share(mask: Tensor) -> float:
-    """Return which part of the tokens it is."""
+    """Return the share of tokens in a mask."""
     return float(mask.double().mean())
 
 
 def examples(
     lm: LanguageModel, held_out: HeldOut, order: Tensor, change: Float[Tensor, " token"]
 ) -> list[dict[str, Any]]:
-    """Describe the first tokens of an order: text before, token, p_LM, change in nats."""
+    """Return the first tokens of an order: preceding text, token, p_LM, change in nats."""
     described = []
     for place in order[:SHOWN].tolist():
         before = held_out.targets[max(0, place - 12) : place]

@@ -3,9 +3,9 @@ r"""In domain: the LM, + kNN, + continuous cache, + both; fixed and learned weig
     python experiments/in_domain.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 1. The paper's recipe is k 1024, T 1 and a λ tuned on validation text;
-"tuned" chooses k and T there too; "learned" lets a small network choose the weights of each token.
-The cache (Grave et al. 2017) remembers the text that was read so far. With WikiText-103 and the
-paper's protocol, where a hub and a GPU are at hand:
+"tuned" also tunes k and T; "learned" lets a small network choose the weights of each token. The
+cache (Grave et al. 2017) remembers the text read so far. With WikiText-103 and the paper's
+protocol, given access to the Hugging Face hub and a GPU:
 
     python experiments/in_domain.py --model gpt2-large --work /tmp/wikitext --paper-protocol \
         --train hf:Salesforce/wikitext:wikitext-103-raw-v1:train \
@@ -63,10 +63,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def every_mixture(
     experiment: Experiment, domain: Domain, paper: dict[str, float]
 ) -> dict[str, Any]:
-    """Measure every mixture on a collection; print them beside the paper's.
+    """Measure every mixture on a collection; print the results next to the paper's.
 
-    chosen: the one that is best on validation text, which gates that did not learn from it predict,
-    as in `knnlm tune`. first: of the first tokens alone, those that reference.py measures.
+    chosen: the best mixture on validation text, where gates predict only tokens that they were not
+    trained on, as in `knnlm tune`. first: perplexity of the first tokens, as in reference.py.
     """
     store = experiment.store(domain)
     valid, test = experiment.valid(domain), experiment.test(domain)
@@ -148,7 +148,7 @@ def describe(
     neighbors: CachedNeighbors,
     recipe: Parameters,
 ) -> dict[str, Any]:
-    """Return how good the neighbors are under the paper's recipe, and which tokens gain."""
+    """Return the quality of the neighbors under the paper's recipe, and which tokens gain."""
     names = [Path(document.name).name for document in experiment.documents(domain.test)]
     knn = component(neighbors, recipe)
     log_probs = interpolate(test.lm_log_probs, [knn])
@@ -166,7 +166,7 @@ def describe(
 
 
 def draw(panel: Any, measured: dict[str, dict[str, Any]], paper: dict[str, float]) -> None:
-    """Draw every change from the LM alone, beside the paper's."""
+    """Draw every change from the LM alone, next to the paper's."""
     shown = [setting for setting in measured if setting != "LM"]
     changes = [100 * measured[setting]["change"] for setting in shown]
     intervals = [[100 * bound for bound in measured[s]["change_interval"]] for s in shown]
@@ -188,7 +188,7 @@ def draw(panel: Any, measured: dict[str, dict[str, Any]], paper: dict[str, float
 
 
 def remember(held_out: HeldOut, size: int) -> Voters:
-    """Return the most similar of the last `size` pairs before each token."""
+    """Return the most similar pairs among the last `size` before each token."""
     cache = ContinuousCache(size, held_out.keys.shape[1])
     parts = []
     columns = torch.split(held_out.inputs, 1024), torch.split(held_out.keys, 1024)
@@ -207,7 +207,7 @@ def learned(
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, " test_token"]]:
     """Fit a gate to validation text; return log p of that text's tokens and of the test text's.
 
-    Of validation text, each block as networks predict it that learned from the others.
+    Each block of validation text is predicted by networks trained on the other blocks.
     """
     sources = [GateInput(p.k, p.temperature) for p in parameters]
     voters = [nearest(v, s.k) for v, s in zip(voters, sources, strict=True)]
@@ -221,7 +221,7 @@ def learned(
 
 
 def nearest(voters: Voters, k: int) -> Voters:
-    """Return the k nearest of each query."""
+    """Return the k nearest voters of each query."""
     return Voters(voters.squared_distances[:, :k], voters.tokens[:, :k])
 
 

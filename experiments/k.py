@@ -2,8 +2,8 @@
 
     python experiments/k.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-Khandelwal et al. 2020, Figure 4: perplexity falls with each doubling up to k 1024, the most that
-they tried. Here at the paper's T 1, and at the T that suits each k; λ, and T, are tuned on
+Khandelwal et al. 2020, Figure 4: perplexity falls with each doubling up to k 1024, the largest k
+they tried. Here with the paper's T 1, and with the best T for each k; λ and T are tuned on
 validation text for each k.
 """
 

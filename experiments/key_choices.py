@@ -3,8 +3,8 @@
     python experiments/key_choices.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 5. One forward pass captures all six keys of 60,000 tokens (--entries
-for more), of validation and of test text; search is exact. Scales differ from place to place, and
-the paper's T 1 suits only some of them: the table has T 1 and a tuned T.
+for more), and of validation and test text; search is exact. The six differ in scale, and the
+paper's T 1 suits only some of them: the table has T 1 and a tuned T.
 """
 
 from collections.abc import Sequence
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def read_all(
     experiment: Experiment, sources: Sequence[str], tokens: int, scored: bool = False
 ) -> dict[str, Tensor]:
-    """Return every key of the first tokens of a text, float16, and `targets`, what followed."""
+    """Return all keys of a text's first tokens, float16, and `targets`, the tokens that follow."""
     lm = experiment.lm
     windows = experiment.windows(sources, tokens, experiment.scored if scored else None)
     inputs = [window.tokens.tolist() for window in windows]
@@ -101,7 +101,7 @@ def read_all(
 
 
 def capture_all(lm: LanguageModel, windows: Sequence[Window]) -> dict[str, Tensor]:
-    """Read windows, and capture all keys of their new positions."""
+    """Read windows and capture all keys of their new positions."""
     decoder = lm.model.get_decoder()
     taps = find_key_places(lm.model, torch.arange(8, device=lm.device)[None]).taps
     parts: dict[str, list[Tensor]] = {key: [] for key in taps}
@@ -119,7 +119,7 @@ def capture_all(lm: LanguageModel, windows: Sequence[Window]) -> dict[str, Tenso
 def search(
     keys: Float[Tensor, "rows dim"], values: Tensor, queries: Float[Tensor, "query dim"]
 ) -> Voters:
-    """Return the nearest keys of each query; keys are centered, which keeps digits."""
+    """Return the nearest keys of each query; centering the keys reduces rounding."""
     center = keys.float().mean(dim=0)
     centered = (queries.float() - center).numpy(), (keys.float() - center).numpy()
     distances, rows = map(torch.from_numpy, faiss.knn(*centered, min(K, len(keys))))

@@ -1,9 +1,9 @@
-"""How much the neighbors count: λ from 0 to 0.95, in and out of domain.
+"""The weight of the neighbors: λ from 0 to 0.95, in and out of domain.
 
     python experiments/lmbda.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Figure 5: the best λ is 0.25 in domain and 0.65 under domain adaptation.
-Here three collections, each with its own datastore, and with the other two; k 1024, T 1.
+Here three collections, each with its own datastore and with the other two; k 1024, T 1.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ LMBDAS = [step / 20 for step in range(20)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure each λ on each pair of text and datastore."""
+    """Measure each λ for each pair of text and datastore."""
     experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     domains = experiment.domains
     curves: dict[str, dict[str, list[float]]] = {}

@@ -1,4 +1,4 @@
-"""What a held-out text's tokens get from the LM, from neighbors, and from a mixture of them."""
+"""Predictions of held-out tokens by the LM, by neighbors, and by a mixture of them."""
 
 import math
 from collections.abc import Sequence
@@ -28,11 +28,11 @@ PAPERS_RECIPE = Parameters(k=1024, lmbda=0.25, temperature=1.0)
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What the language model says of each token of a text, in order.
+    """The language model's predictions of each token of a text, in order.
 
-    keys: what a datastore is searched with. inputs: the token that each position reads. documents:
-    the number of each token's document. words: separated by white space. size_bytes: of the text in
-    UTF-8. digest: of all that made it.
+    keys: the queries to search a datastore with. inputs: the token read at each position.
+    documents: the number of each token's document. words: number of words, separated by white
+    space. size_bytes: of the text in UTF-8. digest: identifies the model, text and windows.
     """
 
     keys: Float[Tensor, "token dim"]
@@ -50,13 +50,13 @@ class HeldOut:
 
 
 def cached(held_out: HeldOut, voters: Voters) -> CachedNeighbors:
-    """Return what a sweep needs."""
+    """Return the neighbors in the form that a sweep needs."""
     votes = voters.tokens == held_out.targets[:, None]
     return CachedNeighbors(held_out.lm_log_probs, voters.squared_distances, votes)
 
 
 def component(neighbors: CachedNeighbors, parameters: Parameters) -> Component:
-    """Return what the k nearest neighbors give to the true tokens."""
+    """Return p_kNN of the true tokens from the k nearest neighbors."""
     distances = neighbors.squared_distances[:, : parameters.k]
     log_weights = neighbor_log_weights(distances, parameters.temperature)
     log_probs = target_knn_log_probs(log_weights, neighbors.votes[:, : parameters.k])
@@ -64,26 +64,26 @@ def component(neighbors: CachedNeighbors, parameters: Parameters) -> Component:
 
 
 def mixed(neighbors: CachedNeighbors, parameters: Parameters) -> Float[Tensor, " token"]:
-    """Return the true tokens' log p under the mixture of the LM and one datastore."""
+    """Return log p of the true tokens under the mixture of the LM and one datastore."""
     return interpolate(neighbors.lm_log_probs, [component(neighbors, parameters)])
 
 
 def papers_recipe(valid: CachedNeighbors) -> Parameters:
-    """Return k 1024, T 1 and the λ that suits validation text, as Khandelwal et al. 2020 do."""
+    """Return k 1024, T 1 and the best λ on validation text (Khandelwal et al. 2020)."""
     given = replace(PAPERS_RECIPE, k=min(PAPERS_RECIPE.k, valid.squared_distances.shape[1]))
     return fit_lmbdas([valid], [given])[0][0]
 
 
 def perplexity(log_probs: Float[Tensor, " token"]) -> float:
-    """Return the perplexity of tokens."""
+    """Return the perplexity of tokens, given their log p."""
     return math.exp(-float(log_probs.double().mean()))
 
 
 def measure(held_out: HeldOut, log_probs: Float[Tensor, " token"]) -> dict[str, Any]:
-    """Return perplexity of tokens and of words, bits a byte, and the change from the LM alone.
+    """Return perplexity per token and per word, bits per byte, and the change from the LM alone.
 
-    change_error, change_interval: its standard error and 95 %, by a bootstrap over documents, or,
-    where there are fewer than ten, over blocks of 256 consecutive tokens.
+    change_error, change_interval: standard error and 95 % interval of the change, by a bootstrap
+    over documents, or over blocks of 256 consecutive tokens if there are fewer than ten documents.
     """
     drawn_from, part_of_token = "documents", held_out.documents.numpy()
     if len(np.unique(part_of_token)) < FEWEST_DOCUMENTS:
@@ -109,7 +109,7 @@ def measure(held_out: HeldOut, log_probs: Float[Tensor, " token"]) -> dict[str, 
 def groups(
     held_out: HeldOut, log_probs: Float[Tensor, " token"], masks: dict[str, Tensor]
 ) -> dict[str, dict[str, float]]:
-    """Return perplexity and its relative change in each group of tokens that has any."""
+    """Return perplexity and its relative change for each group of tokens that is not empty."""
     gains = log_probs.double() - held_out.lm_log_probs.double()
     total = float(gains.sum())
     return {
@@ -126,7 +126,7 @@ def groups(
 
 
 def frequencies(store: Datastore, held_out: HeldOut) -> dict[str, Bool[Tensor, " token"]]:
-    """Return which tokens occur how often in a datastore: never, 1 to 9 times, and so on."""
+    """Group tokens by their frequency in a datastore: never, 1 to 9 times, and so on."""
     tokens = held_out.targets.long()
     counts = torch.bincount(store.values, minlength=int(tokens.max()) + 1)[tokens]
     powers = [10**power for power in range(7)]
@@ -137,7 +137,7 @@ def frequencies(store: Datastore, held_out: HeldOut) -> dict[str, Bool[Tensor, "
 
 
 def percent(change: float) -> str:
-    """Write a relative change."""
+    """Format a relative change as a percentage."""
     return f"{100 * change:+.1f} %".replace("-", "−")
 
 

@@ -1,11 +1,11 @@
-"""More data in the datastore than the LM was trained on.
+"""A datastore with more text than the LM was trained on.
 
     python experiments/more_data.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-Khandelwal et al. 2020, Table 3: an LM trained on 100M tokens with a datastore of 3B beats the LM
-that was trained on all 3B. Here a model is tuned for one pass over --tuned-on tokens of the
-collection, and remembers these (the paper's own "in domain": the datastore is what the LM was
-trained on), then --entries tokens; beside it the model that was tuned on all --entries tokens.
+Khandelwal et al. 2020, Table 3: an LM trained on 100M tokens with a datastore of 3B beats an LM
+trained on all 3B. Here a model is tuned for one pass over --tuned-on tokens of the collection, and
+gets a datastore of these (as in the paper's "in domain" setting) and one of --entries tokens; it
+is compared with a model tuned on all --entries tokens.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     base = measured[name]["perplexity"]
     for setting, numbers in measured.items():
-        numbers["change"] = numbers["perplexity"] / base - 1  # from the model tuned on a part
+        numbers["change"] = numbers["perplexity"] / base - 1  # from the partly tuned model
         print(f"{setting:36} {numbers['perplexity']:8.4f}  {percent(numbers['change'])}")
     experiment.write(
         "more_data",
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def tuned_model(experiment: Experiment, sources: Sequence[str], tokens: int) -> LanguageModel:
-    """Return the model after one pass over the first tokens of a text, kept in --work."""
+    """Return the model after one pass over the first tokens of a text, cached in --work."""
     windows = experiment.windows(sources, tokens)
 
     def tune() -> LanguageModel:

@@ -1,9 +1,9 @@
-"""Is it only memory? An n-gram model of the same text, interpolated instead of the neighbors.
+"""Is it only memorization? An n-gram model of the same text in place of the neighbors.
 
     python experiments/ngram.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-Khandelwal et al. 2020, Figure 7: an n-gram model gains little beside a Transformer, the neighbors
-much more. Here n-grams of up to five tokens of the datastore's text, smoothed by interpolated
+Khandelwal et al. 2020, Figure 7: an n-gram model adds little to a Transformer, the neighbors much
+more. Here n-grams of up to five tokens from the datastore's text, smoothed by interpolated
 Kneser-Ney (one discount for each order, n1 / (n1 + 2 n2)).
 """
 
@@ -28,20 +28,20 @@ Gram = tuple[int, ...]
 class KneserNey:
     """Interpolated Kneser-Ney over token ids.
 
-    The highest order counts n-grams, lower ones the distinct tokens that precede them. Unseen
-    tokens share what the unigrams' discount leaves, evenly over the vocabulary.
+    The highest order counts n-grams, lower orders count the distinct tokens that precede them. The
+    unigrams' discount is spread evenly over the vocabulary.
     """
 
     def __init__(self, tokens: Sequence[int], vocab_size: int, max_order: int = MAX_ORDER) -> None:
         self.vocab_size = vocab_size
-        self.counts: list[Counter[Gram]] = []  # of n-grams, by n − 1
-        self.totals: list[dict[Gram, int]] = []  # by the tokens before the last one
-        self.kinds: list[dict[Gram, int]] = []  # how many distinct tokens follow these
+        self.counts: list[Counter[Gram]] = []  # counts of n-grams, by n − 1
+        self.totals: list[dict[Gram, int]] = []  # sums of counts, by the tokens before the last one
+        self.kinds: list[dict[Gram, int]] = []  # how many distinct tokens follow them
         self.discounts: list[float] = []
         for order in range(1, max_order + 1):
             grams = zip(*(tokens[start:] for start in range(order)), strict=False)
             counts = Counter(grams)
-            if order < max_order:  # continuation counts: an (n + 1)-gram each
+            if order < max_order:  # continuation counts: of distinct (n + 1)-grams
                 longer = set(zip(*(tokens[start:] for start in range(order + 1)), strict=False))
                 counts = Counter(gram[1:] for gram in longer)
             totals: dict[Gram, int] = defaultdict(int)
@@ -57,7 +57,7 @@ class KneserNey:
             self.discounts.append(once / (once + 2 * twice) if once else 0.5)
 
     def prob(self, before: Gram, token: int) -> float:
-        """Return p(token | the tokens before it)."""
+        """Return p(token | before)."""
         probability = 1 / self.vocab_size
         for order, (counts, totals, kinds, discount) in enumerate(
             zip(self.counts, self.totals, self.kinds, self.discounts, strict=True)
@@ -72,7 +72,7 @@ class KneserNey:
         return probability
 
     def log_probs(self, held_out: HeldOut) -> Float[Tensor, " token"]:
-        """Return log p of each token of a text given the ones before it."""
+        """Return log p of each token of a text, given the tokens before it."""
         first = int(held_out.inputs[0])
         tokens = [first, *held_out.targets.tolist()]
         return torch.tensor(

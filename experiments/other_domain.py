@@ -2,7 +2,7 @@
 
     python experiments/other_domain.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-Khandelwal et al. 2020, Table 2 (Books). Otherwise as in_domain.py.
+Khandelwal et al. 2020, Table 2 (Books). Otherwise the same as in_domain.py.
 """
 
 from collections.abc import Sequence

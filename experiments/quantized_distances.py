@@ -1,10 +1,10 @@
-"""Quantized against exact distances: what product quantization costs.
+"""Quantized against exact distances: the cost of product quantization.
 
     python experiments/quantized_distances.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-Khandelwal et al. 2020, section 2 and 4: FAISS finds the neighbors in an inverted file of 64-byte
-codes; with the codes' own distances development perplexity is 16.5, with distances recomputed from
-the keys 16.06. Here 1,024 lists of which 32 are searched, k 1024, T 1, λ tuned for each.
+Khandelwal et al. 2020, sections 2 and 4: FAISS finds the neighbors in an inverted file of 64-byte
+codes; development perplexity is 16.5 with the distances of the codes, 16.06 with distances
+recomputed from the keys. Here 1,024 lists of which 32 are searched, k 1024, T 1, λ tuned for each.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _AT_ONCE = 64
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure three ways to find neighbors."""
+    """Measure three kinds of search."""
     experiment = Experiment(__doc__, argv, valid_tokens=8192, test_tokens=8192)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def quantized(
     experiment: Experiment, store: Datastore, held_out: HeldOut, k: int
 ) -> tuple[Voters, Voters]:
-    """Return the neighbors that FAISS finds, with its distances and with exact ones, resorted."""
+    """Return the neighbors that FAISS finds, with its distances and sorted by exact distances."""
 
     def search() -> dict[str, Tensor]:
         path = experiment.work / f"{store.path.stem}.faiss"
@@ -103,7 +103,7 @@ def quantized(
 
 
 def train(store: Datastore) -> faiss.Index:
-    """Return FAISS's inverted file of codes, trained on a tenth to all of the keys."""
+    """Return FAISS's inverted file of codes, trained on a sample of the keys."""
     keys = [keys.float().numpy() for _, keys in store.key_blocks(1 << 16)]
     dimension = store.settings.dimension
     lists = min(LISTS, max(1, store.rows // 64))
@@ -116,7 +116,7 @@ def train(store: Datastore) -> faiss.Index:
 
 
 def codes(dimension: int) -> int:
-    """Return how many bytes a code has: 64, or the most below that divides the dimension."""
+    """Return the bytes of a code: the largest divisor of the dimension up to 64."""
     return max(size for size in range(1, CODE_BYTES + 1) if dimension % size == 0)
 
 

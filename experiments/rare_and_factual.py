@@ -1,15 +1,15 @@
-"""Which tokens gain: rare against frequent ones, names and numbers against ordinary words.
+"""Which tokens gain: rare or frequent ones, names and numbers or ordinary words.
 
     python experiments/rare_and_factual.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, section 6, credit rare patterns such as factual knowledge; Nishida (2025)
 finds that rare target tokens gain little. Frequency is counted among the datastore's values.
 
-A token is of the kind of the word that holds its first character that is no space. A word is an
-"identifier" if it has an underscore, a dot between letters, a call's bracket or a capital after a
-small letter; "capitalized" if its first letter is a capital and no sentence or paragraph begins
-with it; a "number" if it has a digit and no letter; "punctuation" if it has neither. The first
-three are what is meant by factual. Recipe: k 1024, T 1, λ tuned on validation text.
+A token has the kind of the word that contains its first character other than a space. A word is an
+"identifier" if it has an underscore, a dot between letters, the bracket of a call or a capital
+after a small letter; "capitalized" if its first letter is a capital and it does not begin a
+sentence or paragraph; a "number" if it has a digit and no letter; "punctuation" if it has neither.
+The first three count as factual. Recipe: k 1024, T 1, λ tuned on validation text.
 """
 
 import re
@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def token_kinds(lm: LanguageModel, tokens: Tensor) -> list[str]:
-    """Return the kind of word that each token of a text is part of."""
+    """Return the kind of word that each token of a text belongs to."""
     pieces = [lm.decode([token]) for token in tokens.tolist()]
     text = "".join(pieces)
     kinds = ["space"] * (len(text) + 1)

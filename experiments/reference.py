@@ -1,4 +1,4 @@
-"""The first numbers to check: SmolLM2-135M on Python's library reference.
+"""Check the installation against known numbers: SmolLM2-135M on Python's library reference.
 
     sudo apt-get install python3.11-doc
     python experiments/reference.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
@@ -6,7 +6,7 @@
 `--model` is the folder or .gguf of SmolLM2-135M-Instruct. The documents are the library reference's
 sources sorted by path and shuffled with seed 0: 12 for validation, 12 for test, the rest for
 training. Windows are 1,024 positions of one stream, without context. Takes about 15 minutes on 2
-cores; stops and goes on with the same command.
+cores; if interrupted, rerun the same command.
 """
 
 import argparse
@@ -25,7 +25,7 @@ TOLERANCE = 0.002
 
 
 def main() -> None:
-    """Build, evaluate, compare with what is expected, write `results/reference.json`."""
+    """Build, evaluate, compare with the expected numbers, write `results/reference.json`."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--work", type=Path, required=True)

@@ -1,11 +1,11 @@
-"""Domain adaptation of an LM that has read nothing but the first collection.
+"""Domain adaptation of an LM that has read only the first collection.
 
     python experiments/stranger.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
 Khandelwal et al. 2020, Table 4: an LM trained on Wikipedia alone is given a datastore of Books.
-Pretrained models have read the web, and no text here may be new to them (domain_adaptation.py). So
-a small LM and its tokenizer are trained here, on the first collection alone; of --model it has only
-the length of its windows.
+Pretrained models have read the web, so perhaps no text here is new to them (domain_adaptation.py).
+A small LM and its tokenizer are therefore trained on the first collection alone; --model only
+determines the length of its windows.
 """
 
 import random
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def trained_model(experiment: Experiment, domain: Domain) -> LanguageModel:
-    """Return a small model trained on a collection alone, kept in --work."""
+    """Return a small model trained on one collection alone, cached in --work."""
     documents = experiment.documents(domain.train)
 
     def make() -> LanguageModel:

@@ -1,9 +1,9 @@
-"""How long a sweep over k × λ × T takes once the neighbors are found: 10,000 queries.
+"""How long a sweep over k × λ × T takes on 10,000 queries, once the neighbors are found.
 
     python experiments/sweep.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-The queries are validation and test text together (a matter of time, not of tuning). Draws the best
-perplexity for each pair of k and T.
+The queries are validation and test text together (this measures time, it does not tune). Draws the
+best perplexity for each pair of k and T.
 """
 
 import time
@@ -23,7 +23,7 @@ TEMPERATURES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Time the sweep that `knnlm tune` makes."""
+    """Time the sweep of `knnlm tune`."""
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     texts = [experiment.valid(), experiment.test()]

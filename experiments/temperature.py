@@ -1,9 +1,9 @@
-"""How sharply distance counts: temperature T from 0.1 to 1000.
+"""How fast votes fall with distance: temperature T from 0.1 to 1000.
 
     python experiments/temperature.py --model knnlm-demo/smollm2-135m --work /tmp/knn-lm
 
-The paper fixes T 1 (distances are then in units of the keys' own scale, which differs from model to
-model). Here each T has the λ that suits it on validation text, at k 16, 128 and 1024.
+The paper fixes T 1, whose effect depends on the scale of the keys, which differs between models.
+Here each T has its best λ on validation text, at k 16, 128 and 1024.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,10 @@
-"""What the experiments read by default: three collections from Debian packages.
+"""The default texts of the experiments: three collections from Debian packages.
 
     sudo apt-get install python3.11-doc postgresql-doc-15 r-cran-janeaustenr r-base-core
 
-Documents are shuffled with seed 0, and held-out text is never of a document in the datastore:
-other modules of Python's library reference, other pages of PostgreSQL's manual, other novels of
-Jane Austen's.
+Documents are shuffled with seed 0, and held-out text never comes from a document in the datastore:
+other modules of Python's library reference, other pages of PostgreSQL's manual, other novels by
+Jane Austen.
 """
 
 import random
@@ -29,10 +29,10 @@ _SHORTEST_PAGE = 2000  # characters
 
 @dataclass(frozen=True, slots=True)
 class Domain:
-    """A collection: what the datastore is made of, what is tuned on, what is measured on.
+    """A collection: text for the datastore, for tuning, and for measuring.
 
-    Each is files, folders, globs or hf:NAME, as `knnlm.read_documents` takes them. entries: the
-    most that the datastore holds; None for all.
+    Each is a list of files, folders, globs or hf:NAME, as for `knnlm.read_documents`. entries: the
+    maximum in the datastore; None for all.
     """
 
     name: str
@@ -50,7 +50,7 @@ def python_reference(work: Path) -> Domain:
 
 
 def postgresql_manual(work: Path) -> Domain:
-    """Return PostgreSQL's manual without index and release notes, its tags stripped."""
+    """Return PostgreSQL's manual without index, release notes and HTML tags."""
     folder = work / "postgresql"
     if not folder.exists():
         pages = sorted(POSTGRESQL.glob("*.html"))
@@ -66,7 +66,7 @@ def postgresql_manual(work: Path) -> Domain:
 
 
 def austen_novels(work: Path) -> Domain:
-    """Return Jane Austen's novels, a chapter a document: four to remember, two held out."""
+    """Return Jane Austen's novels, one document per chapter: four to store, two held out."""
     folder = work / "austen"
     if not folder.exists():
         novels = work / "novels"
@@ -93,7 +93,7 @@ DOMAINS: dict[str, Callable[[Path], Domain]] = {
 
 
 def _write(folder: Path, texts: dict[str, str]) -> None:
-    """Write a folder of files that is there whole or not at all."""
+    """Write a folder of files atomically."""
     aside = folder.with_suffix(".aside")
     aside.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
@@ -102,7 +102,7 @@ def _write(folder: Path, texts: dict[str, str]) -> None:
 
 
 class _TextParser(HTMLParser):
-    """Collects the text of a page but that of its head and of its links to other pages."""
+    """Collects the text of a page, except its head and its navigation links."""
 
     _OUTSIDE = ("navheader", "navfooter")
 
@@ -110,7 +110,7 @@ class _TextParser(HTMLParser):
         super().__init__()
         self.parts: list[str] = []
         self._in_body = False
-        self._divs: list[bool] = []  # of the open ones: whether it is left out
+        self._divs: list[bool] = []  # for each open one: whether it is left out
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._in_body |= tag == "body"

@@ -1,4 +1,4 @@
-"""Training a language model on windows of text, for experiments that compare with training."""
+"""Train a language model on windows of text, for experiments that compare with training."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from knnlm.text.windows import Window
 def kept_model(
     experiment: Experiment, digest: str, make: Callable[[], LanguageModel]
 ) -> LanguageModel:
-    """Return the model kept in --work under a digest, made now if there is none."""
+    """Return the model cached in --work under a digest; make it if there is none."""
     folder: Path = experiment.work / digest
     if not folder.exists():
         aside = folder.with_suffix(".aside")
@@ -27,7 +27,7 @@ def kept_model(
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How to train. batch: windows in a step. warm_up: steps of a rising learning rate."""
+    """How to train. batch: windows per step. warm_up: steps with a rising learning rate."""
 
     batch: int
     learning_rate: float
@@ -36,7 +36,7 @@ class Recipe:
 
 
 def train(lm: LanguageModel, windows: Sequence[Window], recipe: Recipe, progress: Progress) -> None:
-    """Train all weights on windows in their order, with AdamW; the rate falls to 0 in a line."""
+    """Train all weights on windows in order, with AdamW; the rate falls linearly to 0."""
     model = lm.model.train()
     torch.manual_seed(0)
     size = recipe.batch
