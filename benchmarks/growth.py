@@ -200,7 +200,7 @@ def main() -> None:
         print(json.dumps(build(arguments.folder, arguments.kind, indexed=arguments.indexed)))
         return
     queries = np.load(arguments.queries).astype(np.float32)
-    # so that the first ones, whose true neighbors are computed, come from all texts
+    # shuffled: true neighbors are computed for the first ones, which then come from all texts
     queries = queries[np.random.default_rng(0).permutation(len(queries))[: arguments.batch]]
     if arguments.step == "truth":
         print(json.dumps(find_truth(arguments.folder, queries, arguments.k)))

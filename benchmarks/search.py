@@ -210,7 +210,7 @@ def main() -> None:
         shards = (keys[start : start + SHARD_ROWS] for start in range(0, len(keys), SHARD_ROWS))
         store = make_store(Path(folder) / "store", keys.shape[1], shards)
         exact = ExactIndex(store)
-        # so that the first ones, whose true neighbors are computed, come from all texts
+        # shuffled: true neighbors are computed for the first ones, which then come from all texts
         queries = queries[np.random.default_rng(0).permutation(len(queries))]
         asked = torch.from_numpy(queries[:TRUTH_QUERIES])
         truth = exact.search(asked, max(arguments.k)).rows.numpy()

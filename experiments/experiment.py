@@ -187,7 +187,7 @@ class Experiment:
         digest = self._digest(lm, documents, self.scored, tokens)
         tensors = self.kept(digest, lambda: self._score(documents, tokens, lm))
         ends = (tensors["targets"] == lm.start_token).nonzero()[:, 0].tolist()
-        # each document but the first begins with a start token
+        # every document except the first begins with a start token
         parts = np.split(tensors["targets"].numpy(), ends)
         texts = [lm.decode(part[i > 0 :]) for i, part in enumerate(parts)]
         summary = LMSummary(*(tensors.pop(name) for name in LMSummary._fields))

@@ -90,7 +90,7 @@ def measure(held_out: HeldOut, log_probs: Float[Tensor, " token"]) -> dict[str, 
         drawn_from = f"blocks of {BLOCK} tokens"
         part_of_token = np.arange(len(held_out)) // BLOCK
     nats = -log_probs.double()
-    more_nats = nats + held_out.lm_log_probs.double()  # than the LM's
+    more_nats = nats + held_out.lm_log_probs.double()  # compared to the LM
     _, part, tokens = np.unique(part_of_token, return_inverse=True, return_counts=True)
     of_parts = np.bincount(part, more_nats.numpy()).astype(np.float64)[:, None]
     changes = np.exp(bootstrap(of_parts, tokens.astype(np.float64))[:, 0]) - 1

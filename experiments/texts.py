@@ -110,7 +110,7 @@ class _TextParser(HTMLParser):
         super().__init__()
         self.parts: list[str] = []
         self._in_body = False
-        self._divs: list[bool] = []  # for each open one: whether it is left out
+        self._divs: list[bool] = []  # for each open div: whether it is left out
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self._in_body |= tag == "body"
