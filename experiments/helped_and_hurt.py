@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         right.axhline(0, color="gray", linewidth=0.8)
         right.tick_params("x", rotation=20, labelsize=8)
-        right.set_ylabel("share of the total gain in nats, %")
+        right.set_ylabel("share of the whole gain in nats, %")
 
 
 def share(mask: Tensor) -> float:
