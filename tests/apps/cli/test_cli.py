@@ -556,6 +556,10 @@ STORE = "docs.store"
             ("build", STORE, "held.txt", "--key", "output"),
             ("docs.store was built with key ffn_input, not output; leave --key out",),
         ),
+        (
+            ("index", STORE, "--kind", "ivf", "--factory", "Flat"),
+            ("factory goes with kind faiss", "got kind 'ivf' and factory 'Flat'"),
+        ),
         # parameters
         *(
             ((command, STORE, text, *bad), (rule,))

@@ -6,19 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
-from knnlm.apps.cli.opening import load_model
-from knnlm.apps.cli.options import (
-    BoundaryOption,
-    Context,
-    Device,
-    Json,
-    ModelOptions,
-    Store,
-    TextColumn,
-    Texts,
-    Window,
-)
+from knnlm.apps.cli.opening import ModelOptions, load_model
 from knnlm.apps.cli.reports import print_store
 from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype
 from knnlm.errors import InvalidArgumentError
@@ -34,32 +24,27 @@ _Model = Annotated[
     str | None,
     typer.Option(
         help="A Hugging Face name, a folder or a .gguf file; by default the model that the "
-        f"datastore was built with, {_DEFAULT_MODEL} for a new one.",
-        show_default=False,
+        f"datastore was built with, {_DEFAULT_MODEL} for a new one."
     ),
 ]
 _Key = Annotated[
     Key | None,
     typer.Option(
         help="The hidden state of the last layer that serves as key; by default ffn_input, as in "
-        "the paper.",
-        show_default=False,
+        "the paper."
     ),
 ]
 _KeyDtype = Annotated[
-    KeyDtype | None,
-    typer.Option(help="Precision of the keys on disk; by default float16.", show_default=False),
+    KeyDtype | None, typer.Option(help="Precision of the keys on disk; by default float16.")
 ]
 _MaxEntries = Annotated[
-    int | None,
-    typer.Option(help="Stop when the datastore has this many entries.", show_default=False),
+    int | None, typer.Option(help="Stop when the datastore has this many entries.")
 ]
 _Index = Annotated[
     IndexKind | None,
     typer.Option(
         help="How to search the datastore, see knnlm index; by default as before, auto for a new "
-        "one.",
-        show_default=False,
+        "one."
     ),
 ]
 _Dtype = Annotated[
@@ -72,21 +57,21 @@ _Dtype = Annotated[
 
 
 def build(
-    store: Store,
-    text: Texts,
+    store: options.Store,
+    text: options.Texts,
     *,
     model: _Model = None,
     key: _Key = None,
-    window: Window = None,
-    context: Context = None,
-    boundary: BoundaryOption = None,
+    window: options.Window = None,
+    context: options.Context = None,
+    boundary: options.Boundary = None,
     key_dtype: _KeyDtype = None,
     max_entries: _MaxEntries = None,
     index: _Index = None,
-    text_column: TextColumn = "text",
+    text_column: options.TextColumn = "text",
     dtype: _Dtype = ModelDtype.auto,
-    device: Device = "auto",
-    as_json: Json = False,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Build a datastore from text, resume an interrupted build, or add documents.
 
@@ -126,17 +111,17 @@ def build(
     OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
 
 
-def _load_model(path: Path, key: Key | None, options: ModelOptions) -> "tuple[LanguageModel, int]":
+def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":
     """Load the model to build with; also return the rows that an existing datastore has."""
     import knnlm
     from knnlm.datastore.catalog import FILE_NAME
 
     if not (path / FILE_NAME).exists():
         lm = knnlm.LanguageModel.load(
-            options.name or _DEFAULT_MODEL,
-            key=key or Key.ffn_input,
-            dtype=options.dtype,
-            device=options.device,
+            model.name or _DEFAULT_MODEL,
+            key=(key or Key.ffn_input).value,
+            dtype=model.dtype,
+            device=model.device,
         )
         return lm, 0
     existing = knnlm.Datastore(path)
@@ -145,7 +130,7 @@ def _load_model(path: Path, key: Key | None, options: ModelOptions) -> "tuple[La
             f"{path} was built with key {existing.settings.key}, not {key}; leave --key out or "
             "build another datastore"
         )
-    return load_model(existing, options), existing.rows
+    return load_model(existing, model), existing.rows
 
 
 def _update_index(
@@ -157,4 +142,4 @@ def _update_index(
     if kind is None:
         keep_index(store, device, progress)
     else:
-        build_index(store, kind, device=device, progress=progress)
+        build_index(store, kind.value, device=device, progress=progress)

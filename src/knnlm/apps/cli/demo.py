@@ -28,10 +28,7 @@ _PROMPT = """class MyLoop(events.AbstractEventLoop):
 _Folder = Annotated[Path, typer.Option(help="Where the demo keeps its model and datastore.")]
 _Model = Annotated[
     str | None,
-    typer.Option(
-        help=f"Another model; by default SmolLM2-135M from the package {_PACKAGE}.",
-        show_default=False,
-    ),
+    typer.Option(help=f"Another model; by default SmolLM2-135M from the package {_PACKAGE}."),
 ]
 
 

@@ -1,51 +1,31 @@
 """The command `eval`: the perplexity of the language model and of the kNN-LM."""
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import print_json
-from knnlm.apps.cli.opening import choose_windowing, open_model
-from knnlm.apps.cli.options import (
-    Also,
-    BoundaryOption,
-    Cache,
-    Context,
-    Device,
-    Dtype,
-    Json,
-    K,
-    Lmbda,
-    MaxTokens,
-    MixtureOptions,
-    Model,
-    ModelOptions,
-    Store,
-    Temperature,
-    TextColumn,
-    Texts,
-    WeightsOption,
-    Window,
-)
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, choose_windowing, open_model
 from knnlm.apps.cli.reports import print_perplexity
 from knnlm.choices import ModelDtype
 
 
 def evaluate(
-    store: Store,
-    text: Texts,
+    store: options.Store,
+    text: options.Texts,
     *,
-    also: Also = None,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    cache: Cache = False,
-    weights: WeightsOption = None,
-    max_tokens: MaxTokens = None,
-    window: Window = None,
-    context: Context = None,
-    boundary: BoundaryOption = None,
-    text_column: TextColumn = "text",
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
-    as_json: Json = False,
+    also: options.Also = None,
+    model: options.Model = None,
+    k: options.K = None,
+    lmbda: options.Lmbda = None,
+    temperature: options.Temperature = None,
+    cache: options.Cache = False,
+    weights: options.Weights = None,
+    max_tokens: options.MaxTokens = None,
+    window: options.Window = None,
+    context: options.Context = None,
+    boundary: options.Boundary = None,
+    text_column: options.TextColumn = "text",
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Measure the perplexity of the language model and of the kNN-LM on held-out text.
 

@@ -7,24 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.explain_report import print_explanations
-from knnlm.apps.cli.opening import check_writable, open_model
-from knnlm.apps.cli.options import (
-    Also,
-    Cache,
-    Device,
-    Dtype,
-    Json,
-    K,
-    Lmbda,
-    MixtureOptions,
-    Model,
-    ModelOptions,
-    Store,
-    Temperature,
-    WeightsOption,
-)
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_writable, open_model
 from knnlm.choices import ModelDtype
 from knnlm.errors import InvalidArgumentError
 
@@ -32,12 +18,9 @@ if TYPE_CHECKING:
     from knnlm.evaluation.explain import Explanation
     from knnlm.knn_lm import KNNLM
 
-_Text = Annotated[
-    str, typer.Argument(help="A text, or the path of a UTF-8 file.", show_default=False)
-]
+_Text = Annotated[str, typer.Argument(help="A text, or the path of a UTF-8 file.")]
 _Generate = Annotated[
-    int,
-    typer.Option(help="Continue the text by this many tokens and explain only those.", min=0),
+    int, typer.Option(help="Continue the text by this many tokens and explain only those.", min=0)
 ]
 _Tokens = Annotated[
     int,
@@ -48,39 +31,35 @@ _Tokens = Annotated[
 _At = Annotated[
     list[int] | None,
     typer.Option(
-        help="Show the sources of this token instead, counted from 0; may be repeated.",
-        min=0,
-        show_default=False,
+        help="Show the sources of this token instead, counted from 0; may be repeated.", min=0
     ),
 ]
 _Sources = Annotated[int, typer.Option(help="Sources to show for each token.", min=1)]
 _Html = Annotated[
     Path | None,
-    typer.Option(
-        help="Also write the page that knnlm explore shows, as one HTML file.", show_default=False
-    ),
+    typer.Option(help="Also write the page that knnlm explore shows, as one HTML file."),
 ]
 
 
 def explain(
-    store: Store,
+    store: options.Store,
     text: _Text,
     *,
-    also: Also = None,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    cache: Cache = False,
-    weights: WeightsOption = None,
+    also: options.Also = None,
+    model: options.Model = None,
+    k: options.K = None,
+    lmbda: options.Lmbda = None,
+    temperature: options.Temperature = None,
+    cache: options.Cache = False,
+    weights: options.Weights = None,
     generate: _Generate = 0,
     tokens: _Tokens = 5,
     at: _At = None,
     sources: _Sources = 3,
     html: _Html = None,
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
-    as_json: Json = False,
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Show how the datastore changed each token's probability, and the passages responsible.
 

@@ -5,40 +5,27 @@ from typing import Annotated
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT
-from knnlm.apps.cli.opening import check_server_packages, open_model
-from knnlm.apps.cli.options import (
-    Also,
-    Device,
-    Dtype,
-    K,
-    Lmbda,
-    MixtureOptions,
-    Model,
-    ModelOptions,
-    Port,
-    Store,
-    Temperature,
-    WeightsOption,
-)
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_server_packages, open_model
 from knnlm.choices import ModelDtype
 
 _Browser = Annotated[bool, typer.Option("--browser", help="Also open the page in the browser.")]
 
 
 def explore(
-    store: Store,
+    store: options.Store,
     *,
-    also: Also = None,
-    port: Port = 8000,
+    also: options.Also = None,
+    port: options.Port = 8000,
     browser: _Browser = False,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    weights: WeightsOption = None,
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
+    model: options.Model = None,
+    k: options.K = None,
+    lmbda: options.Lmbda = None,
+    temperature: options.Temperature = None,
+    weights: options.Weights = None,
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
 ) -> None:
     """Serve a page on this machine that shows which passages changed each token of a text.
 

@@ -4,26 +4,12 @@ from typing import Annotated, Any
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import print_json
-from knnlm.apps.cli.opening import open_model
-from knnlm.apps.cli.options import (
-    Also,
-    Cache,
-    Device,
-    Dtype,
-    Json,
-    K,
-    Lmbda,
-    MixtureOptions,
-    Model,
-    ModelOptions,
-    Store,
-    Temperature,
-    WeightsOption,
-)
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, open_model
 from knnlm.choices import ModelDtype
 
-_Prompt = Annotated[str, typer.Argument(help="The text to continue.", show_default=False)]
+_Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
 _MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
 _Sample = Annotated[
     bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")
@@ -36,24 +22,24 @@ _Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
 
 
 def generate(
-    store: Store,
+    store: options.Store,
     prompt: _Prompt,
     *,
-    also: Also = None,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    cache: Cache = False,
-    weights: WeightsOption = None,
+    also: options.Also = None,
+    model: options.Model = None,
+    k: options.K = None,
+    lmbda: options.Lmbda = None,
+    temperature: options.Temperature = None,
+    cache: options.Cache = False,
+    weights: options.Weights = None,
     max_new_tokens: _MaxNewTokens = 64,
     sample: _Sample = False,
     sampling_temperature: _SamplingTemperature = 1.0,
     top_p: _TopP = 1.0,
     seed: _Seed = 0,
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
-    as_json: Json = False,
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Continue a prompt with the kNN-LM.
 

@@ -4,9 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import print_json
-from knnlm.apps.cli.opening import load_model
-from knnlm.apps.cli.options import Device, Dtype, Json, Model, ModelOptions, Store, TextColumn
+from knnlm.apps.cli.opening import ModelOptions, load_model
 from knnlm.apps.cli.reports import print_store
 from knnlm.choices import IndexKind, ModelDtype
 
@@ -18,35 +18,27 @@ if TYPE_CHECKING:
 _Kind = Annotated[IndexKind, typer.Option(help="How to search the datastore.")]
 _Factory = Annotated[
     str | None,
-    typer.Option(
-        help="With --kind faiss: a FAISS factory string, such as IVF1024,Flat.", show_default=False
-    ),
+    typer.Option(help="With --kind faiss: a FAISS factory string, such as IVF1024,Flat."),
 ]
 _Recall = Annotated[
     float, typer.Option(help="The share of the true k nearest neighbors that must be found.")
 ]
 _Nprobe = Annotated[
     int | None,
-    typer.Option(
-        help="Lists searched for each query; by default the fewest that reach --recall.",
-        show_default=False,
-    ),
+    typer.Option(help="Lists searched for each query; by default the fewest that reach --recall."),
 ]
-_K = Annotated[
-    int, typer.Option("--k", help="The number of neighbors for which recall is measured.")
-]
+_K = Annotated[int, typer.Option(help="The number of neighbors for which recall is measured.")]
 _Queries = Annotated[
     list[str] | None,
     typer.Option(
         help="Held-out text to measure recall on (its first 8,192 tokens); may be repeated. By "
-        "default recall is measured on stored keys.",
-        show_default=False,
+        "default recall is measured on stored keys."
     ),
 ]
 
 
 def index(
-    store: Store,
+    store: options.Store,
     *,
     kind: _Kind = IndexKind.auto,
     factory: _Factory = None,
@@ -54,11 +46,11 @@ def index(
     nprobe: _Nprobe = None,
     k: _K = 1024,
     queries: _Queries = None,
-    model: Model = None,
-    text_column: TextColumn = "text",
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "cpu",
-    as_json: Json = False,
+    model: options.Model = None,
+    text_column: options.TextColumn = "text",
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
 ) -> None:
     """Build the index that a datastore is searched with, and measure it against exact search.
 
@@ -81,7 +73,7 @@ def index(
         keys = _held_out_keys(opened, queries, text_column, ModelOptions(model, dtype, device))
     build_index(
         opened,
-        kind,
+        kind.value,
         factory=factory,
         nprobe=nprobe,
         recall=recall,

@@ -1,13 +1,13 @@
-"""What commands do before their work: load the model, open datastores, check what is needed."""
+"""Preparation that commands share: load the model, open datastores, check requirements."""
 
 import importlib.util
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnlm.apps.cli.options import MixtureOptions, ModelOptions
-from knnlm.choices import Boundary, ModelDtype
+from knnlm.choices import Boundary, ModelDtype, Weights
 from knnlm.errors import DatastoreWriteError, missing_dependency
 
 if TYPE_CHECKING:
@@ -17,10 +17,33 @@ if TYPE_CHECKING:
     from knnlm.model.reading import Windowing
 
 
-def load_model(store: "Datastore", options: ModelOptions) -> "LanguageModel":
-    """Load the language model that a datastore was built with; options.name says where from."""
-    dtype = None if options.dtype is ModelDtype.auto else options.dtype.value
-    return store.load_model(options.name, dtype=dtype, device=options.device)
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which language model to load, in what precision, on which device."""
+
+    name: str | None
+    dtype: ModelDtype
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOptions:
+    """How to mix; k, lmbda and temperature: one value for all datastores, or one for each.
+
+    None or an empty list stands for the tuned values.
+    """
+
+    k: list[int] | None = None
+    lmbda: list[float] | None = None
+    temperature: list[float] | None = None
+    weights: Weights | None = None
+    cache: bool = False
+
+
+def load_model(store: "Datastore", model: ModelOptions) -> "LanguageModel":
+    """Load the language model that a datastore was built with; model.name says where from."""
+    dtype = None if model.dtype is ModelDtype.auto else model.dtype
+    return store.load_model(model.name, dtype=dtype, device=model.device)
 
 
 def open_model(

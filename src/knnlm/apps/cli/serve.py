@@ -4,22 +4,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT
-from knnlm.apps.cli.opening import check_server_packages, open_model
-from knnlm.apps.cli.options import (
-    Also,
-    Device,
-    Dtype,
-    K,
-    Lmbda,
-    MixtureOptions,
-    Model,
-    ModelOptions,
-    Port,
-    Store,
-    Temperature,
-    WeightsOption,
-)
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_server_packages, open_model
 from knnlm.apps.cli.reports import weights_line
 from knnlm.choices import ModelDtype
 
@@ -37,15 +24,11 @@ _ApiKey = Annotated[
     typer.Option(
         help="The key that clients must send; better set in the environment.",
         envvar="KNNLM_API_KEY",
-        show_default=False,
     ),
 ]
 _Name = Annotated[
     str | None,
-    typer.Option(
-        help="The model name that clients use; by default the datastore folder's name.",
-        show_default=False,
-    ),
+    typer.Option(help="The model name that clients use; by default the datastore folder's name."),
 ]
 _MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens in a completion.")]
 _MaxBatch = Annotated[int, typer.Option(help="Completions generated at the same time.")]
@@ -58,11 +41,11 @@ _Grace = Annotated[
 
 
 def serve(
-    store: Store,
+    store: options.Store,
     *,
-    also: Also = None,
+    also: options.Also = None,
     host: _Host = "127.0.0.1",
-    port: Port = 8000,
+    port: options.Port = 8000,
     api_key: _ApiKey = None,
     name: _Name = None,
     max_tokens: _MaxTokens = 1024,
@@ -70,13 +53,13 @@ def serve(
     max_queue: _MaxQueue = 256,
     max_body: _MaxBody = 1 << 20,
     grace: _Grace = 30.0,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    weights: WeightsOption = None,
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
+    model: options.Model = None,
+    k: options.K = None,
+    lmbda: options.Lmbda = None,
+    temperature: options.Temperature = None,
+    weights: options.Weights = None,
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
 ) -> None:
     """Serve the kNN-LM to OpenAI clients: completions, log-probabilities, sources.
 

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, amount, print_error, print_json
-from knnlm.apps.cli.options import Json, Store
 from knnlm.apps.cli.reports import print_store
 
 _Documents = Annotated[
@@ -15,13 +15,14 @@ _Documents = Annotated[
 _Names = Annotated[
     list[str],
     typer.Argument(
-        help="Names as `knnlm info --documents` lists them, or patterns with \\* ? [ ].",
-        show_default=False,
+        help="Names as `knnlm info --documents` lists them, or patterns with \\* ? [ ]."
     ),
 ]
 
 
-def info(store: Store, *, documents: _Documents = False, as_json: Json = False) -> None:
+def info(
+    store: options.Store, *, documents: _Documents = False, as_json: options.Json = False
+) -> None:
     """Show what a datastore holds and how it was made."""
     from knnlm.apps.cli.facts import read_facts
     from knnlm.datastore.catalog import Catalog
@@ -43,7 +44,7 @@ def info(store: Store, *, documents: _Documents = False, as_json: Json = False) 
         OUT.print(f"{document.stop - document.start:>10,}  {document.name}", soft_wrap=True)
 
 
-def forget(store: Store, document: _Names, *, as_json: Json = False) -> None:
+def forget(store: options.Store, document: _Names, *, as_json: options.Json = False) -> None:
     """Forget documents: from now on, no search finds them.
 
     `knnlm compact` then removes them from the disk. Building again from a source that still
@@ -63,7 +64,7 @@ def forget(store: Store, document: _Names, *, as_json: Json = False) -> None:
         )
 
 
-def compact(store: Store, *, as_json: Json = False) -> None:
+def compact(store: options.Store, *, as_json: options.Json = False) -> None:
     """Remove forgotten documents from the disk and renew the index."""
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
@@ -87,7 +88,7 @@ def compact(store: Store, *, as_json: Json = False) -> None:
         )
 
 
-def verify(store: Store, *, as_json: Json = False) -> None:
+def verify(store: options.Store, *, as_json: options.Json = False) -> None:
     """Check every file of a datastore against its checksum; exit with status 1 on any problem."""
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress

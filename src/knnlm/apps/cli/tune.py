@@ -5,23 +5,14 @@ from typing import Annotated
 
 import typer
 
+from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
-from knnlm.apps.cli.opening import check_writable, choose_windowing, open_model
-from knnlm.apps.cli.options import (
-    Also,
-    BoundaryOption,
-    Context,
-    Device,
-    Dtype,
-    Json,
-    MaxTokens,
+from knnlm.apps.cli.opening import (
     MixtureOptions,
-    Model,
     ModelOptions,
-    Store,
-    TextColumn,
-    Texts,
-    Window,
+    check_writable,
+    choose_windowing,
+    open_model,
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.choices import ModelDtype
@@ -30,29 +21,26 @@ from knnlm.errors import InvalidArgumentError
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
 _Plot = Annotated[
     Path | None,
-    typer.Option(
-        help="Where to save the plot of the sweep; by default STORE/tuning.png.",
-        show_default=False,
-    ),
+    typer.Option(help="Where to save the plot of the sweep; by default STORE/tuning.png."),
 ]
 
 
 def tune(
-    store: Store,
-    text: Texts,
+    store: options.Store,
+    text: options.Texts,
     *,
-    also: Also = None,
-    model: Model = None,
+    also: options.Also = None,
+    model: options.Model = None,
     max_k: _MaxK = 1024,
-    max_tokens: MaxTokens = None,
-    window: Window = None,
-    context: Context = None,
-    boundary: BoundaryOption = None,
+    max_tokens: options.MaxTokens = None,
+    window: options.Window = None,
+    context: options.Context = None,
+    boundary: options.Boundary = None,
     plot: _Plot = None,
-    text_column: TextColumn = "text",
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
-    as_json: Json = False,
+    text_column: options.TextColumn = "text",
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
     """Find the best mixture on held-out text and store it as the default.
 
