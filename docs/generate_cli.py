@@ -16,11 +16,12 @@ _HEAD = """\
 
 {about}
 
-TEXT stands for any number of files, folders or globs of UTF-8 text (one document a file), `.jsonl`
-and `.parquet` files (one document a row, `--text-column`), or `hf:NAME[:CONFIG][:SPLIT]`. Results
-go to the standard output, with `--json` as one line of JSON; progress and errors go to the standard
-error. Bad input is refused in one line that begins with `error:`, with exit status 1 and nothing
-changed on the disk; wrong usage gives exit status 2, an interruption 130.
+TEXT stands for any number of files, folders or globs of UTF-8 text (one document per file),
+`.jsonl` and `.parquet` files (one document per row, see `--text-column`), or
+`hf:NAME[:CONFIG][:SPLIT]`. Results go to the standard output, with `--json` as one line of JSON;
+progress and errors go to the standard error. Invalid input changes nothing on disk and gives one
+line that begins with `error:` and exit status 1; wrong usage gives exit status 2, an interruption
+130. `knnlm --version` prints the version.
 
 | command | |
 |---|---|
@@ -47,7 +48,7 @@ def render() -> str:
             if (record := parameter.get_help_record(inner)) and "--help" not in parameter.opts
         ]
         for kind in ("argument", "option"):
-            rows = [_row(*record) for of_kind, record in records if of_kind == kind]
+            rows = [_row(*record) for record_kind, record in records if record_kind == kind]
             if rows:
                 sections.append("\n".join([f"| {kind} | | default |", "|---|---|---|", *rows]))
     return "".join(parts) + "\n" + "\n\n".join(sections) + "\n"
@@ -71,7 +72,7 @@ def _paragraph(text: str) -> str:
 
 
 def _row(name: str, described: str) -> str:
-    """Return a row of a table from what `--help` says: `text  [default: value; rule]`."""
+    """Return a table row from a line of `--help`: `text  [default: value; rule]`."""
     if not name.startswith("-"):  # an argument: `text... <list[str]>`
         name = name.partition(" ")[0].upper()
     text, _, facts = described.removesuffix("]").partition("  [")

@@ -22,7 +22,7 @@ from texts import DOMAINS, Domain
 from torch import Tensor
 
 import knnlm
-from knnlm.apps.cli.console import RichProgress
+from knnlm.apps.cli.progress_bar import RichProgress
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
 from knnlm.mixture.features import LMSummary, Voters

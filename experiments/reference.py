@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 
 import knnlm
-from knnlm.apps.cli.console import RichProgress
+from knnlm.apps.cli.progress_bar import RichProgress
 from knnlm.provenance import write_results
 
 SOURCES = Path("/usr/share/doc/python3.11/html/_sources/library")

@@ -15,9 +15,10 @@ from families import FAMILIES
 from stores import distinct_documents
 from torch import Tensor
 from transformers import LogitsProcessor
+from typer.testing import CliRunner
 
 import knnlm.tuning.fitting
-from knnlm.apps.cli import console
+from knnlm.apps.cli.main import app
 from knnlm.attachment.attachment import attach
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
@@ -233,13 +234,11 @@ def test_the_perplexities_of_tune_are_those_of_eval(
     assert fits["λ by distance"].perplexity < tuning.lm_perplexity
 
 
-def test_info_names_what_learned_weights_gave(
-    tuned: tuple[Datastore, Tuning], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_info_names_what_learned_weights_gave(tuned: tuple[Datastore, Tuning]) -> None:
     store, tuning = tuned
-    console.print_store(store)
+    out = CliRunner().invoke(app, ["info", str(store.path)]).stdout
     (learned,) = (fit.perplexity for fit in tuning.fits if fit.name == "learned weights")
-    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    shown = " ".join(out.replace("│", " ").split())
     assert f"learned weights {learned:.3f}" in shown
 
 

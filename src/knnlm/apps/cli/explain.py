@@ -1,134 +1,139 @@
 """The command `explain`: why the kNN-LM gives each token its probability."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from knnlm.apps.cli import console
+from knnlm.apps.cli import options
+from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.explain_report import print_explanations
-from knnlm.apps.cli.options import (
-    Also,
-    Cache,
-    Device,
-    Dtype,
-    Json,
-    K,
-    Lmbda,
-    Model,
-    Store,
-    Temperature,
-    WeightsOption,
-)
-from knnlm.apps.cli.text_commands import check_writable, open_model
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_writable, open_model
 from knnlm.choices import ModelDtype
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from knnlm.evaluation.explain import Explanation
+    from knnlm.knn_lm import KNNLM
+
+_Text = Annotated[str, typer.Argument(help="A text, or the path of a UTF-8 file.")]
+_Generate = Annotated[
+    int, typer.Option(help="Continue the text by this many tokens and explain only those.", min=0)
+]
+_Tokens = Annotated[
+    int,
+    typer.Option(
+        help="Show the sources of this many tokens, those with the largest change.", min=0
+    ),
+]
+_At = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Show the sources of this token instead, counted from 0; may be repeated.", min=0
+    ),
+]
+_Sources = Annotated[int, typer.Option(help="Sources to show for each token.", min=1)]
+_Html = Annotated[
+    Path | None,
+    typer.Option(help="Also write the page that knnlm explore shows, as one HTML file."),
+]
 
 
 def explain(
-    store: Store,
-    text: Annotated[
-        str, typer.Argument(help="A text, or the path of a UTF-8 file.", show_default=False)
-    ],
-    also: Also = None,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    cache: Cache = False,
-    weights: WeightsOption = None,
-    generate: Annotated[
-        int,
-        typer.Option(help="Continue the text by so many tokens, and explain those.", min=0),
-    ] = 0,
-    tokens: Annotated[
-        int, typer.Option(help="Show the sources of so many tokens, the most changed first.", min=0)
-    ] = 5,
-    at: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Show the sources of this token, by its number from 0; may be repeated.",
-            min=0,
-            show_default=False,
-        ),
-    ] = None,
-    sources: Annotated[int, typer.Option(help="Sources named for each token.", min=1)] = 3,
-    html: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write one page to look at in a browser, without a server; see explore.",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
-    as_json: Json = False,
+    store: options.Store,
+    text: _Text,
+    *,
+    also: options.Also = None,
+    model: options.Model = None,
+    k: options.K = None,
+    lmbda: options.Lmbda = None,
+    temperature: options.Temperature = None,
+    cache: options.Cache = False,
+    weights: options.Weights = None,
+    generate: _Generate = 0,
+    tokens: _Tokens = 5,
+    at: _At = None,
+    sources: _Sources = 3,
+    html: _Html = None,
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
 ) -> None:
-    """Show for each token of a text what the datastore changed, and which passages spoke for it.
+    """Show how the datastore changed each token's probability, and the passages responsible.
 
-    The text comes coloured: green where the datastore helped, red where it hurt. Neighbors are
-    grouped by what they vote for; the table at the end adds up what each document gave. See
-    docs/attributions.md for what a weight means.
+    The text is printed in colour: green where the datastore helped, red where it hurt. Neighbors
+    are grouped by the token they vote for; the table at the end adds up the share of each
+    document. See docs/attributions.md for the meaning of the weights.
 
         knnlm explain docs.store "def create_task(self, coro):"
     """
-    import knnlm
-
-    if _is_file(text):
-        text = "".join(block for d in knnlm.read_documents(text) for block in d.blocks())
+    text = _read_text(text)
     if html is not None:
-        if html.is_dir():
-            raise InvalidArgumentError(f"html must be a file to write, got the folder {html}")
-        check_writable(html.parent)
-    opened = open_model(
-        store, also, model, dtype, device, k, lmbda, temperature, cache=cache, weights=weights
-    )
-    generated: list[int] = []
-    if generate:
-        generated = opened.generate(text, max_new_tokens=generate).tokens
+        _check_page(html)
+    mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
+    opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
+    generated = opened.generate(text, max_new_tokens=generate).tokens if generate else []
     explanations = opened.explain(text, generated=generated, sources=sources)
     first = len(explanations) - len(generated) if generated else 0
-    chosen = _choose(at, tokens, explanations, first)
+    shown = _check_at(at, len(explanations)) or _most_changed(explanations, first, tokens)
     if html is not None:
-        from knnlm.apps.explorer.analysis import analyze
-        from knnlm.apps.explorer.page import standalone_page
-
-        html.write_text(standalone_page(analyze(opened, text, generated)), encoding="utf-8")
+        _write_page(html, opened, text, generated)
     if as_json:
-        new = explanations[first:]
-        plain: dict[str, Any] = {
-            "tokens": [explanation.to_dict() for explanation in new],
-            "documents": [asdict(credit) for credit in knnlm.sum_credits(new)],
-        }
-        if generated:
-            plain["text"] = opened.lm.decode(generated)
-        console.print_json(plain)
+        value = _to_dict(explanations[first:])
+        print_json(value | {"text": opened.lm.decode(generated)} if generated else value)
         return
-    print_explanations(explanations, chosen, first)
+    print_explanations(explanations, shown, first)
     if html is not None:
-        console.OUT.print(f"page: {html}", soft_wrap=True)
+        OUT.print(f"page: {html}", soft_wrap=True)
 
 
-def _choose(
-    at: list[int] | None, tokens: int, explanations: "list[Explanation]", first: int
-) -> list[int]:
-    """Return the numbers of the tokens whose sources are shown."""
-    if at:
-        if max(at) >= len(explanations):
-            raise InvalidArgumentError(
-                f"at must be below {len(explanations)}, the number of tokens, got {max(at)}"
-            )
-        return sorted(set(at))
-    new = range(first, len(explanations))
-    return sorted(sorted(new, key=lambda number: -abs(explanations[number].gain))[:tokens])
+def _read_text(text: str) -> str:
+    """Return the contents of the file that an argument names, or else the argument itself."""
+    import knnlm
 
-
-def _is_file(text: str) -> bool:
     try:
-        return Path(text).is_file()
-    except OSError:  # too long for a name
-        return False
+        is_file = Path(text).is_file()
+    except OSError:  # too long for a file name
+        is_file = False
+    if not is_file:
+        return text
+    return "".join(block for document in knnlm.read_documents(text) for block in document.blocks())
+
+
+def _check_page(path: Path) -> None:
+    if path.is_dir():
+        raise InvalidArgumentError(f"html must be a file to write, got the folder {path}")
+    check_writable(path.parent)
+
+
+def _write_page(path: Path, model: "KNNLM", text: str, generated: list[int]) -> None:
+    from knnlm.apps.explorer.analysis import analyze
+    from knnlm.apps.explorer.page import standalone_page
+
+    path.write_text(standalone_page(analyze(model, text, generated)), encoding="utf-8")
+
+
+def _check_at(at: list[int] | None, length: int) -> list[int]:
+    """Return the token numbers asked for, in order; raises InvalidArgumentError."""
+    if at and max(at) >= length:
+        raise InvalidArgumentError(
+            f"at must be below {length}, the number of tokens, got {max(at)}"
+        )
+    return sorted(set(at or ()))
+
+
+def _most_changed(explanations: "Sequence[Explanation]", first: int, count: int) -> list[int]:
+    """Return the numbers of the tokens from `first` on with the largest gain or loss, in order."""
+    numbers = range(first, len(explanations))
+    return sorted(sorted(numbers, key=lambda number: -abs(explanations[number].gain))[:count])
+
+
+def _to_dict(explanations: "Sequence[Explanation]") -> dict[str, Any]:
+    from knnlm.evaluation.explain import sum_credits
+
+    return {
+        "tokens": [explanation.to_dict() for explanation in explanations],
+        "documents": [asdict(credit) for credit in sum_credits(explanations)],
+    }

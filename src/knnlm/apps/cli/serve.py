@@ -1,80 +1,74 @@
 """The command `serve`: a kNN-LM behind OpenAI's completions protocol."""
 
-import importlib.util
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from knnlm.apps.cli import console
-from knnlm.apps.cli.options import (
-    Also,
-    Device,
-    Dtype,
-    K,
-    Lmbda,
-    Model,
-    Store,
-    Temperature,
-    WeightsOption,
-)
-from knnlm.apps.cli.text_commands import open_model
+from knnlm.apps.cli import options
+from knnlm.apps.cli.console import OUT
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_server_packages, open_model
+from knnlm.apps.cli.reports import weights_line
 from knnlm.choices import ModelDtype
-from knnlm.errors import missing_dependency
 
+if TYPE_CHECKING:
+    from knnlm.apps.engine.engine import Facts
 
-def check_installed(purpose: str, extra: str) -> None:
-    """Refuse, in one line, where a package that the server needs is missing."""
-    for package in ("fastapi", "uvicorn", "prometheus_client"):
-        if importlib.util.find_spec(package) is None:
-            raise missing_dependency(package, purpose, extra)
+_Host = Annotated[
+    str,
+    typer.Option(
+        help="The address to listen on; one that other machines can reach needs an API key."
+    ),
+]
+_ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        help="The key that clients must send; better set in the environment.",
+        envvar="KNNLM_API_KEY",
+    ),
+]
+_Name = Annotated[
+    str | None,
+    typer.Option(help="The model name that clients use; by default the datastore folder's name."),
+]
+_MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens in a completion.")]
+_MaxBatch = Annotated[int, typer.Option(help="Completions generated at the same time.")]
+_MaxQueue = Annotated[int, typer.Option(help="Completions that may wait for their turn.")]
+_MaxBody = Annotated[int, typer.Option(help="Maximum size of a request in bytes.")]
+_Grace = Annotated[
+    float,
+    typer.Option(help="Seconds that running completions have to finish when the server stops."),
+]
 
 
 def serve(
-    store: Store,
-    also: Also = None,
-    host: Annotated[
-        str, typer.Option(help="The address to listen on; others than this machine's need a key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 for any that is free.", min=0, max=65535)] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            help="The key that clients must send; better kept in the environment.",
-            envvar="KNNLM_API_KEY",
-            show_default=False,
-        ),
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option(
-            help="What clients call the model; by default the folder's name.", show_default=False
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(help="Tokens that a completion may have at most.")
-    ] = 1024,
-    max_batch: Annotated[int, typer.Option(help="Completions generated at once.")] = 16,
-    max_queue: Annotated[int, typer.Option(help="Completions that may wait.")] = 256,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request at most.")] = 1 << 20,
-    grace: Annotated[
-        float, typer.Option(help="Seconds for what runs when the server is stopped.")
-    ] = 30.0,
-    model: Model = None,
-    k: K = None,
-    lmbda: Lmbda = None,
-    temperature: Temperature = None,
-    weights: WeightsOption = None,
-    dtype: Dtype = ModelDtype.auto,
-    device: Device = "auto",
+    store: options.Store,
+    *,
+    also: options.Also = None,
+    host: _Host = "127.0.0.1",
+    port: options.Port = 8000,
+    api_key: _ApiKey = None,
+    name: _Name = None,
+    max_tokens: _MaxTokens = 1024,
+    max_batch: _MaxBatch = 16,
+    max_queue: _MaxQueue = 256,
+    max_body: _MaxBody = 1 << 20,
+    grace: _Grace = 30.0,
+    model: options.Model = None,
+    k: options.K = None,
+    lmbda: options.Lmbda = None,
+    temperature: options.Temperature = None,
+    weights: options.Weights = None,
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
 ) -> None:
     """Serve the kNN-LM to OpenAI clients: completions, log-probabilities, sources.
 
-    Requests may choose their own k, λ and temperature. SIGTERM or Ctrl-C finishes what runs and
-    ends with exit status 0. See docs/serving.md.
+    Each request may set its own k, λ and temperature. On SIGTERM or Ctrl-C the server finishes
+    the running completions and exits with status 0. See docs/serving.md.
 
         knnlm serve docs.store
     """
-    check_installed("serving", "server")
+    check_server_packages("serving", "server")
     from knnlm.apps.engine.limits import Limits
     from knnlm.apps.server.service import Service, check_exposure, listen
 
@@ -87,28 +81,25 @@ def serve(
     )
     check_exposure(host, api_key)
     listener = listen(host, port)
-
-    def announce() -> None:
-        shown = f"[{host}]" if ":" in host else host
-        parameters = "; ".join(
-            f"{entries:,} entries, {console.weights_line(facts.weights, [of_one])}"
-            for entries, of_one in zip(facts.entries, facts.parameters, strict=True)
-        )
-        console.OUT.print(
-            f"http://{shown}:{listener.getsockname()[1]}/v1 serves {served} ({parameters})",
-            soft_wrap=True,
-        )
-
     served = name or store.resolve().name
+    address = f"[{host}]" if ":" in host else host
+    url = f"http://{address}:{listener.getsockname()[1]}/v1"
+    mixture = MixtureOptions(k, lmbda, temperature, weights)
     service = Service(
-        lambda: open_model(
-            store, also, model, dtype, device, k, lmbda, temperature, weights=weights
-        ),
+        lambda: open_model(store, also, ModelOptions(model, dtype, device), mixture),
         name=served,
         limits=limits,
         api_key=api_key,
-        on_start=announce,
+        on_start=lambda: OUT.print(f"{url} serves {served} ({_described(facts)})", soft_wrap=True),
     )
     with listener:
         facts = service.open()
         service.run(sockets=[listener])
+
+
+def _described(facts: "Facts") -> str:
+    """Return the entries and the mixture of every datastore."""
+    return "; ".join(
+        f"{entries:,} entries, {weights_line(facts.weights, [parameters])}"
+        for entries, parameters in zip(facts.entries, facts.parameters, strict=True)
+    )

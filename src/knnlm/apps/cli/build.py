@@ -1,0 +1,145 @@
+"""The command `build`: store a text in a datastore."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.apps.cli import options
+from knnlm.apps.cli.console import OUT, print_json
+from knnlm.apps.cli.opening import ModelOptions, load_model
+from knnlm.apps.cli.reports import print_store
+from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype
+from knnlm.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.model.language_model import LanguageModel
+    from knnlm.progress import Progress
+
+_DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M"
+
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        help="A Hugging Face name, a folder or a .gguf file; by default the model that the "
+        f"datastore was built with, {_DEFAULT_MODEL} for a new one."
+    ),
+]
+_Key = Annotated[
+    Key | None,
+    typer.Option(
+        help="The hidden state of the last layer that serves as key; by default ffn_input, as in "
+        "the paper."
+    ),
+]
+_KeyDtype = Annotated[
+    KeyDtype | None, typer.Option(help="Precision of the keys on disk; by default float16.")
+]
+_MaxEntries = Annotated[
+    int | None, typer.Option(help="Stop when the datastore has this many entries.")
+]
+_Index = Annotated[
+    IndexKind | None,
+    typer.Option(
+        help="How to search the datastore, see knnlm index; by default as before, auto for a new "
+        "one."
+    ),
+]
+_Dtype = Annotated[
+    ModelDtype,
+    typer.Option(
+        help="Precision of the model; auto: the one the datastore was built with, for a new one "
+        "float32 on a CPU, otherwise the checkpoint's."
+    ),
+]
+
+
+def build(
+    store: options.Store,
+    text: options.Texts,
+    *,
+    model: _Model = None,
+    key: _Key = None,
+    window: options.Window = None,
+    context: options.Context = None,
+    boundary: options.Boundary = None,
+    key_dtype: _KeyDtype = None,
+    max_entries: _MaxEntries = None,
+    index: _Index = None,
+    text_column: options.TextColumn = "text",
+    dtype: _Dtype = ModelDtype.auto,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+) -> None:
+    """Build a datastore from text, resume an interrupted build, or add documents.
+
+    Documents already stored with the same text are skipped; a document whose text has changed
+    replaces its old version. A new datastore reads 1,024 positions at once, 256 of them context.
+    A build may be interrupted at any time; rerun the same command to resume.
+
+        knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
+    """
+    import knnlm
+    from knnlm.apps.cli.facts import read_facts
+    from knnlm.apps.cli.progress_bar import RichProgress
+
+    documents = knnlm.read_documents(*text, text_column=text_column)
+    lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
+    progress = RichProgress()
+    started = time.perf_counter()
+    built = knnlm.build(
+        store,
+        lm,
+        documents,
+        window=window,
+        context=context,
+        boundary=boundary,
+        key_dtype=key_dtype,
+        max_entries=max_entries,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - started
+    _update_index(built, index, str(lm.device), progress)
+    added = built.rows - rows_before
+    facts = read_facts(store)
+    if as_json:
+        print_json(facts | {"added": added, "seconds": seconds})
+        return
+    print_store(facts)
+    OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+
+
+def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":
+    """Load the model to build with; also return the rows that an existing datastore has."""
+    import knnlm
+    from knnlm.datastore.catalog import FILE_NAME
+
+    if not (path / FILE_NAME).exists():
+        lm = knnlm.LanguageModel.load(
+            model.name or _DEFAULT_MODEL,
+            key=(key or Key.ffn_input).value,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        return lm, 0
+    existing = knnlm.Datastore(path)
+    if key is not None and key != existing.settings.key:
+        raise InvalidArgumentError(
+            f"{path} was built with key {existing.settings.key}, not {key}; leave --key out or "
+            "build another datastore"
+        )
+    return load_model(existing, model), existing.rows
+
+
+def _update_index(
+    store: "Datastore", kind: IndexKind | None, device: str, progress: "Progress"
+) -> None:
+    """Build the index asked for, or bring the datastore's own up to date."""
+    from knnlm.index.policy import build_index, keep_index
+
+    if kind is None:
+        keep_index(store, device, progress)
+    else:
+        build_index(store, kind.value, device=device, progress=progress)

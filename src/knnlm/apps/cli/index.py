@@ -1,0 +1,101 @@
+"""The command `index`: choose how a datastore is searched."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from knnlm.apps.cli import options
+from knnlm.apps.cli.console import print_json
+from knnlm.apps.cli.opening import ModelOptions, load_model
+from knnlm.apps.cli.reports import print_store
+from knnlm.choices import IndexKind, ModelDtype
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from knnlm.datastore.datastore import Datastore
+
+_Kind = Annotated[IndexKind, typer.Option(help="How to search the datastore.")]
+_Factory = Annotated[
+    str | None,
+    typer.Option(help="With --kind faiss: a FAISS factory string, such as IVF1024,Flat."),
+]
+_Recall = Annotated[
+    float, typer.Option(help="The share of the true k nearest neighbors that must be found.")
+]
+_Nprobe = Annotated[
+    int | None,
+    typer.Option(help="Lists searched for each query; by default the fewest that reach --recall."),
+]
+_K = Annotated[int, typer.Option(help="The number of neighbors for which recall is measured.")]
+_Queries = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Held-out text to measure recall on (its first 8,192 tokens); may be repeated. By "
+        "default recall is measured on stored keys."
+    ),
+]
+
+
+def index(
+    store: options.Store,
+    *,
+    kind: _Kind = IndexKind.auto,
+    factory: _Factory = None,
+    recall: _Recall = 0.95,
+    nprobe: _Nprobe = None,
+    k: _K = 1024,
+    queries: _Queries = None,
+    model: options.Model = None,
+    text_column: options.TextColumn = "text",
+    dtype: options.Dtype = ModelDtype.auto,
+    device: options.Device = "cpu",
+    as_json: options.Json = False,
+) -> None:
+    """Build the index that a datastore is searched with, and measure it against exact search.
+
+    exact compares each query with every key. ivf groups the keys into lists and searches only the
+    nearest ones, in its own copy of the keys; compressed keeps 8-bit codes instead of that copy
+    and reads the keys of the candidates from the datastore. auto is exact up to 50,000 entries,
+    above that ivf, or compressed if the copy would fill more than half of the memory. knnlm build
+    already builds the auto index; use this command to choose another.
+
+        knnlm index docs.store --kind ivf --recall 0.98 --queries held-out/tune
+    """
+    from knnlm.apps.cli.facts import read_facts
+    from knnlm.apps.cli.progress_bar import RichProgress
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.index.policy import build_index
+
+    opened = Datastore(store)
+    keys = None
+    if queries:
+        keys = _held_out_keys(opened, queries, text_column, ModelOptions(model, dtype, device))
+    build_index(
+        opened,
+        kind.value,
+        factory=factory,
+        nprobe=nprobe,
+        recall=recall,
+        k=k,
+        queries=keys,
+        device=device,
+        progress=RichProgress(),
+    )
+    facts = read_facts(store)
+    if as_json:
+        print_json(facts["index"])
+    else:
+        print_store(facts)
+
+
+def _held_out_keys(
+    store: "Datastore", text: list[str], text_column: str, model: ModelOptions
+) -> "Tensor":
+    """Return the keys [query, dimension] of the first tokens of a held-out text."""
+    from knnlm.apps.cli.progress_bar import RichProgress
+    from knnlm.index.queries import held_out_queries
+    from knnlm.text.corpus import read_documents
+
+    documents = read_documents(*text, text_column=text_column)
+    return held_out_queries(load_model(store, model), store, documents, progress=RichProgress())

@@ -1,0 +1,103 @@
+"""Preparation that commands share: load the model, open datastores, check requirements."""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from knnlm.choices import Boundary, ModelDtype, Weights
+from knnlm.errors import DatastoreWriteError, missing_dependency
+
+if TYPE_CHECKING:
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.knn_lm import KNNLM
+    from knnlm.model.language_model import LanguageModel
+    from knnlm.model.reading import Windowing
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which language model to load, in what precision, on which device."""
+
+    name: str | None
+    dtype: ModelDtype
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class MixtureOptions:
+    """How to mix; k, lmbda and temperature: one value for all datastores, or one for each.
+
+    None or an empty list stands for the tuned values.
+    """
+
+    k: list[int] | None = None
+    lmbda: list[float] | None = None
+    temperature: list[float] | None = None
+    weights: Weights | None = None
+    cache: bool = False
+
+
+def load_model(store: "Datastore", model: ModelOptions) -> "LanguageModel":
+    """Load the language model that a datastore was built with; model.name says where from."""
+    dtype = None if model.dtype is ModelDtype.auto else model.dtype
+    return store.load_model(model.name, dtype=dtype, device=model.device)
+
+
+def open_model(
+    path: Path, also: Sequence[Path] | None, model: ModelOptions, mixture: MixtureOptions
+) -> "KNNLM":
+    """Open datastores and language model; bad parameters are refused before the model is loaded."""
+    from knnlm.apps.cli.reports import warn_of_poor_recall
+    from knnlm.datastore.datastore import Datastore
+    from knnlm.index.policy import describe_index
+    from knnlm.knn_lm import KNNLM
+    from knnlm.retrieval.retriever import choose_parameters
+
+    stores = [Datastore(each) for each in (path, *(also or ()))]
+    given = {
+        "k": _single_or_list(mixture.k),
+        "lmbda": _single_or_list(mixture.lmbda),
+        "temperature": _single_or_list(mixture.temperature),
+    }
+    choose_parameters(stores, **given)
+    for store in stores:
+        warn_of_poor_recall(store.path, describe_index(store))
+    lm = load_model(stores[0], model)
+    return KNNLM(lm, stores, **given, cache=mixture.cache, weights=mixture.weights)
+
+
+def _single_or_list(values: list[Any] | None) -> Any:
+    """Return the value of an option given once, which then holds for every datastore."""
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else values
+
+
+def choose_windowing(
+    model: "KNNLM", window: int | None, context: int | None, boundary: Boundary | None
+) -> "Windowing":
+    """Return the windows asked for; what was not asked for is as in the (first) datastore."""
+    from knnlm.model.reading import choose_windowing
+
+    return choose_windowing(model.lm, window, context, boundary, model.windowing)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise DatastoreWriteError, before any work, if no file can be created in a folder."""
+    if not folder.is_dir():
+        raise DatastoreWriteError(f"cannot write to {folder}: no such folder; create it first")
+    if not os.access(folder, os.W_OK):
+        raise DatastoreWriteError(
+            f"cannot write to {folder}: the folder is not writable; change its permissions or "
+            "choose another"
+        )
+
+
+def check_server_packages(purpose: str, extra: str) -> None:
+    """Raise MissingDependencyError if a package that the server needs is not installed."""
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        if importlib.util.find_spec(package) is None:
+            raise missing_dependency(package, purpose, extra)
