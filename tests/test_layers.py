@@ -28,7 +28,6 @@ LAYERS = [
     ["apps"],
     ["__main__"],
 ]
-MAX_LINES = 400
 HEAVY = {"torch", "transformers", "numpy", "matplotlib", "faiss", "datasets", "safetensors"}
 
 SOURCE = Path(knnlm.__file__).parent
@@ -175,9 +174,8 @@ def test_importing_is_light(module: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_files_are_short_and_silent(module: str) -> None:
+def test_files_are_silent(module: str) -> None:
     source = MODULES[module].read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= MAX_LINES
     printing = [
         node.lineno
         for node in ast.walk(ast.parse(source))
