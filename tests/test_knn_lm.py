@@ -16,7 +16,7 @@ from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.errors import DatastoreMismatchError, InvalidArgumentError
-from knnlm.evaluation.scoring import Wanted, mixed_log_probs, score_windows
+from knnlm.evaluation.scoring import ScoreRequest, mixed_log_probs, score_windows
 from knnlm.index.exact import ExactIndex
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
@@ -112,7 +112,7 @@ def test_sparse_scores_equal_the_dense_ones(
     encoded = encode_documents(tiny_lm, documents, boundary)
     windowing = Windowing(30, 10, boundary)
     windows = list(cut_windows(encoded, tiny_lm.start_token, windowing))
-    (scores,) = score_windows(tiny_lm, windows, Wanted.by(model.mixer, "document"))
+    (scores,) = score_windows(tiny_lm, windows, ScoreRequest.for_mixer(model.mixer, "document"))
     sparse = torch.split(mixed_log_probs(scores, model.mixer), [window.new for window in windows])
     assert len(windows) > 5
     for window, of_window in zip(windows, sparse, strict=True):
@@ -218,7 +218,7 @@ def test_several_datastores_equal_the_slow_mixture(
             Windowing(30, 10),
         )
     )
-    (scores,) = score_windows(tiny_lm, windows, Wanted.by(model.mixer, "document"))
+    (scores,) = score_windows(tiny_lm, windows, ScoreRequest.for_mixer(model.mixer, "document"))
     row = tokens_of(tiny_lm, TEXT)
     dense = model.log_probs(row[:, : windows[0].positions])[0]
     new = torch.from_numpy(windows[0].targets).long()

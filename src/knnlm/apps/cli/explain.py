@@ -26,7 +26,7 @@ from knnlm.choices import ModelDtype
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from knnlm.evaluation.explain import Explanation
+    from knnlm.evaluation.explanation import Explanation
 
 
 def explain(
@@ -90,14 +90,19 @@ def explain(
     generated: list[int] = []
     if generate:
         generated = opened.generate(text, max_new_tokens=generate).tokens
-    explanations = opened.explain(text, generated=generated, sources=sources)
+    analysis = None
+    if html is None:
+        explanations = opened.explain(text, generated=generated, sources=sources)
+    else:
+        from knnlm.apps.explorer.analysis import analyze_and_explain
+
+        analysis, explanations = analyze_and_explain(opened, text, generated, sources)
     first = len(explanations) - len(generated) if generated else 0
     chosen = _choose(at, tokens, explanations, first)
-    if html is not None:
-        from knnlm.apps.explorer.analysis import analyze
+    if html is not None and analysis is not None:
         from knnlm.apps.explorer.page import standalone_page
 
-        html.write_text(standalone_page(analyze(opened, text, generated)), encoding="utf-8")
+        html.write_text(standalone_page(analysis), encoding="utf-8")
     if as_json:
         new = explanations[first:]
         plain: dict[str, Any] = {

@@ -11,7 +11,7 @@ from rich.text import Text
 from knnlm.apps.cli.console import OUT
 
 if TYPE_CHECKING:
-    from knnlm.evaluation.explain import Explanation, Source, Vote
+    from knnlm.evaluation.explanation import Explanation, Source, Vote
 
 _LEAST_GAIN = 0.1  # nats, from which on a token is coloured
 _DOCUMENTS = 10
@@ -100,7 +100,7 @@ def _print_source(source: "Source") -> None:
 
 def _print_documents(explanations: Sequence["Explanation"]) -> None:
     """Print which part of the tokens' probability came from the LM, and which from where."""
-    from knnlm.evaluation.explain import sum_credits
+    from knnlm.evaluation.explanation import sum_credits
 
     credits_ = sum_credits(explanations)
     tokens = len(explanations)
