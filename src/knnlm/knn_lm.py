@@ -20,7 +20,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Windowing
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
-from knnlm.retrieval.retriever import ForEach, Retriever, Stores, as_stores
+from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
 from knnlm.text.corpus import Document
 
 
@@ -76,15 +76,9 @@ class KNNLM:
                 f"a {type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
             )
         self.lm = lm
+        given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}
         self.mixer: Mixer = open_mixer(
-            lm,
-            stores,
-            k=k,
-            lmbda=lmbda,
-            temperature=temperature,
-            index=index,
-            cache=cache,
-            weights=weights,
+            lm, stores, index=index, cache=cache, weights=weights, **given
         )
         """Everything that is mixed with the language model, and how."""
 

@@ -22,7 +22,7 @@ from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.retrieval.mixer import Mixer, open_mixer
-from knnlm.retrieval.retriever import ForEach, Stores, as_stores
+from knnlm.retrieval.retriever import ForEach, GivenParameters, Stores, as_stores
 from knnlm.threads import BackgroundThread
 
 _AHEAD = 4  # sequences; more keep all cores busy, so that searching during the head gains nothing
@@ -167,16 +167,8 @@ def attach(
         )
     stores = as_stores(store)
     keyed = KeyedModel(model, key=stores[0].settings.key)
-    mixer = open_mixer(
-        keyed,
-        stores,
-        k=k,
-        lmbda=lmbda,
-        temperature=temperature,
-        index=index,
-        cache=cache,
-        weights=weights,
-    )
+    given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}
+    mixer = open_mixer(keyed, stores, index=index, cache=cache, weights=weights, **given)
     return Attachment(keyed, mixer)
 
 

@@ -96,12 +96,8 @@ def explain_scores(
     explainer = Explainer(model.lm, retrievers, sources=sources, before=before, after=after)
     explanations: list[Explanation] = []
     for part in scores:
-        neighbors = [
-            retriever.keep_nearest(found)
-            for retriever, found in zip(
-                retrievers, compress(part.neighbors, has_votes), strict=True
-            )
-        ]
+        pairs = zip(retrievers, compress(part.neighbors, has_votes), strict=True)
+        neighbors = [retriever.keep_nearest(deeper) for retriever, deeper in pairs]
         cache_neighbors = part.cache_neighbors[0] if part.cache_neighbors else None
         votes = mixer.votes(retrievers, neighbors, cache_neighbors, part.lm)
         evidence = Evidence(part.targets, part.lm_log_probs, votes, neighbors, cache_neighbors)
