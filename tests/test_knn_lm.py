@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from conftest import PROSE, byte_tokenizer, refusal, tiny_gpt2, tiny_llama
@@ -12,18 +13,20 @@ from stores import distinct_documents, slow_knn_probs, stored_keys
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from knnlm.attachment.attachment import attach
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
-from knnlm.errors import DatastoreMismatchError, InvalidArgumentError
-from knnlm.evaluation.scoring import Wanted, mixed_log_probs, score_windows
+from knnlm.errors import DatastoreMismatchError, DatastoreNotFoundError, InvalidArgumentError
+from knnlm.evaluation.scoring import ScoreRequest, mixed_log_probs, score_windows
 from knnlm.index.exact import ExactIndex
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Windowing, cut_windows, encode_documents
-from knnlm.retrieval.retriever import Retriever
+from knnlm.retrieval.mixer import open_mixer, override_mixer
+from knnlm.retrieval.retriever import Retriever, choose_parameters
 from knnlm.text.corpus import Document
 
 K = 12
@@ -112,7 +115,7 @@ def test_sparse_scores_equal_the_dense_ones(
     encoded = encode_documents(tiny_lm, documents, boundary)
     windowing = Windowing(30, 10, boundary)
     windows = list(cut_windows(encoded, tiny_lm.start_token, windowing))
-    (scores,) = score_windows(tiny_lm, windows, Wanted.by(model.mixer, "document"))
+    (scores,) = score_windows(tiny_lm, windows, ScoreRequest.for_mixer(model.mixer, "document"))
     sparse = torch.split(mixed_log_probs(scores, model.mixer), [window.new for window in windows])
     assert len(windows) > 5
     for window, of_window in zip(windows, sparse, strict=True):
@@ -218,7 +221,7 @@ def test_several_datastores_equal_the_slow_mixture(
             Windowing(30, 10),
         )
     )
-    (scores,) = score_windows(tiny_lm, windows, Wanted.by(model.mixer, "document"))
+    (scores,) = score_windows(tiny_lm, windows, ScoreRequest.for_mixer(model.mixer, "document"))
     row = tokens_of(tiny_lm, TEXT)
     dense = model.log_probs(row[:, : windows[0].positions])[0]
     new = torch.from_numpy(windows[0].targets).long()
@@ -466,3 +469,65 @@ def test_a_prompt_that_does_not_fit_is_refused(llama_lm: LanguageModel, tmp_path
         model.generate(long, max_new_tokens=257 - length)
     with refusal(InvalidArgumentError, "max_new_tokens must be at least 1, got 0"):
         model.generate("x", max_new_tokens=0)
+
+
+def test_any_end_token_of_the_model_ends_it_and_is_left_out(
+    llama_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = KNNLM(llama_lm, own_store(tmp_path / "s", llama_lm), k=K, lmbda=0.6)
+    free = model.generate(TEXT, max_new_tokens=8)
+    end = free.tokens[3]
+    monkeypatch.setattr(llama_lm.model.generation_config, "eos_token_id", [end, 1])
+    ended = model.generate(TEXT, max_new_tokens=8)
+    assert ended.tokens == free.tokens[: free.tokens.index(end) + 1]
+    assert ended.text == llama_lm.decode(ended.tokens[:-1])
+
+
+# names in place of objects
+
+
+def test_datastores_and_models_may_be_named_by_their_folders(
+    llama_lm: LanguageModel, tmp_path: Path
+) -> None:
+    store = own_store(tmp_path / "s", llama_lm)
+    llama_lm.save(tmp_path / "model")
+    tokens = tokens_of(llama_lm, TEXT)
+    expected = KNNLM(llama_lm, [store, store], k=K, lmbda=[0.3, 0.2]).log_probs(tokens)
+    named = KNNLM(tmp_path / "model", [str(tmp_path / "s"), store], k=K, lmbda=[0.3, 0.2])
+    torch.testing.assert_close(named.log_probs(tokens), expected, atol=1e-5, rtol=1e-5)
+    assert named.lm.key == store.settings.key
+    assert choose_parameters(tmp_path / "s", k=3) == choose_parameters(store, k=3)
+    with refusal(DatastoreNotFoundError, "nowhere"):
+        KNNLM(llama_lm, tmp_path / "nowhere")
+
+
+def test_wrong_types_are_refused_in_one_line(
+    llama_lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store: Any = own_store(tmp_path / "s", llama_lm)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # whose errors come first
+    wrong: Any
+    for wrong in (3, None, [store, 3]):
+        with refusal(InvalidArgumentError, "store must be a datastore, its folder's path, or a se"):
+            KNNLM(llama_lm, wrong)
+    for wrong, kind in ((llama_lm.model, "LlamaForCausalLM"), (None, "NoneType")):
+        with refusal(InvalidArgumentError, "lm must be a LanguageModel, or", f"got a {kind}: wrap"):
+            KNNLM(wrong, store)
+    for wrong in (llama_lm, "model"):
+        with refusal(InvalidArgumentError, "model must be a transformers PreTrainedModel, got a"):
+            attach(wrong, store)
+
+
+def test_unknown_options_are_refused(llama_lm: LanguageModel, tmp_path: Path) -> None:
+    store = own_store(tmp_path / "s", llama_lm)
+    given: dict[str, Any] = {"lambda_": 0.3}
+    mixer = KNNLM(llama_lm, store).mixer
+    for call in (
+        lambda: KNNLM(llama_lm, store, **given),
+        lambda: attach(llama_lm.model, store, **given),
+        lambda: open_mixer(llama_lm, store, **given),
+        lambda: choose_parameters(store, **given),
+        lambda: override_mixer(mixer, **given),
+    ):
+        with pytest.raises(TypeError, match="lambda_"):
+            call()

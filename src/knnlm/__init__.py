@@ -19,9 +19,9 @@ if TYPE_CHECKING:
     from knnlm.datastore.maintenance import compact as compact
     from knnlm.datastore.maintenance import verify as verify
     from knnlm.errors import KNNLMError as KNNLMError
-    from knnlm.evaluation.explain import Explanation as Explanation
     from knnlm.evaluation.explain import explain as explain
-    from knnlm.evaluation.explain import sum_credits as sum_credits
+    from knnlm.evaluation.explanation import Explanation as Explanation
+    from knnlm.evaluation.explanation import sum_credits as sum_credits
     from knnlm.evaluation.perplexity import PerplexityReport as PerplexityReport
     from knnlm.index.policy import open_index as open_index
     from knnlm.index.protocol import Index as Index
@@ -44,7 +44,7 @@ _MODULES = {
     "Datastore": "datastore.datastore",
     "Document": "text.corpus",
     "Documents": "text.corpus",
-    "Explanation": "evaluation.explain",
+    "Explanation": "evaluation.explanation",
     "Index": "index.protocol",
     "KNNLM": "knn_lm",
     "KNNLMError": "errors",
@@ -61,7 +61,7 @@ _MODULES = {
     "explain": "evaluation.explain",
     "open_index": "index.policy",
     "read_documents": "text.corpus",
-    "sum_credits": "evaluation.explain",
+    "sum_credits": "evaluation.explanation",
     "tune": "tuning.tune",
     "verify": "datastore.maintenance",
 }

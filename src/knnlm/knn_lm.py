@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.attachment.attachment import Attachment
-from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
-from knnlm.evaluation.explain import Explanation, explain
+from knnlm.evaluation.explain import explain
+from knnlm.evaluation.explanation import Explanation
 from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
@@ -19,13 +20,13 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Windowing
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
-from knnlm.retrieval.retriever import ForEach, Retriever
+from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
 from knnlm.text.corpus import Document
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A continuation; `tokens` are the new ones only."""
+    """A prompt's continuation: its text, and its tokens with an end token if there was one."""
 
     prompt: str
     text: str
@@ -35,27 +36,29 @@ class Generation:
 class KNNLM:
     """p(y|x) = λ p_kNN(y|x) + (1 − λ) p_LM(y|x) (Khandelwal et al. 2020, eq. 3).
 
-    store: one datastore, or several, each with a λ of its own: p = Σ λ_i p_kNN,i + (1 − Σ λ_i)
-    p_LM. Then k, lmbda, temperature and index are one value for all or a sequence with one for
-    each.
-    k, lmbda, temperature: by default what `tune` stored with the datastore, else the paper's
+    lm: a language model, or its hub name, folder or .gguf file, which is then loaded with the
+    settings that the (first) datastore was built with.
+    store: a datastore or its folder, or several of them, each with a λ of its own: p = Σ λ_i
+    p_kNN,i + (1 − Σ λ_i) p_LM. Then k, lmbda, temperature and index are one value for all or a
+    sequence with one for each.
+    k, lmbda, temperature: by default those that `tune` stored with the datastore, else the paper's
     1024, 0.25 and 1, with k at most the number of entries.
-    index: what finds the neighbors; by default the datastore's.
+    index: finds the neighbors; by default the datastore's own.
+    cache: the continuous cache (Grave et al. 2017), mixed in too; True for the one that `tune`
+    stored.
     weights: `learned` lets the gate that `tune` stored for these datastores choose λ and T of each
     token; `distance` chooses λ by the distance of the nearest neighbor, as tuned (Drozdov et al.
     2022); `fixed` is the paper's. By default learned where there is a gate and none of k, lmbda and
     temperature is given, else fixed.
-    cache: the continuous cache (Grave et al. 2017), a further component; True for the one that
-    `tune` stored.
 
-    Raises DatastoreMismatchError if the datastore was built with another model, and
-    InvalidArgumentError for parameters outside their rules, such as λ that add up to more than 1.
+    Raises DatastoreMismatchError if a datastore was built with another model, and
+    InvalidArgumentError for arguments outside their rules, such as λ that add up to more than 1.
     """
 
     def __init__(
         self,
-        lm: LanguageModel,
-        store: Datastore | Sequence[Datastore],
+        lm: LanguageModel | str | Path,
+        store: Stores,
         *,
         k: ForEach[int] = None,
         lmbda: ForEach[float] = None,
@@ -64,18 +67,20 @@ class KNNLM:
         cache: CacheParameters | bool = False,
         weights: str | None = None,
     ) -> None:
+        stores = as_stores(store)
+        if isinstance(lm, str | Path):
+            lm = stores[0].load_model(lm)
+        elif not isinstance(lm, LanguageModel):
+            raise InvalidArgumentError(
+                "lm must be a LanguageModel, or the hub name or folder of one, got "
+                f"a {type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
+            )
         self.lm = lm
+        given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}
         self.mixer: Mixer = open_mixer(
-            lm,
-            store,
-            k=k,
-            lmbda=lmbda,
-            temperature=temperature,
-            index=index,
-            cache=cache,
-            weights=weights,
+            lm, stores, index=index, cache=cache, weights=weights, **given
         )
-        """What is mixed with the language model, and how."""
+        """Everything that is mixed with the language model, and how."""
 
     @property
     def retrievers(self) -> tuple[Retriever, ...]:
@@ -90,20 +95,17 @@ class KNNLM:
     def log_probs(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Return log p of every next token after each position, float32.
 
-        tokens: token ids, the start token included; rows may be padded on the right. λ = 0 gives
-        the model's own log-probabilities to the bit, without a search. A continuous cache remembers
-        what precedes a position in its row.
+        tokens: token ids, the start token included; rows may be padded on the right. With λ = 0
+        these are the model's own log-probabilities to the bit, without a search. A continuous cache
+        holds the tokens before a position in its row.
         """
         reading = self.lm.keys_and_logits(tokens)
         log_probs = torch.log_softmax(reading.logits, dim=-1)
-        cache_neighbors = None
+        cache_view = None
         if self.mixer.uses_cache:
             cache = self.mixer.new_cache(reading.keys)
             cache_view = cache.recall(tokens.to(reading.keys.device), reading.keys)
-            cache_neighbors = self.mixer.nearest(cache_view)
-        asked = self.mixer.ask(reading.keys.flatten(0, 1))
-        mixed = self.mixer.mix_vocabulary(asked, cache_neighbors, log_probs.flatten(0, 1))
-        return mixed.reshape(log_probs.shape)
+        return self.mixer.mix(self.mixer.search(reading.keys), cache_view, log_probs).log_probs
 
     def perplexity(
         self,
@@ -119,8 +121,8 @@ class KNNLM:
             self.mixer,
             documents,
             windowing or self.windowing,
-            max_tokens,
-            progress,
+            max_tokens=max_tokens,
+            progress=progress,
         )
 
     def explain(
@@ -132,10 +134,7 @@ class KNNLM:
         before: int = 24,
         after: int = 8,
     ) -> list[Explanation]:
-        """Explain every token of a text, and of what was generated after it.
-
-        See `knnlm.explain`, which is the same.
-        """
+        """Explain every token of a text, and of a generation after it; see `knnlm.explain`."""
         return explain(self, text, generated=generated, sources=sources, before=before, after=after)
 
     def generate(
@@ -148,10 +147,11 @@ class KNNLM:
     ) -> Generation:
         """Continue a prompt, greedily unless `do_sample=True`.
 
-        options: of transformers' `generate` (do_sample, temperature, top_p, num_beams, …), where
-        temperature is the sampling temperature; all of them act on the mixture. seed: makes
-        sampling repeatable and leaves torch's own random numbers alone. Raises
-        InvalidArgumentError if prompt and continuation do not fit the model.
+        options: those of transformers' `generate` (do_sample, temperature, top_p, num_beams, …),
+        where temperature is the sampling temperature; all of them act on the mixture. seed: makes
+        sampling repeatable and leaves torch's own random numbers alone. Any of the model's
+        `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError if prompt and
+        continuation do not fit the model.
         """
         if max_new_tokens < 1:
             raise InvalidArgumentError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -165,6 +165,8 @@ class KNNLM:
             )
         tokens = tokens.to(lm.device)
         options.setdefault("do_sample", False)
+        if "generation_config" not in options:
+            options.setdefault("eos_token_id", sorted(lm.end_tokens) or None)
         padding = lm.tokenizer.pad_token_id
         options.setdefault("pad_token_id", lm.start_token if padding is None else padding)
         devices = [lm.device] if lm.device.type == "cuda" else []
@@ -186,6 +188,5 @@ class KNNLM:
         finally:
             lm.model.train(training)
         new = output[0, length:].tolist()
-        end = lm.tokenizer.eos_token_id
-        text = lm.decode(new[:-1] if new and new[-1] == end else new)
+        text = lm.decode(new[:-1] if new and new[-1] in lm.end_tokens else new)
         return Generation(prompt, text, new)

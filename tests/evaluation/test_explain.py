@@ -13,7 +13,8 @@ from torch import Tensor
 import knnlm.evaluation.scoring
 from knnlm.datastore.build import build
 from knnlm.errors import InvalidArgumentError
-from knnlm.evaluation.explain import Explanation, explain, sum_credits
+from knnlm.evaluation.explain import explain
+from knnlm.evaluation.explanation import Explanation, sum_credits
 from knnlm.knn_lm import KNNLM
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document

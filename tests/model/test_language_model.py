@@ -187,6 +187,19 @@ def test_eos_begins_documents_where_there_is_no_bos() -> None:
     assert one_line(refused).endswith("set tokenizer.eos_token")
 
 
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(None, {1}), (7, {1, 7}), ([7, 9], {1, 7, 9})], ids=str
+)
+def test_end_tokens_are_the_generation_configs_and_the_tokenizers(
+    configured: int | list[int] | None, expected: set[int]
+) -> None:
+    lm = LanguageModel(tiny_llama(), byte_tokenizer())
+    lm.model.generation_config.eos_token_id = configured
+    assert lm.end_tokens == expected
+    lm.tokenizer.eos_token = None
+    assert lm.end_tokens == expected - {1}
+
+
 def test_a_tokenizer_beyond_the_vocabulary_is_refused() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["unheard-of"])

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 from typer.testing import CliRunner
 
+import knnlm.retrieval.mixer
 import knnlm.tuning.fitting
 from knnlm.apps.cli.main import app
 from knnlm.attachment.attachment import attach
@@ -27,6 +28,8 @@ from knnlm.evaluation.scoring import Scores
 from knnlm.evaluation.tally import Tally, bootstrap
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.continuous_cache import CacheParameters
+from knnlm.mixture.features import LMSummary, summarize_lm
+from knnlm.mixture.interpolation import interpolate_vocabulary
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.language_model import LanguageModel
@@ -306,6 +309,50 @@ def test_refusals(llama_lm: LanguageModel, tuned: tuple[Datastore, Tuning], tmp_
         InvalidArgumentError, "weights must be one of learned, distance, fixed, got 'best'"
     ):
         KNNLM(llama_lm, store, weights="best")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"cache": True},
+        {"weights": "distance"},
+        {"weights": "fixed"},
+        {"lmbda": 0.2, "cache": CACHE},
+        {"lmbda": 0.0},
+    ],
+    ids=str,
+)
+def test_a_mixture_comes_with_its_votes(
+    llama_lm: LanguageModel,
+    tuned: tuple[Datastore, Tuning],
+    given: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    summarized = []
+
+    def counted(log_probs: Tensor) -> LMSummary:
+        summarized.append(len(log_probs))
+        return summarize_lm(log_probs)
+
+    monkeypatch.setattr(knnlm.retrieval.mixer, "summarize_lm", counted)
+    mixer = KNNLM(llama_lm, tuned[0], **given).mixer
+    tokens = torch.tensor([[0, 5, 9, 11, 40, 7], [0, 9, 9, 5, 5, 9]])
+    reading = llama_lm.keys_and_logits(tokens)
+    lm_log_probs = torch.log_softmax(reading.logits, dim=-1)
+    view = None
+    if mixer.uses_cache:
+        view = mixer.new_cache(reading.keys).recall(tokens, reading.keys)
+    mixed = mixer.mix(mixer.search(reading.keys), view, lm_log_probs)
+    by_token = [votes.by_token() for votes in mixed.votes]
+    expected = interpolate_vocabulary(lm_log_probs.flatten(0, 1), by_token)
+    torch.testing.assert_close(mixed.log_probs.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
+    assert mixed.log_probs.shape == lm_log_probs.shape
+    for votes, at_seven in zip(mixed.votes, mixed.votes_at(7), strict=True):
+        assert torch.equal(votes.log_weights[[7]], at_seven.log_weights)
+        own_lmbda = torch.as_tensor(votes.lmbda).expand(12)[[7]]
+        assert torch.equal(own_lmbda, torch.as_tensor(at_seven.lmbda).expand(1))
+    assert summarized == ([] if mixer.gate is None else [12])
 
 
 # attached

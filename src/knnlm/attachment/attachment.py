@@ -1,12 +1,11 @@
-"""The mixture inside an unmodified Hugging Face model: whatever reads its logits reads that.
+"""The mixture inside an unmodified Hugging Face model: its logits become the mixture's.
 
-`generate()`, pipelines, `Trainer.evaluate` and evaluation harnesses work as they did; the model's
+`generate()`, pipelines, `Trainer.evaluate` and evaluation harnesses work as before; the model's
 class, signature and weights stay as they are.
 """
 
 import inspect
 import threading
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 from weakref import WeakSet
@@ -18,16 +17,15 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnlm.attachment.sequence_caches import SequenceCaches
-from knnlm.datastore.datastore import Datastore
-from knnlm.errors import AttachmentError
+from knnlm.errors import AttachmentError, InvalidArgumentError
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.retrieval.mixer import Mixer, open_mixer
-from knnlm.retrieval.retriever import ForEach, as_stores
+from knnlm.retrieval.retriever import ForEach, GivenParameters, Stores, as_stores
 from knnlm.threads import BackgroundThread
 
-_AHEAD = 4  # sequences; more keep all cores busy, so that nothing is won by searching beside
+_AHEAD = 4  # sequences; more keep all cores busy, so that searching during the head gains nothing
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -35,8 +33,8 @@ class Attachment:
     """A mixer in a model, until `detach` or the end of the `with` block.
 
     After every forward pass the model's logits are log-probabilities of the mixture, float32, for
-    the positions that the pass keeps (`logits_to_keep`), and only these are searched; the loss, if
-    labels are given, is the mixture's. Gradients reach the model through p_LM; neighbors are
+    the positions that the pass keeps (`logits_to_keep`), and only these are searched for; if labels
+    are given, the loss is the mixture's. Gradients reach the model through p_LM; neighbors are
     constants. Where every λ is 0, outputs are the model's own, to the bit.
 
     Raises AttachmentError if the model already has an attachment.
@@ -68,7 +66,7 @@ class Attachment:
         _ATTACHED.add(self.model)
 
     def detach(self) -> None:
-        """Leave the model as it was; raises AttachmentError if that was done before."""
+        """Leave the model as it was; raises AttachmentError if already detached."""
         if not self.attached:
             raise AttachmentError(
                 f"the datastore was already detached from model {self._keyed.name!r}; attach again "
@@ -86,12 +84,12 @@ class Attachment:
             self.detach()
 
     def _search_ahead(self, keys: Float[Tensor, "batch time dim"]) -> None:
-        """Begin the search for a few new positions; the model's head takes longer than that."""
-        self._pending.asked = None
+        """Begin searching for a few new positions while the model's head runs, which is slower."""
+        self._pending.search = None
         few = keys.shape[1] == 1 and len(keys) <= _AHEAD
         if few and keys.is_cpu and self.mixer.counts:
             queries = keys[:, 0]
-            self._pending.asked = self._ahead.begin(lambda: self.mixer.ask(queries))
+            self._pending.search = self._ahead.begin(lambda: self.mixer.search(queries))
 
     def _mix_output(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -108,14 +106,16 @@ class Attachment:
         if place is None:
             if labels is not None:
                 aux_loss = getattr(output, "aux_loss", None)
-                output.loss = _loss(model, given, logits, mixed, output.loss, aux_loss)
+                output.loss = _loss(
+                    model, given, logits, mixed, loss=output.loss, aux_loss=aux_loss
+                )
             output.logits = mixed
             return output
         parts = list(output)
         parts[place] = mixed
         if labels is not None:
             aux_loss = parts[1] if place == 2 else None
-            parts[0] = _loss(model, given, logits, mixed, parts[0], aux_loss)
+            parts[0] = _loss(model, given, logits, mixed, loss=parts[0], aux_loss=aux_loss)
         return tuple(parts)
 
     def _mix(
@@ -127,20 +127,18 @@ class Attachment:
         if logits.shape[1] != keys.shape[1]:
             keys = slice_logits_to_keep(keys, given.get("logits_to_keep", 0))
             kept = slice_logits_to_keep(kept, given.get("logits_to_keep", 0))
-        cache_neighbors = None
+        cache_view = None
         if self.mixer.uses_cache:
-            cache_view = self._caches.recall(given, output, read.detach())
-            cache_neighbors = self.mixer.nearest(cache_view.of(kept.flatten()))
+            cache_view = self._caches.read(given, output, read.detach()).of(kept.flatten())
         lm_log_probs = torch.log_softmax(logits.float(), dim=-1)
-        begun = self._pending.asked
-        asked = self.mixer.ask(keys.flatten(0, 1)) if begun is None else begun.result()
-        mixed = self.mixer.mix_vocabulary(asked, cache_neighbors, lm_log_probs.flatten(0, 1))
-        return mixed.reshape(lm_log_probs.shape)
+        begun = self._pending.search
+        retrieved = self.mixer.search(keys) if begun is None else begun.result()
+        return self.mixer.mix(retrieved, cache_view, lm_log_probs).log_probs
 
 
 def attach(
     model: PreTrainedModel,
-    store: Datastore | Sequence[Datastore],
+    store: Stores,
     *,
     k: ForEach[int] = None,
     lmbda: ForEach[float] = None,
@@ -151,32 +149,26 @@ def attach(
 ) -> Attachment:
     """Let an unmodified HF causal LM answer with the kNN-LM's mixture.
 
-        with knnlm.attach(model, store):
+        with knnlm.attach(model, "docs.store"):
             model.generate(**inputs)
 
-    store: one datastore, or several whose λ add up to at most 1; then k, lmbda, temperature and
-    index are one value for all or a sequence with one for each. By default they are what `tune`
-    stored with the datastore, else the paper's. weights: as of
-    `KNNLM`. cache: the continuous cache, True for the one that `tune` stored; it follows the
-    sequences being read.
+    store: a datastore or its folder, or several of them, whose λ add up to at most 1. The options
+    are those of `KNNLM`; a continuous cache follows the sequences that the model reads.
     Outside a `with` block, call the attachment's `detach()`.
 
     The tokenizer is not seen, so not checked: use the one that the datastore was built with. Raises
     DatastoreMismatchError for a datastore of another model, AttachmentError if one is attached
     already, InvalidArgumentError.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise InvalidArgumentError(
+            f"model must be a transformers PreTrainedModel, got a {type(model).__name__}: load it "
+            "with AutoModelForCausalLM, or give a LanguageModel's .model"
+        )
     stores = as_stores(store)
     keyed = KeyedModel(model, key=stores[0].settings.key)
-    mixer = open_mixer(
-        keyed,
-        stores,
-        k=k,
-        lmbda=lmbda,
-        temperature=temperature,
-        index=index,
-        cache=cache,
-        weights=weights,
-    )
+    given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}
+    mixer = open_mixer(keyed, stores, index=index, cache=cache, weights=weights, **given)
     return Attachment(keyed, mixer)
 
 
@@ -191,6 +183,7 @@ def _loss(
     given: dict[str, Any],
     logits: Tensor,
     mixed: Tensor,
+    *,
     loss: Tensor,
     aux_loss: Tensor | None,
 ) -> Tensor:
@@ -198,12 +191,12 @@ def _loss(
     names = ("num_items_in_batch", "shift_labels", "ignore_index")
     options = {name: given[name] for name in names if name in given}
 
-    def of(some_logits: Tensor) -> Tensor:
+    def loss_from(predictions: Tensor) -> Tensor:
         result: Tensor = model.loss_function(
-            logits=some_logits, labels=given["labels"], vocab_size=logits.shape[-1], **options
+            logits=predictions, labels=given["labels"], vocab_size=logits.shape[-1], **options
         )
         return result
 
     if aux_loss is None:
-        return of(mixed)
-    return of(mixed) + (loss - of(logits))  # what a mixture of experts adds for its routing
+        return loss_from(mixed)
+    return loss_from(mixed) + (loss - loss_from(logits))  # with a mixture of experts' routing loss

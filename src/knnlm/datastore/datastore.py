@@ -271,7 +271,7 @@ class Datastore:
                 )
 
     def load_model(
-        self, name: str | None = None, *, dtype: str | None = None, device: str = "auto"
+        self, name: str | Path | None = None, *, dtype: str | None = None, device: str = "auto"
     ) -> LanguageModel:
         """Load the language model that the keys are of, from where it came or another place.
 

@@ -1,1 +1,1 @@
-"""What a datastore changes about the prediction of a text: perplexity and explanations."""
+"""How a datastore changes the prediction of a text: perplexity and explanations."""

@@ -1,9 +1,10 @@
-"""Which entries of which documents spoke for each token of a text."""
+"""How each token of a text is explained: which entries of which documents voted for it."""
 
-from collections import defaultdict
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from itertools import accumulate, compress
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -12,23 +13,29 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
-from knnlm.evaluation.scoring import Scores, Wanted, score_windows
+from knnlm.evaluation.explanation import (
+    THIS_TEXT,
+    Credit,
+    Explanation,
+    Source,
+    Vote,
+    sorted_credits,
+)
+from knnlm.evaluation.scoring import ScoreRequest, Scores, score_text
 from knnlm.index.protocol import Neighbors
+from knnlm.mixture.continuous_cache import CacheNeighbors
 from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Windowing
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
-from knnlm.text.windows import Window, document_windows, stream_windows
 
-THIS_TEXT = "(this text)"
-"""The document of a source that the continuous cache remembers."""
 _HEAVIEST_VOTES = 5
 
 
 @runtime_checkable
 class Explainable(Protocol):
-    """What is explained: a language model and what is mixed with it, such as a KNNLM."""
+    """A language model and everything that is mixed with it, such as a KNNLM."""
 
     lm: LanguageModel
     mixer: Mixer
@@ -37,79 +44,6 @@ class Explainable(Protocol):
     def windowing(self) -> Windowing:
         """How text is cut into windows."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One neighbor of a token.
-
-    store: the path of its datastore; "", with row −1, of what the continuous cache remembers.
-    weight: its share of p_kNN. position: of the entry in its document, in tokens. token: what it
-    votes for; value is its text, in the passage before + value + after.
-    """
-
-    store: str
-    row: int
-    document: str
-    position: int
-    token: int
-    weight: float
-    squared_distance: float
-    before: str
-    value: str
-    after: str
-
-
-@dataclass(frozen=True, slots=True)
-class Vote:
-    """A token that neighbors vote for: how many, and their weight together, a share of p_kNN."""
-
-    token: int
-    text: str
-    weight: float
-    neighbors: int
-
-
-@dataclass(frozen=True, slots=True)
-class Credit:
-    """What the entries of one document gave to the probability of a token, or of several.
-
-    p is a sum of parts, (1 − λ) p_LM and λ times the weight of each neighbor that votes for the
-    token. tokens: the document's parts, divided by p; of several tokens added up, so that those of
-    all documents and the LM's rest are the number of tokens. store: as in `Source`.
-    """
-
-    store: str
-    document: str
-    tokens: float
-
-
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """What the LM and the datastore gave to one token of a text; log-probabilities in nats.
-
-    knn_prob: p_kNN of the token; of several datastores, their mean by λ. sources: the neighbors
-    with the greatest weight, whatever they vote for. votes: the heaviest, and in any case those of
-    the sources and for the token itself. credits: of every document, the greatest first.
-    """
-
-    token: int
-    text: str
-    lm_log_prob: float
-    knn_prob: float
-    log_prob: float
-    sources: tuple[Source, ...]
-    votes: tuple[Vote, ...] = ()
-    credits: tuple[Credit, ...] = ()
-
-    @property
-    def gain(self) -> float:
-        """Nats that the datastore added to the token's log-probability."""
-        return self.log_prob - self.lm_log_prob
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON."""
-        return asdict(self) | {"gain": self.gain}
 
 
 def explain(
@@ -123,58 +57,226 @@ def explain(
 ) -> list[Explanation]:
     """Explain every token of a text.
 
-    generated: tokens that follow it, such as a generation's, explained too. sources: neighbors
-    named for each token. before, after: tokens of their passages. Raises InvalidArgumentError for a
-    text without tokens and a datastore without entries.
+    generated: tokens that follow it, such as a generation's, which are explained too. sources: how
+    many neighbors are named for each token. before, after: how many tokens of their passages.
+    Raises InvalidArgumentError for a text without tokens and a datastore without entries.
     """
-    lm, mixer = model.lm, model.mixer
+    tokens = [*model.lm.encode([text])[0].tolist(), *generated]
+    if not tokens:
+        raise InvalidArgumentError("the text to explain must have a token, got none")
+    request = replace(
+        ScoreRequest.for_mixer(model.mixer, model.windowing.boundary),
+        retrievers=model.mixer.retrievers,
+    )
+    scores = score_text(model.lm, tokens, model.windowing, request)
+    return explain_scores(model, scores, sources=sources, before=before, after=after)
+
+
+def explain_scores(
+    model: Explainable,
+    scores: Iterable[Scores],
+    *,
+    sources: int = 3,
+    before: int = 24,
+    after: int = 8,
+) -> list[Explanation]:
+    """Explain the tokens of a text from its scores, in order; see `explain`.
+
+    The scores have neighbors from all the mixer's retrievers: k from each of them, or more.
+    """
+    mixer = model.mixer
     stores = [retriever.store for retriever in mixer.retrievers]
-    if mixer.gate is None:
-        mixer = replace(mixer, retrievers=tuple(m for m in mixer.retrievers if len(m.store) > 0))
     if not any(len(store) > 0 for store in stores):
         raise InvalidArgumentError(f"{stores[0].path} must have entries to explain with, got none")
     for name, number in [("sources", sources), ("before", before), ("after", after)]:
         if number < 0:
             raise InvalidArgumentError(f"{name} must be at least 0, got {number}")
-    tokens = [*lm.encode([text])[0].tolist(), *generated]
-    if not tokens:
-        raise InvalidArgumentError("the text to explain must have a token, got none")
+    has_votes = [mixer.gate is not None or len(store) > 0 for store in stores]
+    retrievers = list(compress(mixer.retrievers, has_votes))
+    explainer = Explainer(model.lm, retrievers, sources=sources, before=before, after=after)
     explanations: list[Explanation] = []
-    wanted = replace(Wanted.by(mixer, model.windowing.boundary), retrievers=mixer.retrievers)
-    documents = [_Documents(retriever.store) for retriever in mixer.retrievers]
-    for scores in score_windows(lm, text_windows(lm, tokens, model.windowing), wanted):
-        text_before = [explanation.token for explanation in explanations]
-        explanations += explain_scores(
-            lm, mixer, scores, sources, before, after, text_before, documents
-        )
+    for part in scores:
+        pairs = zip(retrievers, compress(part.neighbors, has_votes), strict=True)
+        neighbors = [retriever.keep_nearest(deeper) for retriever, deeper in pairs]
+        cache_neighbors = part.cache_neighbors[0] if part.cache_neighbors else None
+        votes = mixer.votes(retrievers, neighbors, cache_neighbors, part.lm)
+        evidence = Evidence(part.targets, part.lm_log_probs, votes, neighbors, cache_neighbors)
+        explanations += explainer.explain(evidence)
     return explanations
 
 
-def text_windows(
-    lm: LanguageModel, tokens: Sequence[int], windowing: Windowing
-) -> Iterator[Window]:
-    """Cut one text's tokens into windows, as held-out documents are cut."""
-    windowing.check_model(lm)
-    size, context = windowing.window, windowing.context
-    pieces = [np.array(tokens, np.int32)]
-    if windowing.boundary == "document":
-        return document_windows(0, pieces, lm.start_token, size, context)
-    pieces.insert(0, np.array([lm.start_token], np.int32))
-    return stream_windows([(0, pieces)], size, context, np.empty(0, np.int32))
+class Evidence(NamedTuple):
+    """All that the explanation of some consecutive tokens is made from.
+
+    targets: the tokens; lm_log_probs: log p_LM of them. neighbors: of the key before each token,
+    from each retriever. votes: of these neighbors, then of the continuous cache's, if it is used.
+    """
+
+    targets: Int[Tensor, " token"]
+    lm_log_probs: Float[Tensor, " token"]
+    votes: Sequence[Votes]
+    neighbors: Sequence[Neighbors]
+    cache_neighbors: CacheNeighbors | None = None
 
 
-def sum_credits(explanations: Iterable[Explanation]) -> tuple[Credit, ...]:
-    """Return what each document gave to some tokens together, the greatest first."""
-    sums: dict[tuple[str, str], float] = defaultdict(float)
-    for explanation in explanations:
-        for credit in explanation.credits:
-            sums[credit.store, credit.document] += credit.tokens
-    return _sorted_credits(sums)
+class Explainer:
+    """Explains the tokens of one text, in order.
 
+    retrievers: those that the evidence is from. sources, before, after: see `explain`.
+    with_credits: whether to sum each document's part, for which all neighbors are looked up.
+    """
 
-def _sorted_credits(sums: dict[tuple[str, str], float]) -> tuple[Credit, ...]:
-    places = sorted(sums, key=lambda place: -sums[place])
-    return tuple(Credit(store, document, sums[store, document]) for store, document in places)
+    def __init__(
+        self,
+        lm: LanguageModel,
+        retrievers: Sequence[Retriever],
+        *,
+        sources: int = 3,
+        before: int = 24,
+        after: int = 8,
+        with_credits: bool = True,
+    ) -> None:
+        self._lm = lm
+        self._retrievers = retrievers
+        self._documents = [_Documents(r.store) for r in retrievers] if with_credits else None
+        self._sources = sources
+        self._before = before
+        self._after = after
+        self._text: list[int] = []  # the tokens so far, where the continuous cache's passages are
+
+    def explain(self, evidence: Evidence) -> Iterator[Explanation]:
+        """Explain the next tokens of the text."""
+        targets, votes = evidence.targets.tolist(), evidence.votes
+        self._text += targets
+        if not votes:
+            for token, log_prob in zip(targets, evidence.lm_log_probs.tolist(), strict=True):
+                yield Explanation(token, self._lm.decode([token]), log_prob, 0.0, log_prob)
+            return
+        components = [own.for_targets(evidence.targets) for own in votes]
+        shares = _shares(votes)
+        target_probs = torch.stack([component.log_probs.exp() for component in components], dim=1)
+        knn_probs = (shares * target_probs).sum(dim=1)
+        log_probs = interpolate(evidence.lm_log_probs, components)
+        # the voters of all votes side by side
+        weights = torch.cat(
+            [own.log_weights.exp() * shares[:, n, None] for n, own in enumerate(votes)], dim=1
+        )
+        tokens = torch.cat([own.tokens for own in votes], dim=1)
+        strongest = weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
+        for number, token in enumerate(targets):
+            named = [
+                self._source(evidence, number, column, weight)
+                for column, weight in zip(
+                    strongest.indices[number, : self._sources].tolist(),
+                    strongest.values[number, : self._sources].tolist(),
+                    strict=True,
+                )
+            ]
+            sources = tuple(source for source in named if source is not None)
+            wanted = {token, *(source.token for source in sources)}
+            yield Explanation(
+                token=token,
+                text=self._lm.decode([token]),
+                lm_log_prob=float(evidence.lm_log_probs[number]),
+                knn_prob=float(knn_probs[number]),
+                log_prob=float(log_probs[number]),
+                sources=sources,
+                votes=self._heaviest_votes(weights[number], tokens[number], wanted),
+                credits=self._credits(evidence, number, log_probs[number]),
+            )
+
+    def _source(self, evidence: Evidence, number: int, column: int, weight: float) -> Source | None:
+        """Return one voter of a token as a source, None where there is none.
+
+        column: the voter's place in all votes side by side.
+        """
+        starts = [0, *accumulate(own.tokens.shape[1] for own in evidence.votes)]
+        which = bisect_right(starts, column) - 1
+        place = column - starts[which]
+        if which < len(self._retrievers):
+            nearest = evidence.neighbors[which]
+            row = int(nearest.rows[number, place])
+            distance = float(nearest.squared_distances[number, place])
+            return None if row < 0 else self._stored(which, row, weight, distance)
+        assert evidence.cache_neighbors is not None
+        recent = evidence.cache_neighbors
+        if recent.tokens[number, place] < 0:
+            return None
+        position = len(self._text) - len(evidence.targets) + number
+        position -= int(recent.ages[number, place])
+        return self._recent(position, weight, float(recent.squared_distances[number, place]))
+
+    def _stored(self, which: int, row: int, weight: float, squared_distance: float) -> Source:
+        """Return an entry of a datastore as a source."""
+        store = self._retrievers[which].store
+        passage = store.passage(row, self._before, self._after)
+        return Source(
+            store=str(store.path),
+            row=row,
+            document=passage.document.name,
+            position=row - passage.document.start,
+            token=passage.value,
+            weight=weight,
+            squared_distance=squared_distance,
+            before=self._lm.decode(passage.before),
+            value=self._lm.decode([passage.value]),
+            after=self._lm.decode(passage.after),
+        )
+
+    def _recent(self, position: int, weight: float, squared_distance: float) -> Source:
+        """Return a pair in the continuous cache as a source. position: of its token in the text."""
+        text = self._text
+        return Source(
+            store="",
+            row=-1,
+            document=THIS_TEXT,
+            position=position,
+            token=text[position],
+            weight=weight,
+            squared_distance=squared_distance,
+            before=self._lm.decode(text[max(position - self._before, 0) : position]),
+            value=self._lm.decode([text[position]]),
+            after=self._lm.decode(text[position + 1 : position + 1 + self._after]),
+        )
+
+    def _heaviest_votes(
+        self,
+        weights: Float[Tensor, " voter"],
+        tokens: Int[Tensor, " voter"],
+        wanted: Collection[int],
+    ) -> tuple[Vote, ...]:
+        """Return the heaviest votes and those for `wanted`; an absent voter's token is −1."""
+        present = (tokens >= 0).numpy()
+        voted, group, counts = np.unique(
+            tokens.numpy()[present], return_inverse=True, return_counts=True
+        )
+        sums = np.bincount(group, weights=weights.numpy()[present], minlength=len(voted))
+        return tuple(
+            Vote(int(voted[n]), self._lm.decode(voted[[n]]), float(sums[n]), int(counts[n]))
+            for rank, n in enumerate(np.argsort(-sums, kind="stable"))
+            if rank < _HEAVIEST_VOTES or voted[n] in wanted
+        )
+
+    def _credits(
+        self, evidence: Evidence, number: int, log_prob: Float[Tensor, ""]
+    ) -> tuple[Credit, ...]:
+        """Return each document's part of the probability of one token."""
+        if self._documents is None:
+            return ()
+        sums: dict[tuple[str, str], float] = {}
+        for which, own in enumerate(evidence.votes):
+            for_token = own.tokens[number] == evidence.targets[number]
+            if which < len(self._retrievers):
+                rows = evidence.neighbors[which].rows[number][for_token]
+                documents = self._documents[which].at(rows)
+            else:
+                documents = [("", THIS_TEXT)] * int(for_token.sum())
+            lmbda = torch.as_tensor(own.lmbda).expand(len(own.tokens))[number]
+            parts = (lmbda.log() + own.log_weights[number][for_token] - log_prob).exp()
+            for document, part in zip(documents, parts.tolist(), strict=True):
+                if part > 0.0:
+                    sums[document] = sums.get(document, 0.0) + part
+        return sorted_credits(sums)
 
 
 class _Documents:
@@ -182,183 +284,25 @@ class _Documents:
 
     def __init__(self, store: Datastore) -> None:
         documents = store.documents()
-        self.store = str(store.path)
         self._starts = torch.tensor([document.start for document in documents])
-        self._names = [document.name for document in documents]
+        self._names = [(str(store.path), document.name) for document in documents]
 
-    def names(self, rows: Int[Tensor, " n"]) -> list[str]:
-        """Return the name of the document that each row belongs to."""
+    def at(self, rows: Int[Tensor, " n"]) -> list[tuple[str, str]]:
+        """Return the document of each row: its datastore's path and its name."""
         places = torch.searchsorted(self._starts, rows.contiguous(), right=True) - 1
         return [self._names[place] for place in places.tolist()]
 
 
-def explain_scores(
-    lm: LanguageModel,
-    mixer: Mixer,
-    scores: Scores,
-    sources: int,
-    before: int,
-    after: int,
-    text_before: Sequence[int] = (),
-    documents: Sequence[_Documents] | None = None,
-) -> Iterator[Explanation]:
-    """Explain the targets of some scores, the neighbors being those of all the mixer's retrievers.
-
-    text_before: the tokens before the targets, which a continuous cache remembers. documents: of
-    each memory; None for explanations without credits.
-    """
-    retrievers = mixer.retrievers
-    cache_neighbors = scores.cache_neighbors[0] if scores.cache_neighbors else None
-    votes = mixer.votes(retrievers, scores.neighbors, cache_neighbors, scores.lm)
-    of_targets = [of_source.for_targets(scores.targets) for of_source in votes]
-    shares = _shares(votes)
-    of_shares = [of_source.log_probs.exp() for of_source in of_targets]
-    knn_probs = (shares * torch.stack(of_shares, dim=1)).sum(dim=1)
-    log_probs = interpolate(scores.lm_log_probs, of_targets)
-    weights = torch.cat(
-        [v.log_weights.exp() * shares[:, which, None] for which, v in enumerate(votes)], dim=1
-    )
-    strongest = weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
-    tokens = torch.cat([of_source.tokens for of_source in votes], dim=1)
-    text = [*text_before, *scores.targets.tolist()]
-    for number, token in enumerate(scores.targets.tolist()):
-        named = []
-        for weight, place in zip(
-            strongest.values[number, :sources].tolist(),
-            strongest.indices[number, :sources].tolist(),
-            strict=True,
-        ):
-            which = 0
-            while place >= votes[which].tokens.shape[1]:
-                place -= votes[which].tokens.shape[1]
-                which += 1
-            if which == len(retrievers):
-                assert cache_neighbors is not None
-                age = int(cache_neighbors.ages[number, place])
-                if cache_neighbors.tokens[number, place] >= 0:
-                    remembered = len(text_before) + number - age
-                    distance = float(cache_neighbors.squared_distances[number, place])
-                    named.append(
-                        _recalled_source(lm, text, remembered, weight, distance, before, after)
-                    )
-                continue
-            neighbors = scores.neighbors[which]
-            if neighbors.rows[number, place] >= 0:
-                row = int(neighbors.rows[number, place])
-                distance = float(neighbors.squared_distances[number, place])
-                named.append(_source(lm, retrievers[which], row, weight, distance, before, after))
-        yield Explanation(
-            token=token,
-            text=lm.decode([token]),
-            lm_log_prob=float(scores.lm_log_probs[number]),
-            knn_prob=float(knn_probs[number]),
-            log_prob=float(log_probs[number]),
-            sources=tuple(named),
-            votes=_heaviest_votes(
-                lm, weights[number], tokens[number], {token, *(one.token for one in named)}
-            ),
-            credits=()
-            if documents is None
-            else _credits(votes, scores.neighbors, number, token, log_probs[number], documents),
-        )
-
-
-def _heaviest_votes(
-    lm: LanguageModel,
-    weights: Float[Tensor, " voter"],
-    tokens: Int[Tensor, " voter"],
-    wanted: Collection[int],
-) -> tuple[Vote, ...]:
-    """Return the heaviest votes and those for `wanted`; a token of −1 is that of no voter."""
-    present = (tokens >= 0).numpy()
-    found, group, counts = np.unique(
-        tokens.numpy()[present], return_inverse=True, return_counts=True
-    )
-    sums = np.bincount(group, weights=weights.numpy()[present], minlength=len(found))
-    return tuple(
-        Vote(int(found[place]), lm.decode(found[[place]]), float(sums[place]), int(counts[place]))
-        for rank, place in enumerate(np.argsort(-sums, kind="stable"))
-        if rank < _HEAVIEST_VOTES or found[place] in wanted
-    )
-
-
-def _credits(
-    votes: Sequence[Votes],
-    neighbors: Sequence[Neighbors],
-    number: int,
-    token: int,
-    log_prob: Float[Tensor, ""],
-    documents: Sequence[_Documents],
-) -> tuple[Credit, ...]:
-    """Return what each document gave to the probability of one token."""
-    sums: dict[tuple[str, str], float] = defaultdict(float)
-    for which, of_source in enumerate(votes):
-        is_own = of_source.tokens[number] == token
-        if which < len(neighbors):
-            rows = neighbors[which].rows[number][is_own]
-            places = [(documents[which].store, name) for name in documents[which].names(rows)]
-        else:
-            places = [("", THIS_TEXT)] * int(is_own.sum())
-        lmbda = torch.as_tensor(of_source.lmbda).expand(len(of_source.tokens))[number]
-        parts = (lmbda.log() + of_source.log_weights[number][is_own] - log_prob).exp()
-        for place, part in zip(places, parts.tolist(), strict=True):
-            if part > 0.0:
-                sums[place] += part
-    return _sorted_credits(sums)
-
-
 def _shares(votes: Sequence[Votes]) -> Float[Tensor, "query source"]:
-    """Return the part of p_kNN that each source speaks for: by its λ, where it has a say."""
-    present = torch.stack([of_source.present for of_source in votes], dim=1)
-    lmbdas = torch.stack([torch.as_tensor(v.lmbda).expand(len(v.present)) for v in votes], dim=1)
+    """Return each source's share of p_kNN: by its λ, where it has neighbors.
+
+    Where no source has weight, those with neighbors share it equally.
+    """
+    present = torch.stack([own.present for own in votes], dim=1)
+    lmbdas = torch.stack(
+        [torch.as_tensor(own.lmbda).expand(len(own.present)) for own in votes], dim=1
+    )
     lmbdas = torch.where(present, lmbdas, 0.0)
     total = lmbdas.sum(dim=1, keepdim=True)
-    shares = torch.where(total > 0.0, lmbdas, present.float())  # of no weight: alike
+    shares = torch.where(total > 0.0, lmbdas, present.float())
     return shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-30)
-
-
-def _recalled_source(
-    lm: LanguageModel,
-    text: Sequence[int],
-    position: int,
-    weight: float,
-    squared_distance: float,
-    before: int,
-    after: int,
-) -> Source:
-    return Source(
-        store="",
-        row=-1,
-        document=THIS_TEXT,
-        position=position,
-        token=int(text[position]),
-        weight=weight,
-        squared_distance=squared_distance,
-        before=lm.decode(text[max(position - before, 0) : position]),
-        value=lm.decode([text[position]]),
-        after=lm.decode(text[position + 1 : position + 1 + after]),
-    )
-
-
-def _source(
-    lm: LanguageModel,
-    retriever: Retriever,
-    row: int,
-    weight: float,
-    squared_distance: float,
-    before: int,
-    after: int,
-) -> Source:
-    passage = retriever.store.passage(row, before, after)
-    return Source(
-        store=str(retriever.store.path),
-        row=row,
-        document=passage.document.name,
-        position=row - passage.document.start,
-        token=passage.value,
-        weight=weight,
-        squared_distance=squared_distance,
-        before=lm.decode(passage.before),
-        value=lm.decode([passage.value]),
-        after=lm.decode(passage.after),
-    )

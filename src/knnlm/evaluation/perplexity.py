@@ -1,31 +1,26 @@
-"""Evaluation windows → per-token scores → PerplexityReport: the LM and the kNN-LM side by side."""
+"""Held-out text → scores of its tokens → PerplexityReport: the LM and the kNN-LM compared."""
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32
 
 from knnlm.choices import Boundary
 from knnlm.errors import InvalidArgumentError
-from knnlm.evaluation.scoring import Scores, Wanted, mixed_log_probs, score_windows
+from knnlm.evaluation.scoring import ScoreRequest, mixed_log_probs, score_documents
 from knnlm.evaluation.tally import FrequencyBucket, Tally, perplexity_of
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters, as_plain
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import (
-    EncodedDocument,
-    Windowing,
-    cut_windows,
-    encode_documents,
-    total_bytes,
-)
+from knnlm.model.reading import EncodedDocument, Windowing
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.text.corpus import Document
-from knnlm.text.windows import limit_windows
+from knnlm.text.windows import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +60,7 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Seconds:
-    """Where the time of an evaluation went."""
+    """How long the parts of an evaluation took."""
 
     lm: float
     search: float
@@ -76,14 +71,14 @@ class Seconds:
 class PerplexityReport:
     """The LM and the kNN-LM on one text.
 
-    parameters: of each datastore. weights: what chose those of each token, see `Mixer.weights`.
-    cache: the continuous cache, if one was mixed in. tokens_helped, tokens_hurt: tokens to which
-    the mixture gives more, or less, than the LM alone. share_hurt: of tokens that it gives at least
-    0.1 nats less. change, change_error: of perplexity against the LM's, −0.1 for 10 % less, and its
-    standard error. errors_over: what the bootstrap of standard errors draws, "documents", or, where
-    there are fewer than ten, "blocks of 256 tokens", which say nothing of other documents; None,
-    like the errors, for a text of one block. frequencies: from tokens that the datastores lack to
-    the most frequent.
+    parameters: of each datastore. weights: how they were chosen for each token, see
+    `Mixer.weights`. cache: the continuous cache, if one was mixed in. tokens_helped, tokens_hurt:
+    how many tokens are more, or less, probable than under the LM alone; share_hurt: the share that
+    is at least 0.1 nats less probable. change: of perplexity, relative to the LM's, −0.1 for 10 %
+    less; change_error: its standard error. errors_over: the units that the bootstrap of standard
+    errors draws, "documents", or, with fewer than ten, "blocks of 256 tokens", which do not
+    generalize to other documents; None, like the errors, for a text of one block. frequencies: from
+    tokens that the datastores lack to the most frequent.
     """
 
     documents: int
@@ -109,100 +104,42 @@ class PerplexityReport:
         return asdict(self) | {"parameters": as_plain(self.parameters)}
 
 
-def evaluation_scores(
-    lm: LanguageModel,
-    wanted: Wanted,
-    documents: Iterable[Document],
-    windowing: Windowing,
-    max_tokens: int | None = None,
-    progress: Progress = SILENT,
-    description: str = "eval",
-    met: dict[int, EncodedDocument] | None = None,
-) -> Iterator[Scores]:
-    """Yield what is wanted of a held-out text, of every token once.
-
-    max_tokens: stop after so many. met: filled with the documents read, by their number.
-    """
-    if max_tokens is not None and max_tokens < 1:
-        raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
-    windowing.check_model(lm)
-    met = {} if met is None else met
-
-    def meeting() -> Iterator[EncodedDocument]:
-        for encoded in encode_documents(lm, documents, windowing.boundary):
-            met[encoded.number] = encoded
-            yield encoded
-
-    windows = limit_windows(cut_windows(meeting(), lm.start_token, windowing), max_tokens)
-    corpus_bytes = total_bytes(documents)
-    with progress.task(description, max_tokens, "tokens") as advance:
-        for scores in score_windows(lm, windows, wanted):
-            total: float | None = max_tokens
-            if corpus_bytes is not None:
-                tokens = sum(document.tokens for document in met.values())
-                size_bytes = sum(document.size_bytes for document in met.values())
-                total = min(max_tokens or math.inf, corpus_bytes * tokens / max(size_bytes, 1))
-            advance(len(scores.targets), total)
-            yield scores
-
-
 def evaluate(
     lm: LanguageModel,
     mixer: Mixer,
     documents: Iterable[Document],
     windowing: Windowing,
+    *,
     max_tokens: int | None = None,
     progress: Progress = SILENT,
 ) -> PerplexityReport:
     """Score a text with the LM and with the kNN-LM.
 
-    Of a document that `max_tokens` cuts, words and bytes are counted in the decoded scored tokens.
+    If `max_tokens` cuts a document, its words and bytes are counted in the decoded scored tokens.
     Raises InvalidArgumentError, also for a text without tokens.
     """
     started = time.perf_counter()
     lm_seconds = search_seconds = 0.0
     tally = Tally(mixer.retrievers, lm.vocab_size)
-    last_document, last_targets = -1, list[np.ndarray]()
-    met: dict[int, EncodedDocument] = {}
-    wanted = Wanted.by(mixer, windowing.boundary)
-    for scores in evaluation_scores(
-        lm,
-        wanted,
-        documents,
-        windowing,
-        max_tokens,
-        progress,
-        met=met,
-    ):
+    last = _LastDocument()
+    request = ScoreRequest.for_mixer(mixer, windowing.boundary)
+    text = score_documents(
+        lm, documents, windowing, request, max_tokens=max_tokens, progress=progress
+    )
+    for scores in text.scores:
         tally.add(scores, mixed_log_probs(scores, mixer))
         lm_seconds += scores.lm_seconds
         search_seconds += scores.search_seconds
-        for window in scores.windows:
-            offset = 0
-            for span in window.spans:
-                if span.document != last_document:
-                    last_document, last_targets = span.document, []
-                last_targets.append(window.targets[offset : offset + span.count])
-                offset += span.count
-    scored = tally.scored
-    if not scored:
+        last.add(scores.windows)
+    if not tally.scored:
         raise InvalidArgumentError("the text to evaluate must have a token, got none")
-    words = sum(met[number].words for number in scored)
-    size_bytes = sum(met[number].size_bytes for number in scored)
-    last = met[max(scored)]
-    # a stream predicts every document's start token but the first one's
     streaming = windowing.boundary == Boundary.stream
-    unpredicted = int(streaming and last.number == min(met))
-    if scored[last.number] < last.tokens - unpredicted:
-        targets = np.concatenate(last_targets)
-        text = lm.decode(targets[int(streaming) - unpredicted :])
-        words += len(text.split()) - last.words
-        size_bytes += len(text.encode()) - last.size_bytes
+    words, size_bytes = _measure_text(lm, text.documents, tally.scored, last.targets, streaming)
     errors = tally.errors()
     lm_nats, knn_nats = tally.nats
-    tokens = sum(scored.values())
+    tokens = sum(tally.scored.values())
     return PerplexityReport(
-        documents=len(scored),
+        documents=len(tally.scored),
         tokens=tokens,
         words=words,
         size_bytes=size_bytes,
@@ -220,3 +157,45 @@ def evaluate(
         frequencies=tally.frequencies(),
         seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),
     )
+
+
+class _LastDocument:
+    """The scored tokens of the last document, which `max_tokens` may have cut."""
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._parts: list[Int32[np.ndarray, " part"]] = []
+
+    def add(self, windows: Iterable[Window]) -> None:
+        for window in windows:
+            start = 0
+            for span in window.spans:
+                if span.document != self._number:
+                    self._number, self._parts = span.document, []
+                self._parts.append(window.targets[start : start + span.count])
+                start += span.count
+
+    @property
+    def targets(self) -> Int32[np.ndarray, " target"]:
+        return np.concatenate(self._parts)
+
+
+def _measure_text(
+    lm: LanguageModel,
+    documents: Mapping[int, EncodedDocument],
+    scored: Mapping[int, int],
+    last_targets: Int32[np.ndarray, " target"],
+    streaming: bool,
+) -> tuple[int, int]:
+    """Return the words and bytes of the scored text. scored: how many tokens of each document."""
+    words = sum(documents[number].words for number in scored)
+    size_bytes = sum(documents[number].size_bytes for number in scored)
+    last = documents[max(scored)]
+    # a stream predicts the start token of every document but the first
+    has_start_target = streaming and last.number != min(documents)
+    unpredicted = int(streaming and not has_start_target)
+    if scored[last.number] < last.tokens - unpredicted:
+        text = lm.decode(last_targets[int(has_start_target) :])
+        words += len(text.split()) - last.words
+        size_bytes += len(text.encode()) - last.size_bytes
+    return words, size_bytes

@@ -1,9 +1,9 @@
-"""Windows → the model's log-probability and the neighbors of every new token.
+"""Text → the model's log-probability and the neighbors of every token.
 
-One search of many queries serves the perplexity, the tuning and the explanations; the mixture is
-made later, from what is found here.
+One search of many queries serves perplexities, tuning and explanations, which mix its results.
 """
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,23 +15,35 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.choices import Boundary, Similarity
+from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
 from knnlm.mixture.features import LMSummary
 from knnlm.mixture.interpolation import interpolate
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import default_batch_tokens, read_scores
+from knnlm.model.reading import (
+    EncodedDocument,
+    Likeliest,
+    Windowing,
+    cut_windows,
+    default_batch_tokens,
+    encode_documents,
+    read_scores,
+    total_bytes,
+)
+from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
-from knnlm.text.windows import Window
+from knnlm.text.corpus import Document
+from knnlm.text.windows import Window, document_windows, limit_windows, stream_windows
 
 QUERIES_AT_ONCE = 4096
 
 
 class CacheRequest(NamedTuple):
-    """What continuous caches of several sizes are asked for: the k most similar pairs.
+    """The k most similar pairs in continuous caches of several sizes.
 
-    boundary: "document" to begin anew with each document, "stream" to remember what came before.
+    boundary: "document" empties them between documents, "stream" does not.
     """
 
     sizes: tuple[int, ...]
@@ -41,35 +53,40 @@ class CacheRequest(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """What is to be found of each token beside the model's log-probability.
+class ScoreRequest:
+    """What to compute for each token besides the model's log-probability.
 
-    retrievers: which are searched, whatever their λ. recall: what the continuous cache is asked
-    for. summary: whether the model's whole distribution is described.
+    retrievers: those to search, whatever their λ. cache: the pairs of the continuous cache to find.
+    summary: whether to summarize the model's whole distribution. likeliest: how many of the
+    model's likeliest tokens to name.
     """
 
     retrievers: tuple[Retriever, ...]
-    recall: CacheRequest | None = None
+    cache: CacheRequest | None = None
     summary: bool = False
+    likeliest: int = 0
 
     @classmethod
-    def by(cls, mixer: Mixer, boundary: str) -> "Wanted":
-        """Return what a mixer needs."""
-        recall = None
+    def for_mixer(cls, mixer: Mixer, boundary: str) -> "ScoreRequest":
+        """Return the request for everything that a mixer needs."""
+        cache = None
         if mixer.uses_cache:
             assert mixer.cache is not None
-            cache = mixer.cache
-            recall = CacheRequest((cache.size,), cache.votes.k, cache.similarity, boundary)
-        return cls(mixer.searched, recall, mixer.gate is not None)
+            parameters = mixer.cache
+            cache = CacheRequest(
+                (parameters.size,), parameters.votes.k, parameters.similarity, boundary
+            )
+        return cls(mixer.searched, cache, mixer.gate is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the model and the datastores say of each new token of some windows, in order.
+    """What was computed for each new token (target) of some windows, in order.
 
-    lm_log_probs: log p_LM of the token. neighbors: of the key that precedes it, in each datastore
-    that was searched. cache_neighbors: of each size of the continuous cache that was asked for.
-    lm: if wanted. lm_seconds, search_seconds: what it took, the continuous cache among the search.
+    lm_log_probs: log p_LM of the token. neighbors: of the key before it, from each retriever that
+    was searched. cache_neighbors: from the continuous cache, for each size. lm, likeliest: of the
+    model's distribution, if requested. lm_seconds, search_seconds: how long it took; the continuous
+    cache counts as search.
     """
 
     windows: list[Window]
@@ -78,18 +95,89 @@ class Scores:
     neighbors: tuple[Neighbors, ...]
     cache_neighbors: tuple[CacheNeighbors, ...] = ()
     lm: LMSummary | None = None
+    likeliest: Likeliest | None = None
     lm_seconds: float = 0.0
     search_seconds: float = 0.0
 
 
-def score_windows(
+def mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
+    """Return log p of each scored token; the scores are those that the mixer needs."""
+    cache_neighbors = scores.cache_neighbors[0] if scores.cache_neighbors else None
+    votes = mixer.votes(mixer.searched, scores.neighbors, cache_neighbors, scores.lm)
+    return interpolate(scores.lm_log_probs, [one.for_targets(scores.targets) for one in votes])
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentScores:
+    """The scores of held-out documents, computed while they are iterated over.
+
+    documents: those that were read so far, by number.
+    """
+
+    scores: Iterator[Scores]
+    documents: dict[int, EncodedDocument]
+
+
+def score_documents(
     lm: LanguageModel,
-    windows: Iterable[Window],
-    wanted: Wanted,
-    batch_tokens: int | None = None,
+    documents: Iterable[Document],
+    windowing: Windowing,
+    request: ScoreRequest,
+    *,
+    max_tokens: int | None = None,
+    progress: Progress = SILENT,
+    description: str = "eval",
+) -> DocumentScores:
+    """Score every token of held-out documents once, or the first `max_tokens` tokens.
+
+    Raises InvalidArgumentError. description: the name of the work in its progress.
+    """
+    if max_tokens is not None and max_tokens < 1:
+        raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
+    windowing.check_model(lm)
+    read: dict[int, EncodedDocument] = {}
+
+    def reading() -> Iterator[EncodedDocument]:
+        for encoded in encode_documents(lm, documents, windowing.boundary):
+            read[encoded.number] = encoded
+            yield encoded
+
+    def scores() -> Iterator[Scores]:
+        windows = limit_windows(cut_windows(reading(), lm.start_token, windowing), max_tokens)
+        corpus_bytes = total_bytes(documents)
+        with progress.task(description, max_tokens, "tokens") as advance:
+            for part in score_windows(lm, windows, request):
+                total: float | None = max_tokens
+                if corpus_bytes is not None:
+                    tokens = sum(document.tokens for document in read.values())
+                    size_bytes = sum(document.size_bytes for document in read.values())
+                    total = min(max_tokens or math.inf, corpus_bytes * tokens / max(size_bytes, 1))
+                advance(len(part.targets), total)
+                yield part
+
+    return DocumentScores(scores(), read)
+
+
+def score_text(
+    lm: LanguageModel, tokens: Sequence[int], windowing: Windowing, request: ScoreRequest
+) -> Iterator[Scores]:
+    """Score the tokens of one text, cut into windows as a held-out document is."""
+    windowing.check_model(lm)
+    size, context = windowing.window, windowing.context
+    pieces = [np.array(tokens, np.int32)]
+    if windowing.boundary == Boundary.document:
+        windows = document_windows(0, pieces, lm.start_token, size, context)
+    else:
+        pieces.insert(0, np.array([lm.start_token], np.int32))
+        windows = stream_windows([(0, pieces)], size, context, np.empty(0, np.int32))
+    return score_windows(lm, windows, request)
+
+
+def score_windows(
+    lm: LanguageModel, windows: Iterable[Window], request: ScoreRequest
 ) -> Iterator[Scores]:
     """Yield the scores of consecutive windows, some thousands of tokens at a time."""
-    scorer = _Scorer(lm, wanted, batch_tokens or default_batch_tokens(lm))
+    scorer = _Scorer(lm, request)
     group: list[Window] = []
     for window in windows:
         group.append(window)
@@ -101,71 +189,69 @@ def score_windows(
 
 
 class _Scorer:
-    def __init__(self, lm: LanguageModel, wanted: Wanted, batch_tokens: int) -> None:
+    """Scores consecutive groups of windows; the continuous cache lasts from one to the next."""
+
+    def __init__(self, lm: LanguageModel, request: ScoreRequest) -> None:
         self._lm = lm
-        self._wanted = wanted
-        self._batch_tokens = batch_tokens
+        self._request = request
         self._document = -1
         self._cache: ContinuousCache | None = None
 
     def score(self, windows: list[Window]) -> Scores:
-        lm, wanted = self._lm, self._wanted
+        lm, request = self._lm, self._request
         started = time.perf_counter()
         targets = torch.from_numpy(np.concatenate([window.targets for window in windows]))
         starts = np.cumsum([0] + [window.new for window in windows]).tolist()
         log_probs = torch.empty(len(targets))
         queries = torch.empty(len(targets), lm.dimension)
         summaries: dict[int, LMSummary] = {}
-        for scores in read_scores(lm, windows, self._batch_tokens, wanted.summary):
+        likeliest: dict[int, Likeliest] = {}
+        batch_tokens = default_batch_tokens(lm)
+        for scores in read_scores(lm, windows, batch_tokens, request.summary, request.likeliest):
             new = slice(starts[scores.number], starts[scores.number + 1])
             log_probs[new], queries[new] = scores.log_probs, scores.keys
             if scores.summary is not None:
                 summaries[scores.number] = scores.summary.cpu()
-        summary = None
-        if wanted.summary:
-            summary = LMSummary.join([summaries[number] for number in range(len(windows))])
+            if scores.likeliest is not None:
+                likeliest[scores.number] = scores.likeliest
         read = time.perf_counter()
-        neighbors = tuple(retriever.search(queries) for retriever in wanted.retrievers)
-        cache_neighbors = self._recall(
+        neighbors = tuple(retriever.search(queries) for retriever in request.retrievers)
+        cache_neighbors = self._find_in_cache(
             windows, torch.split(queries, [window.new for window in windows])
         )
         searched = time.perf_counter()
+        numbers = range(len(windows))
         return Scores(
             windows,
             targets,
             log_probs,
             neighbors,
             cache_neighbors,
-            summary,
+            LMSummary.join([summaries[number] for number in numbers]) if summaries else None,
+            Likeliest.join([likeliest[number] for number in numbers]) if likeliest else None,
             read - started,
             searched - read,
         )
 
-    def _recall(
+    def _find_in_cache(
         self, windows: Sequence[Window], keys: Sequence[Float[Tensor, "_ dim"]]
     ) -> tuple[CacheNeighbors, ...]:
-        recall = self._wanted.recall
-        if recall is None:
+        """Return what each requested size of the continuous cache finds for each key."""
+        request = self._request.cache
+        if request is None:
             return ()
-        found: list[list[CacheNeighbors]] = [[] for _ in recall.sizes]
-        for window, of_window in zip(windows, keys, strict=True):
+        by_size: list[list[CacheNeighbors]] = [[] for _ in request.sizes]
+        for window, window_keys in zip(windows, keys, strict=True):
             document = window.spans[0].document
             if self._cache is None or (
-                recall.boundary == Boundary.document and document != self._document
+                request.boundary == Boundary.document and document != self._document
             ):
                 self._cache = ContinuousCache(
-                    max(recall.sizes), self._lm.dimension, similarity=recall.similarity
+                    max(request.sizes), self._lm.dimension, similarity=request.similarity
                 )
             self._document = document
             inputs = torch.from_numpy(window.inputs[window.context :]).long()
-            cache_view = self._cache.recall(inputs[None], of_window[None])
-            for parts, size in zip(found, recall.sizes, strict=True):
-                parts.append(cache_view.nearest(recall.k, size))
-        return tuple(join_cache_neighbors(parts) for parts in found)
-
-
-def mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
-    """Return log p of each scored token under the mixer that the scores were made for."""
-    cache_neighbors = scores.cache_neighbors[0] if scores.cache_neighbors else None
-    votes = mixer.votes(mixer.searched, scores.neighbors, cache_neighbors, scores.lm)
-    return interpolate(scores.lm_log_probs, [one.for_targets(scores.targets) for one in votes])
+            cache_view = self._cache.recall(inputs[None], window_keys[None])
+            for parts, size in zip(by_size, request.sizes, strict=True):
+                parts.append(cache_view.nearest(request.k, size))
+        return tuple(join_cache_neighbors(parts) for parts in by_size)

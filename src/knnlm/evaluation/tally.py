@@ -1,4 +1,4 @@
-"""What an evaluation counts, token by token and document by document."""
+"""Counts of an evaluation: nats, by document and by the frequency of tokens."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -15,8 +15,8 @@ from torch import Tensor
 from knnlm.evaluation.scoring import Scores
 from knnlm.retrieval.retriever import Retriever
 
-FEWEST_DOCUMENTS = 10  # whose bootstrap says something of other documents
-BLOCK = 256  # consecutive tokens, which are alike
+FEWEST_DOCUMENTS = 10  # for a bootstrap over documents; fewer say little about others
+BLOCK = 256  # consecutive tokens, which resemble each other, are drawn together
 HURT_NATS = 0.1
 _RESAMPLES = 2000
 
@@ -35,7 +35,7 @@ class FrequencyBucket:
 class Errors(NamedTuple):
     """Standard errors of the LM's perplexity, the mixture's, and of their ratio.
 
-    over: what the bootstrap drew, "documents" or "blocks of 256 tokens".
+    over: the units that the bootstrap drew, "documents" or "blocks of 256 tokens".
     """
 
     lm: float
@@ -47,35 +47,35 @@ class Errors(NamedTuple):
 class Tally:
     """Sums of nats: over documents, and over tokens of similar frequency in the datastores.
 
-    scored: how many tokens of each document, by its number. helped, hurt: tokens to which the
-    mixture gives more, or less, than the LM.
+    scored: the number of tokens counted in each document, by its number. helped, hurt: how many
+    tokens are more, or less, probable under the mixture than under the LM.
     """
 
     def __init__(self, retrievers: Sequence[Retriever], vocab_size: int) -> None:
         self.scored: dict[int, int] = {}
         self.helped = self.hurt = 0
         self._hurt_much = 0.0
-        # by document and number of the block in it: nats of the LM and the mixture, and tokens
-        self._of_blocks: dict[tuple[int, int], Float[Tensor, " count"]] = {}
+        # by document and block number: nats of the LM and of the mixture, and tokens
+        self._blocks: dict[tuple[int, int], Float[Tensor, " count"]] = {}
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for retriever in retrievers:
             counts += _count_tokens(retriever, vocab_size)
         # 0 for none, 1 for 1 … 9, 2 for 10 … 99, …
         self._bucket = counts.double().log10().floor().clamp_min(-1).long() + 1
         buckets = int(self._bucket.max()) + 1
-        self._tokens = torch.zeros(buckets, dtype=torch.int64)
-        self._of_buckets = torch.zeros(buckets, 2, dtype=torch.float64)
+        self._bucket_tokens = torch.zeros(buckets, dtype=torch.int64)
+        self._bucket_nats = torch.zeros(buckets, 2, dtype=torch.float64)
 
     def add(self, scores: Scores, mixed_log_probs: Float[Tensor, " token"]) -> None:
-        """Count some tokens."""
+        """Count the scored tokens, which continue those counted before."""
         lm_log_probs = scores.lm_log_probs
         nats = -torch.stack([lm_log_probs.double(), mixed_log_probs.double()], dim=1)
         self.helped += int((mixed_log_probs > lm_log_probs).sum())
         self.hurt += int((mixed_log_probs < lm_log_probs).sum())
         self._hurt_much += share_hurt(mixed_log_probs, lm_log_probs) * len(nats)
         buckets = self._bucket[scores.targets.long()]
-        self._tokens += torch.bincount(buckets, minlength=len(self._tokens))
-        self._of_buckets.index_add_(0, buckets, nats)
+        self._bucket_tokens += torch.bincount(buckets, minlength=len(self._bucket_tokens))
+        self._bucket_nats.index_add_(0, buckets, nats)
         counted = torch.cat([nats, torch.ones(len(nats), 1, dtype=torch.float64)], dim=1)
         start = 0
         for window in scores.windows:
@@ -90,29 +90,29 @@ class Tally:
         ends = range(BLOCK - before % BLOCK, len(counted), BLOCK)
         for block, part in enumerate(counted.tensor_split(list(ends)), start=before // BLOCK):
             key = document, block
-            self._of_blocks[key] = self._of_blocks.get(key, 0) + part.sum(dim=0)
+            self._blocks[key] = self._blocks.get(key, 0) + part.sum(dim=0)
 
     @property
     def nats(self) -> tuple[float, float]:
-        """The LM's and the mixture's, in all."""
-        lm, mixed, _ = torch.stack(list(self._of_blocks.values())).sum(dim=0).tolist()
+        """The total nats of the LM and of the mixture."""
+        lm, mixed, _ = torch.stack(list(self._blocks.values())).sum(dim=0).tolist()
         return lm, mixed
 
     @property
     def share_hurt(self) -> float:
-        """The share of tokens to which the mixture gives at least 0.1 nats less than the LM."""
+        """The share of tokens that are at least 0.1 nats less probable than under the LM."""
         return self._hurt_much / sum(self.scored.values())
 
     def errors(self) -> Errors | None:
         """Return standard errors by a bootstrap, seeded; None for a text of one block.
 
-        Over documents, or, where there are fewer than ten, over blocks of 256 tokens in them.
+        It draws documents or, if there are fewer than ten, blocks of 256 tokens.
         """
-        over, parts = f"blocks of {BLOCK} tokens", list(self._of_blocks.values())
+        over, parts = f"blocks of {BLOCK} tokens", list(self._blocks.values())
         if len(self.scored) >= FEWEST_DOCUMENTS:
-            by_document = groupby(sorted(self._of_blocks), key=lambda key: key[0])
+            by_document = groupby(sorted(self._blocks), key=lambda key: key[0])
             parts = [
-                torch.stack([self._of_blocks[key] for key in keys]).sum(dim=0)
+                torch.stack([self._blocks[key] for key in keys]).sum(dim=0)
                 for _, keys in by_document
             ]
             over = "documents"
@@ -131,20 +131,20 @@ class Tally:
         return tuple(self._frequencies())
 
     def _frequencies(self) -> Iterator[FrequencyBucket]:
-        for number, tokens in enumerate(self._tokens.tolist()):
+        for number, tokens in enumerate(self._bucket_tokens.tolist()):
             if tokens:
                 lm, mixed = (
-                    perplexity_of(nats / tokens) for nats in self._of_buckets[number].tolist()
+                    perplexity_of(nats / tokens) for nats in self._bucket_nats[number].tolist()
                 )
                 at_least, at_most = (10 ** (number - 1), 10**number - 1) if number else (0, 0)
                 yield FrequencyBucket(at_least, at_most, tokens, lm, mixed)
 
 
 def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the nats a token, [resample, column], of texts drawn from parts of a text.
+    """Return nats per token, [resample, column], of 2,000 texts resampled from a text's parts.
 
-    nats: [part, column], tokens: [part], of each part, such as a document. Parts are drawn with
-    replacement, as many as there are, 2,000 times; seeded.
+    nats: [part, column], tokens: [part], of each part, such as a document. A resampled text has
+    the same number of parts, drawn with replacement; seeded.
     """
     generator = np.random.default_rng(0)
     drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
@@ -157,12 +157,12 @@ def _count_tokens(retriever: Retriever, vocab_size: int) -> Int[Tensor, " vocab"
 
 
 def perplexity_of(nats_per_token: float) -> float:
-    """Return e^nats, infinite where that is no float."""
+    """Return e^nats, infinity where that overflows."""
     return math.exp(nats_per_token) if nats_per_token < 700 else math.inf
 
 
 def share_hurt(
     mixed_log_probs: Float[Tensor, " token"], lm_log_probs: Float[Tensor, " token"]
 ) -> float:
-    """Return the share of tokens that the mixture gives at least 0.1 nats less than the LM."""
+    """Return the share of tokens that are at least 0.1 nats less probable than under the LM."""
     return float((mixed_log_probs < lm_log_probs - HURT_NATS).double().mean())

@@ -133,6 +133,13 @@ class LanguageModel(KeyedModel):
         ids = tokens.tolist() if isinstance(tokens, np.ndarray | Tensor) else list(tokens)
         return detokenize(self.tokenizer, ids)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """The tokens that end a text: the generation config's and the tokenizer's."""
+        ends = self.model.generation_config.eos_token_id
+        configured = ends if isinstance(ends, list) else [ends]
+        return frozenset({*configured, self.tokenizer.eos_token_id} - {None})
+
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the vocabulary, the start token and the tokens of a fixed text."""

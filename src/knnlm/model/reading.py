@@ -211,22 +211,42 @@ def read_keys(
             yield number, keys[row, window.context : window.positions]
 
 
+class Likeliest(NamedTuple):
+    """The model's likeliest tokens after some positions, the likeliest first."""
+
+    tokens: Int[Tensor, "position top"]
+    log_probs: Float[Tensor, "position top"]
+
+    @classmethod
+    def join(cls, parts: Sequence["Likeliest"]) -> "Likeliest":
+        """Return those of consecutive positions."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
 class WindowScores(NamedTuple):
     """What the model says of a window's new positions; float32, log_probs of the true tokens.
 
-    summary: of its whole distribution, where that was asked for.
+    summary, likeliest: of its whole distribution, where that was asked for.
     """
 
     number: int
     keys: Float[Tensor, "new dim"]
     log_probs: Float[Tensor, " new"]
     summary: LMSummary | None
+    likeliest: Likeliest | None
 
 
 def read_scores(
-    lm: LanguageModel, windows: Sequence[Window], batch_tokens: int, summarize: bool = False
+    lm: LanguageModel,
+    windows: Sequence[Window],
+    batch_tokens: int,
+    summarize: bool = False,
+    likeliest: int = 0,
 ) -> Iterator[WindowScores]:
-    """Yield the keys and the model's own log-probabilities of each window's new tokens."""
+    """Yield the keys and the model's own log-probabilities of each window's new tokens.
+
+    likeliest: how many of the model's likeliest tokens to return in each place, on the CPU.
+    """
     affordable = _LOGITS_BYTES // (4 * lm.vocab_size)
     for numbers in _batches(windows, min(batch_tokens, affordable)):
         reading = lm.keys_and_logits(_padded(windows, numbers))
@@ -234,7 +254,7 @@ def read_scores(
             window = windows[number]
             new = slice(window.context, window.positions)
             targets = torch.from_numpy(window.targets).to(lm.device, torch.int64)
-            log_probs, summaries = [], []
+            log_probs, summaries, tops = [], [], []
             for logits, of_logits in zip(
                 torch.split(reading.logits[row, new], _SOFTMAX_ROWS),
                 torch.split(targets, _SOFTMAX_ROWS),
@@ -244,11 +264,15 @@ def read_scores(
                 log_probs.append(distribution.gather(1, of_logits[:, None])[:, 0])
                 if summarize:
                     summaries.append(summarize_lm(distribution))
+                if likeliest:
+                    top = distribution.topk(min(likeliest, lm.vocab_size), dim=1)
+                    tops.append(Likeliest(top.indices.cpu(), top.values.cpu()))
             yield WindowScores(
                 number,
                 reading.keys[row, new].float(),
                 torch.cat(log_probs),
                 LMSummary.join(summaries) if summarize else None,
+                Likeliest.join(tops) if likeliest else None,
             )
 
 

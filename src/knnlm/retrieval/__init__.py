@@ -1,1 +1,1 @@
-"""Datastores as parts of a mixture: what is searched, and how the results are mixed."""
+"""Datastores as parts of a mixture: searching them, and mixing what they return."""

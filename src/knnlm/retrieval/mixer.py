@@ -1,17 +1,17 @@
-"""Mixers: who is asked beside the language model, and how much each answer counts.
+"""Mixers: retrievers and the continuous cache, mixed with a language model's predictions.
 
-Fixed weights, or a gate that chooses them for each token; datastores, and the continuous cache.
+The weights are fixed, or chosen for each token by the nearest distance or by a learned gate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.choices import Weights, parse_choice
-from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Index, Neighbors
 from knnlm.mixture.continuous_cache import (
@@ -33,7 +33,9 @@ from knnlm.mixture.interpolation import (
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.retrieval.retriever import (
     ForEach,
+    GivenParameters,
     Retriever,
+    Stores,
     as_stores,
     check_total,
     open_retrievers,
@@ -41,12 +43,53 @@ from knnlm.retrieval.retriever import (
 )
 
 
+class Retrieved(NamedTuple):
+    """The neighbors of some keys, and all that can be computed before the LM's predictions.
+
+    neighbors: from each retriever of `Mixer.searched`. votes, by_token: with weights that need no
+    gate. weighed, sums: for a gate, which chooses the weights after the LM's predictions.
+    """
+
+    neighbors: list[Neighbors]
+    votes: list[Votes]
+    by_token: list[TokenVotes]
+    weighed: list[Weighed]
+    sums: list[TokenSums]
+
+
+class Mixed:
+    """The mixture's predictions after some positions. log_probs: log p of every token."""
+
+    def __init__(
+        self, log_probs: Float[Tensor, "*position vocab"], choose_votes: Callable[[], list[Votes]]
+    ) -> None:
+        self.log_probs = log_probs
+        self._choose_votes = choose_votes
+
+    @cached_property
+    def votes(self) -> list[Votes]:
+        """The votes behind the predictions, from each searched retriever, the cache's last."""
+        return self._choose_votes()
+
+    def votes_at(self, query: int) -> list[Votes]:
+        """Return the votes for one query, on the CPU."""
+        return [
+            Votes(
+                votes.log_weights[[query]].cpu(),
+                votes.tokens[[query]].cpu(),
+                votes.lmbda if isinstance(votes.lmbda, float) else votes.lmbda[[query]].cpu(),
+                votes.present[[query]].cpu(),
+            )
+            for votes in self.votes
+        ]
+
+
 @dataclass(frozen=True, slots=True)
 class Mixer:
     """Everything that is mixed with a language model's predictions.
 
-    cache: the continuous cache, None for none. gate: chooses every weight; without one, each
-    memory chooses its own, and the cache's is fixed.
+    cache: the continuous cache, if there is one. gate: chooses all weights; without a gate each
+    retriever chooses its own, and the cache's weight is fixed.
     """
 
     retrievers: tuple[Retriever, ...]
@@ -55,7 +98,7 @@ class Mixer:
 
     @property
     def weights(self) -> Weights:
-        """What chooses the weights of each token's neighbors."""
+        """How the weights of each token's neighbors are chosen."""
         if self.gate is not None:
             return Weights.learned
         by_distance = any(retriever.by_distance is not None for retriever in self.retrievers)
@@ -63,14 +106,14 @@ class Mixer:
 
     @property
     def searched(self) -> tuple[Retriever, ...]:
-        """The retrievers whose neighbors are needed: without a gate, those that count."""
+        """The retrievers whose neighbors are needed: all with a gate, else those with weight."""
         if self.gate is not None:
             return self.retrievers
         return tuple(retriever for retriever in self.retrievers if retriever.counts)
 
     @property
     def uses_cache(self) -> bool:
-        """Whether what the continuous cache remembers is needed."""
+        """Whether the continuous cache can change a prediction."""
         return self.cache is not None and (self.gate is not None or self.cache.votes.lmbda > 0.0)
 
     @property
@@ -81,7 +124,7 @@ class Mixer:
     def new_cache(
         self, keys: Float[Tensor, "batch time dim"], position: int = 0
     ) -> ContinuousCache:
-        """Return a cache for sequences with keys like these, that remembers nothing yet."""
+        """Return an empty continuous cache for sequences with keys like these."""
         assert self.cache is not None
         return ContinuousCache(
             self.cache.size,
@@ -92,22 +135,54 @@ class Mixer:
             position=position,
         )
 
-    def nearest(self, cache_view: CacheView) -> CacheNeighbors:
-        """Return the pairs that vote, of what the cache remembers."""
-        assert self.cache is not None
-        return cache_view.nearest(self.cache.votes.k)
-
-    def ask(self, keys: Float[Tensor, "query dim"]) -> "Asked":
+    def search(self, keys: Float[Tensor, "*position dim"]) -> Retrieved:
         """Search each retriever in `searched`, and do all that needs no language model."""
-        neighbors = [retriever.search(keys) for retriever in self.searched] if len(keys) else []
-        found = list(zip(self.searched, neighbors, strict=False))
+        queries = keys.flatten(0, -2)
+        searched = self.searched if len(queries) else ()
+        neighbors = [retriever.search(queries) for retriever in searched]
+        pairs = list(zip(searched, neighbors, strict=True))
         if self.gate is None:
-            votes = [retriever.vote(of_one).by_token() for retriever, of_one in found]
-            return Asked(neighbors, votes, [], [])
-        voters = [retriever.voters(of_one) for retriever, of_one in found]
-        sources = self.gate.sources
-        weighed = [weigh(*of_source) for of_source in zip(sources, voters, strict=False)]
-        return Asked(neighbors, [], weighed, [_sums(one) for one in weighed])
+            votes = [retriever.vote(nearest) for retriever, nearest in pairs]
+            return Retrieved(neighbors, votes, [one.by_token() for one in votes], [], [])
+        weighed = [
+            weigh(source, retriever.voters(nearest))
+            for source, (retriever, nearest) in zip(self.gate.sources, pairs, strict=False)
+        ]
+        return Retrieved(neighbors, [], [], weighed, [_sum_weighed(one) for one in weighed])
+
+    def mix(
+        self,
+        retrieved: Retrieved,
+        cache_view: CacheView | None,
+        lm_log_probs: Float[Tensor, "*position vocab"],
+    ) -> Mixed:
+        """Mix the LM's predictions after some positions with the neighbors of their keys.
+
+        retrieved: from `search`. cache_view: the positions' view of the continuous cache, where
+        `uses_cache`. The mixture's log_probs are `lm_log_probs` itself where nothing counts.
+        """
+        if not self.counts or lm_log_probs.numel() == 0:
+            return Mixed(lm_log_probs, lambda: retrieved.votes)
+        cache_neighbors = None
+        if cache_view is not None:
+            assert self.cache is not None
+            cache_neighbors = cache_view.nearest(self.cache.votes.k)
+        rows = lm_log_probs.flatten(0, -2)
+        if self.gate is None:
+            cache_votes = self._cache_votes(cache_neighbors)
+            votes = [*retrieved.votes, *cache_votes]
+            by_token = [*retrieved.by_token, *(one.by_token() for one in cache_votes)]
+            mixed = interpolate_vocabulary(rows, by_token).reshape(lm_log_probs.shape)
+            return Mixed(mixed, lambda: votes)
+        weighed, sums = retrieved.weighed, retrieved.sums
+        if cache_neighbors is not None:
+            cache_weighed = weigh(self.gate.sources[-1], cache_neighbors.voters)
+            weighed, sums = [*weighed, cache_weighed], [*sums, _sum_weighed(cache_weighed)]
+        lm = summarize_lm(rows.detach())
+        gate = self.gate.to(lm.entropy.device)
+        by_token = gate.choose_by_token(lm, weighed, sums)
+        mixed = interpolate_vocabulary(rows, by_token).reshape(lm_log_probs.shape)
+        return Mixed(mixed, lambda: gate.choose(lm, weighed))
 
     def votes(
         self,
@@ -116,121 +191,65 @@ class Mixer:
         cache_neighbors: CacheNeighbors | None,
         lm: LMSummary | None,
     ) -> list[Votes]:
-        """Return how each source's voters enter the mixture, the cache's last.
+        """Return the votes of each retriever's neighbors in the mixture, the cache's last.
 
-        retrievers: those in `searched`, or all; neighbors: of each. cache_neighbors: where
-        `uses_cache`. lm: what the model says, where there is a gate.
+        For targets alone, without the whole vocabulary. retrievers: those in `searched`, or all,
+        each with its neighbors. cache_neighbors: where `uses_cache`. lm: where there is a gate.
         """
+        pairs = list(zip(retrievers, neighbors, strict=True))
         if self.gate is None:
-            votes = [
-                retriever.vote(found)
-                for retriever, found in zip(retrievers, neighbors, strict=True)
-            ]
+            votes = [retriever.vote(nearest) for retriever, nearest in pairs]
             return [*votes, *self._cache_votes(cache_neighbors)]
         assert lm is not None
-        voters = [
-            retriever.voters(found) for retriever, found in zip(retrievers, neighbors, strict=True)
-        ]
+        voters = [retriever.voters(nearest) for retriever, nearest in pairs]
         if cache_neighbors is not None:
             voters.append(cache_neighbors.voters)
         return self.gate.to(lm.entropy.device)(lm, voters)
 
     def _cache_votes(self, cache_neighbors: CacheNeighbors | None) -> list[Votes]:
-        """Return the continuous cache's fixed vote, if it has one."""
+        """Return the continuous cache's votes with its fixed weight, if it is used."""
         if cache_neighbors is None:
             return []
         assert self.cache is not None
-        temperature, lmbda = self.cache.votes.temperature, self.cache.votes.lmbda
-        log_weights = neighbor_log_weights(cache_neighbors.squared_distances, temperature)
-        present = cache_neighbors.squared_distances[:, 0].isfinite()
-        return [Votes(log_weights, cache_neighbors.tokens, lmbda, present)]
-
-    def mix_vocabulary(
-        self,
-        asked: "Asked",
-        cache_neighbors: CacheNeighbors | None,
-        lm_log_probs: Float[Tensor, "query vocab"],
-    ) -> Float[Tensor, "query vocab"]:
-        """Return log p of every token. asked: what `ask` found; cache_neighbors: see `votes`.
-
-        Where nothing counts, `lm_log_probs` come back as they are.
-        """
-        if not self.counts or len(lm_log_probs) == 0:
-            return lm_log_probs
-        if self.gate is None:
-            by_token = [
-                *asked.votes,
-                *(one.by_token() for one in self._cache_votes(cache_neighbors)),
-            ]
-        else:
-            weighed, sums = asked.weighed, asked.sums
-            if cache_neighbors is not None:
-                of_cache = weigh(self.gate.sources[-1], cache_neighbors.voters)
-                weighed, sums = [*weighed, of_cache], [*sums, _sums(of_cache)]
-            lm = summarize_lm(lm_log_probs.detach())
-            by_token = self.gate.to(lm.entropy.device).choose_by_token(lm, weighed, sums)
-        return interpolate_vocabulary(lm_log_probs, by_token)
+        distances, parameters = cache_neighbors.squared_distances, self.cache.votes
+        log_weights = neighbor_log_weights(distances, parameters.temperature)
+        present = distances[:, 0].isfinite()
+        return [Votes(log_weights, cache_neighbors.tokens, parameters.lmbda, present)]
 
 
-class Asked(NamedTuple):
-    """What was found near some keys: in each retriever in `Mixer.searched`.
-
-    votes: for each token, where weights are fixed. weighed, sums: for a gate, which has to see the
-    language model before it chooses.
-    """
-
-    neighbors: list[Neighbors]
-    votes: list[TokenVotes]
-    weighed: list[Weighed]
-    sums: list[TokenSums]
-
-
-def _sums(weighed: Weighed) -> TokenSums:
+def _sum_weighed(weighed: Weighed) -> TokenSums:
     return sum_by_token(weighed.log_weights, weighed.voters.tokens)
 
 
 def open_mixer(
     model: KeyedModel,
-    store: Datastore | Sequence[Datastore],
+    store: Stores,
     *,
-    k: ForEach[int] = None,
-    lmbda: ForEach[float] = None,
-    temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
     cache: CacheParameters | bool = False,
     weights: str | None = None,
+    **given: Unpack[GivenParameters],
 ) -> Mixer:
     """Open one or several datastores for a model, and choose how they are mixed.
 
-    weights: see `Weights`; None for learned weights where `tune` stored a gate for these datastores
-    and none of k, lmbda, temperature and the cache's parameters is given, else fixed ones. cache:
+    weights: see `Weights`; by default learned where `tune` stored a gate for these datastores and
+    no parameters are given, neither k, lmbda and temperature nor the cache's; else fixed. cache:
     True for the continuous cache that `tune` stored. Raises DatastoreMismatchError for a datastore
     of another model, and InvalidArgumentError, also for weights that were never tuned.
     """
     if weights is not None:
         weights = parse_choice(Weights, "weights", weights)
-    retrievers = open_retrievers(
-        model, store, k=k, lmbda=lmbda, temperature=temperature, index=index
-    )
-    given = any(one is not None for one in (k, lmbda, temperature))
-    if weights == Weights.learned and (given or isinstance(cache, CacheParameters)):
-        raise InvalidArgumentError(
-            "weights='learned' must come without k, lmbda, temperature and the cache's parameters: "
-            "the gate uses those that it was learned with"
-        )
+    stores = as_stores(store)
+    retrievers = open_retrievers(model, stores, index=index, **given)
+    has_parameters = any(value is not None for value in given.values())
+    _check_weights(weights, has_parameters, cache)
     if weights == Weights.distance:
-        if given or cache:
-            raise InvalidArgumentError(
-                "weights='distance' must come without k, lmbda, temperature and cache: it uses the "
-                "k and T that it was tuned with"
-            )
         return Mixer(_by_distance(retrievers))
-    fixed = weights == Weights.fixed or given
+    is_fixed = weights == Weights.fixed or has_parameters
     if isinstance(cache, CacheParameters):
         return _with_fixed_cache(retrievers, cache)
-    if fixed and not cache:
+    if is_fixed and not cache:
         return Mixer(retrievers)
-    stores = as_stores(store)
     tuned = stores[0].mixture(stores[1:])
     gate = None if tuned is None else tuned.cache_gate if cache else tuned.gate
     if weights == Weights.learned and gate is None:
@@ -245,7 +264,7 @@ def open_mixer(
         )
     if tuned is None:
         return Mixer(retrievers)
-    if fixed:
+    if is_fixed:
         return _with_fixed_cache(retrievers, tuned.cache)
     if gate is not None:
         return Mixer(retrievers, tuned.cache if cache else None, gate.to(model.device))
@@ -254,17 +273,27 @@ def open_mixer(
     return Mixer(override(retrievers, lmbda=tuned.lmbdas), tuned.cache)
 
 
-def override_mixer(
-    mixer: Mixer,
-    *,
-    k: ForEach[int] = None,
-    lmbda: ForEach[float] = None,
-    temperature: ForEach[float] = None,
-) -> Mixer:
-    """Return the mixer with what is asked for; then its weights are fixed."""
-    if k is None and lmbda is None and temperature is None:
+def _check_weights(
+    weights: str | None, has_parameters: bool, cache: CacheParameters | bool
+) -> None:
+    """Refuse weights that were tuned with parameters other than the given ones."""
+    if weights == Weights.learned and (has_parameters or isinstance(cache, CacheParameters)):
+        raise InvalidArgumentError(
+            "weights='learned' must come without k, lmbda, temperature and the cache's parameters: "
+            "the gate uses those that it was learned with"
+        )
+    if weights == Weights.distance and (has_parameters or cache):
+        raise InvalidArgumentError(
+            "weights='distance' must come without k, lmbda, temperature and cache: it uses the "
+            "k and T that it was tuned with"
+        )
+
+
+def override_mixer(mixer: Mixer, **given: Unpack[GivenParameters]) -> Mixer:
+    """Return the mixer with the given parameters, and then with fixed weights."""
+    if all(value is None for value in given.values()):
         return mixer
-    retrievers = override(mixer.retrievers, k=k, lmbda=lmbda, temperature=temperature)
+    retrievers = override(mixer.retrievers, **given)
     return Mixer(retrievers) if mixer.cache is None else _with_fixed_cache(retrievers, mixer.cache)
 
 

@@ -1,8 +1,9 @@
-"""Memories: datastores as parts of a mixture, each with its index, its k, its λ and temperature."""
+"""Retrievers: datastores as parts of a mixture, each with its index, k, λ and temperature."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias, TypeVar
+from pathlib import Path
+from typing import TypeAlias, TypedDict, TypeVar, Unpack
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -21,12 +22,23 @@ Value = TypeVar("Value")
 ForEach: TypeAlias = Value | Sequence[Value | None] | None
 """One value for every datastore, or a sequence with one for each; None for the stored default."""
 
+Stores: TypeAlias = str | Path | Datastore | Sequence[str | Path | Datastore]
+"""One datastore or several, each of them open or named by its folder."""
+
+
+class GivenParameters(TypedDict, total=False):
+    """The parameters that a caller chooses; those left out are the stored defaults."""
+
+    k: ForEach[int]
+    lmbda: ForEach[float]
+    temperature: ForEach[float]
+
 
 @dataclass(frozen=True, slots=True)
 class Retriever:
-    """A datastore in a mixture: how it is searched, and how its neighbors' vote counts.
+    """A datastore in a mixture: how it is searched, and how much its neighbors' votes count.
 
-    by_distance: gives each query its λ, in place of the parameters'; None for that one.
+    by_distance: chooses a λ for each query; None where all queries have the parameters' λ.
     """
 
     store: Datastore
@@ -36,13 +48,18 @@ class Retriever:
 
     @property
     def counts(self) -> bool:
-        """Whether it can change anything: λ > 0, and an entry to find."""
-        weighs = self.parameters.lmbda > 0.0 or self.by_distance is not None
-        return weighs and len(self.store) > 0
+        """Whether it can change a prediction: it has weight and entries."""
+        has_weight = self.parameters.lmbda > 0.0 or self.by_distance is not None
+        return has_weight and len(self.store) > 0
 
     def search(self, keys: Float[Tensor, "query dim"]) -> Neighbors:
-        """Return the k nearest entries of each key, k being its parameter."""
+        """Return the entries nearest to each key, `parameters.k` of them."""
         return self.index.search(keys.float(), self.parameters.k)
+
+    def keep_nearest(self, neighbors: Neighbors) -> Neighbors:
+        """Return only the k nearest, where more neighbors than that were searched for."""
+        k = self.parameters.k
+        return Neighbors(neighbors.squared_distances[:, :k], neighbors.rows[:, :k])
 
     def tokens(self, neighbors: Neighbors) -> Int[Tensor, "query k"]:
         """Return the token that each neighbor votes for, −1 where it is absent."""
@@ -60,7 +77,7 @@ class Retriever:
         return self.tokens(neighbors) == targets[:, None]
 
     def vote(self, neighbors: Neighbors) -> Votes:
-        """Return what the neighbors say, and how much that counts."""
+        """Return the neighbors' votes with fixed weights, or with λ by distance."""
         distances = neighbors.squared_distances
         return Votes(
             neighbor_log_weights(distances, self.parameters.temperature),
@@ -72,44 +89,31 @@ class Retriever:
 
 def open_retrievers(
     model: KeyedModel,
-    store: Datastore | Sequence[Datastore],
+    stores: Sequence[Datastore],
     *,
-    k: ForEach[int] = None,
-    lmbda: ForEach[float] = None,
-    temperature: ForEach[float] = None,
     index: ForEach[Index] = None,
+    **given: Unpack[GivenParameters],
 ) -> tuple[Retriever, ...]:
-    """Open one or several datastores for a model, and choose their parameters.
+    """Open the indexes of some datastores for a model, and choose their parameters.
 
-    See `choose_parameters`; index: by default the datastore's own, searched where the model is.
-    Raises DatastoreMismatchError for a datastore of another model.
+    given: see `choose_parameters`. index: by default the datastore's own, on the model's device.
+    Raises DatastoreMismatchError for a datastore that was built with another model.
     """
-    stores = as_stores(store)
-    for one in stores:
-        one.check_model(model)
-    chosen = choose_parameters(store, k=k, lmbda=lmbda, temperature=temperature)
-    return tuple(
-        Retriever(
-            one, open_index(one, device=str(model.device)) if given is None else given, parameters
-        )
-        for one, given, parameters in zip(
-            stores, for_each("index", index, len(stores)), chosen, strict=True
-        )
-    )
+    for store in stores:
+        store.check_model(model)
+    parameters = choose_parameters(stores, **given)
+    indexes = [
+        open_index(store, device=str(model.device)) if own is None else own
+        for store, own in zip(stores, for_each("index", index, len(stores)), strict=True)
+    ]
+    return tuple(map(Retriever, stores, indexes, parameters))
 
 
-def choose_parameters(
-    store: Datastore | Sequence[Datastore],
-    *,
-    k: ForEach[int] = None,
-    lmbda: ForEach[float] = None,
-    temperature: ForEach[float] = None,
-) -> tuple[Parameters, ...]:
-    """Fill in what was not asked for: a datastore's tuned values, else the paper's.
+def choose_parameters(store: Stores, **given: Unpack[GivenParameters]) -> tuple[Parameters, ...]:
+    """Fill in the parameters that were not given: a datastore's tuned values, else the paper's.
 
-    A default k is at most the number of entries; one that was asked for and is more is refused.
-    Raises InvalidArgumentError, also where the weights λ of several datastores add up to more
-    than 1.
+    A default k is at most the number of entries; a given k that exceeds it is refused. Raises
+    InvalidArgumentError, also where the weights λ of several datastores add up to more than 1.
     """
     stores = as_stores(store)
     defaults = [one.parameters or Parameters() for one in stores]
@@ -117,23 +121,18 @@ def choose_parameters(
         replace(default, k=min(default.k, max(len(one), 1)))
         for one, default in zip(stores, defaults, strict=True)
     ]
-    return _fill_in(stores, capped, k, lmbda, temperature)
+    return _fill_in(stores, capped, **given)
 
 
 def override(
-    retrievers: Sequence[Retriever],
-    *,
-    k: ForEach[int] = None,
-    lmbda: ForEach[float] = None,
-    temperature: ForEach[float] = None,
+    retrievers: Sequence[Retriever], **given: Unpack[GivenParameters]
 ) -> tuple[Retriever, ...]:
-    """Return the retrievers with what is asked for, and λ fixed.
+    """Return the retrievers with the given parameters, and λ fixed.
 
     The rules are those of `choose_parameters`.
     """
     stores = [retriever.store for retriever in retrievers]
-    defaults = [retriever.parameters for retriever in retrievers]
-    chosen = _fill_in(stores, defaults, k, lmbda, temperature)
+    chosen = _fill_in(stores, [retriever.parameters for retriever in retrievers], **given)
     return tuple(
         replace(retriever, parameters=parameters, by_distance=None)
         for retriever, parameters in zip(retrievers, chosen, strict=True)
@@ -143,58 +142,64 @@ def override(
 def _fill_in(
     stores: Sequence[Datastore],
     defaults: Sequence[Parameters],
-    k: ForEach[int],
-    lmbda: ForEach[float],
-    temperature: ForEach[float],
+    *,
+    k: ForEach[int] = None,
+    lmbda: ForEach[float] = None,
+    temperature: ForEach[float] = None,
 ) -> tuple[Parameters, ...]:
-    given = zip(
-        stores,
-        defaults,
-        for_each("k", k, len(stores)),
-        for_each("lmbda", lmbda, len(stores)),
-        for_each("temperature", temperature, len(stores)),
-        strict=True,
+    count = len(stores)
+    ks = for_each("k", k, count)
+    for store, own_k in zip(stores, ks, strict=True):
+        if own_k is not None and own_k > len(store):
+            raise InvalidArgumentError(
+                f"k must be at most the number of entries, {len(store)}, got {own_k}: ask for fewer"
+            )
+    lmbdas, temperatures = (
+        for_each("lmbda", lmbda, count),
+        for_each("temperature", temperature, count),
     )
-    chosen = tuple(_choose(*of_one) for of_one in given)
+    chosen = tuple(
+        Parameters(
+            default.k if own_k is None else own_k,
+            default.lmbda if own_lmbda is None else own_lmbda,
+            default.temperature if own_temperature is None else own_temperature,
+        )
+        for default, own_k, own_lmbda, own_temperature in zip(
+            defaults, ks, lmbdas, temperatures, strict=True
+        )
+    )
     check_total(chosen)
     return chosen
 
 
-def check_total(parameters: Sequence[Parameters], of: str = "several datastores") -> None:
-    """Refuse weights λ that leave the language model less than nothing."""
-    total = sum(of_one.lmbda for of_one in parameters)
+def check_total(parameters: Sequence[Parameters], sources: str = "several datastores") -> None:
+    """Refuse weights λ that add up to more than 1; raises InvalidArgumentError."""
+    total = sum(one.lmbda for one in parameters)
     if total > 1.0 + 1e-9:
-        weights = " + ".join(f"{of_one.lmbda:g}" for of_one in parameters)
+        weights = " + ".join(f"{one.lmbda:g}" for one in parameters)
         raise InvalidArgumentError(
-            f"the weights lmbda (λ) of {of} must add up to at most 1, got {weights} = {total:g}: "
-            "give each a smaller one, or tune them together"
+            f"the weights lmbda (λ) of {sources} must add up to at most 1, got {weights} = "
+            f"{total:g}: give each a smaller one, or tune them together"
         )
 
 
-def _choose(
-    store: Datastore,
-    default: Parameters,
-    k: int | None,
-    lmbda: float | None,
-    temperature: float | None,
-) -> Parameters:
-    if k is not None and k > len(store):
-        raise InvalidArgumentError(
-            f"k must be at most the number of entries, {len(store)}, got {k}: ask for fewer"
-        )
-    return Parameters(
-        k=default.k if k is None else k,
-        lmbda=default.lmbda if lmbda is None else lmbda,
-        temperature=default.temperature if temperature is None else temperature,
-    )
+def as_stores(store: Stores) -> list[Datastore]:
+    """Return one or several datastores as a list, opening those that are named by their folder.
 
-
-def as_stores(store: Datastore | Sequence[Datastore]) -> Sequence[Datastore]:
-    """Return one or several datastores as several; raises InvalidArgumentError for none."""
-    stores = [store] if isinstance(store, Datastore) else store
+    Raises InvalidArgumentError for none and for a wrong type, and what opening a `Datastore` does.
+    """
+    stores = [store] if isinstance(store, str | Path | Datastore) else store
+    if not isinstance(stores, Sequence):
+        stores = [stores]
     if not stores:
         raise InvalidArgumentError("store must be a datastore or several, got none")
-    return stores
+    for one in stores:
+        if not isinstance(one, str | Path | Datastore):
+            raise InvalidArgumentError(
+                "store must be a datastore, its folder's path, or a sequence of these, got "
+                f"{one!r}, a {type(one).__name__}"
+            )
+    return [one if isinstance(one, Datastore) else Datastore(one) for one in stores]
 
 
 def for_each(name: str, given: ForEach[Value], count: int) -> Sequence[Value | None]:

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knnlm.evaluation.perplexity import evaluation_scores
-from knnlm.evaluation.scoring import CacheRequest, Wanted
+from knnlm.evaluation.scoring import CacheRequest, ScoreRequest, score_documents
 from knnlm.evaluation.tally import share_hurt
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.continuous_cache import CacheNeighbors, CacheParameters, join_cache_neighbors
@@ -76,17 +75,18 @@ def read_held_out(
         replace(m, parameters=replace(m.parameters, k=min(k, len(m.store))))
         for m in model.retrievers
     )
-    recall = CacheRequest(CACHE_SIZES, CACHE_K, boundary=windowing.boundary)
+    cache = CacheRequest(CACHE_SIZES, CACHE_K, boundary=windowing.boundary)
     parts: list[HeldOutText] = []
-    for scores in evaluation_scores(
+    text = score_documents(
         model.lm,
-        Wanted(retrievers, recall, summary=True),
         documents,
         windowing,
-        max_tokens,
-        progress,
-        "tune",
-    ):
+        ScoreRequest(retrievers, cache, summary=True),
+        max_tokens=max_tokens,
+        progress=progress,
+        description="tune",
+    )
+    for scores in text.scores:
         assert scores.lm is not None
         voters = tuple(
             retriever.voters(found)

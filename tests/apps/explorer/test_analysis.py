@@ -10,15 +10,18 @@ import pytest
 import torch
 from conftest import PROSE, refusal
 from serving import PARAMETERS, Served, fresh_lm, opening, serving, tiny_store
+from torch import Tensor
 
 import knnlm.tuning.fitting
-from knnlm.apps.explorer.analysis import LEAST_K, analyze, read_passages
+from knnlm.apps.explorer.analysis import LEAST_K, analyze, analyze_and_explain, read_passages
 from knnlm.apps.explorer.page import PAGE_PATHS, standalone_page
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
+from knnlm.model.keyed_model import Reading
+from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document
 from knnlm.tuning.tune import tune
 
@@ -58,6 +61,29 @@ def test_it_holds_what_explanations_hold(model: KNNLM) -> None:
         distances = [source.squared_distance for source in explanation.sources]  # rows may tie
         assert found.squared_distances[number, :5].tolist() == pytest.approx(distances, abs=1e-3)
     assert found.rows.shape[1] == LEAST_K > model.retrievers[0].parameters.k
+
+
+def test_a_page_and_explanations_from_one_reading(
+    model: KNNLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generated = model.generate(TEXT, max_new_tokens=5).tokens
+    page = standalone_page(analyze(model, TEXT, generated))
+    expected = model.explain(TEXT, generated=generated)
+    readings = []
+    read = LanguageModel.keys_and_logits
+
+    def counted(lm: LanguageModel, tokens: Tensor) -> Reading:
+        readings.append(tokens.shape)
+        return read(lm, tokens)
+
+    monkeypatch.setattr(LanguageModel, "keys_and_logits", counted)
+    analysis, explanations = analyze_and_explain(model, TEXT, generated)
+    assert len(readings) == 1
+    assert standalone_page(analysis) == page
+    for explanation, other in zip(explanations, expected, strict=True):
+        assert explanation.log_prob == pytest.approx(other.log_prob, abs=1e-5)
+        assert len(explanation.sources) == len(other.sources)
+        assert {c.document for c in explanation.credits} == {c.document for c in other.credits}
 
 
 def test_plain_values_come_back(model: KNNLM) -> None:

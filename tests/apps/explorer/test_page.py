@@ -16,7 +16,7 @@ from knnlm.apps.explorer.analysis import analyze
 from knnlm.apps.explorer.page import standalone_page
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
-from knnlm.evaluation.explain import sum_credits
+from knnlm.evaluation.explanation import sum_credits
 from knnlm.knn_lm import KNNLM
 from knnlm.text.corpus import Document
 

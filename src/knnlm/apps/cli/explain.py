@@ -15,7 +15,7 @@ from knnlm.choices import ModelDtype
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from knnlm.evaluation.explain import Explanation
+    from knnlm.evaluation.explanation import Explanation
     from knnlm.knn_lm import KNNLM
 
 _Text = Annotated[str, typer.Argument(help="A text, or the path of a UTF-8 file.")]
@@ -75,11 +75,12 @@ def explain(
     mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
     opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
     generated = opened.generate(text, max_new_tokens=generate).tokens if generate else []
-    explanations = opened.explain(text, generated=generated, sources=sources)
+    if html is None:
+        explanations = opened.explain(text, generated=generated, sources=sources)
+    else:
+        explanations = _explain_on_page(html, opened, text, generated, sources)
     first = len(explanations) - len(generated) if generated else 0
     shown = _check_at(at, len(explanations)) or _most_changed(explanations, first, tokens)
-    if html is not None:
-        _write_page(html, opened, text, generated)
     if as_json:
         value = _to_dict(explanations[first:])
         print_json(value | {"text": opened.lm.decode(generated)} if generated else value)
@@ -108,11 +109,16 @@ def _check_page(path: Path) -> None:
     check_writable(path.parent)
 
 
-def _write_page(path: Path, model: "KNNLM", text: str, generated: list[int]) -> None:
-    from knnlm.apps.explorer.analysis import analyze
+def _explain_on_page(
+    path: Path, model: "KNNLM", text: str, generated: list[int], sources: int
+) -> "list[Explanation]":
+    """Write the explorer's page of a text, and return its explanations from the same reading."""
+    from knnlm.apps.explorer.analysis import analyze_and_explain
     from knnlm.apps.explorer.page import standalone_page
 
-    path.write_text(standalone_page(analyze(model, text, generated)), encoding="utf-8")
+    analysis, explanations = analyze_and_explain(model, text, generated, sources)
+    path.write_text(standalone_page(analysis), encoding="utf-8")
+    return explanations
 
 
 def _check_at(at: list[int] | None, length: int) -> list[int]:
@@ -131,7 +137,7 @@ def _most_changed(explanations: "Sequence[Explanation]", first: int, count: int)
 
 
 def _to_dict(explanations: "Sequence[Explanation]") -> dict[str, Any]:
-    from knnlm.evaluation.explain import sum_credits
+    from knnlm.evaluation.explanation import sum_credits
 
     return {
         "tokens": [explanation.to_dict() for explanation in explanations],

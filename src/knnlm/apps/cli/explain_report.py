@@ -11,7 +11,7 @@ from knnlm.apps.cli.console import OUT
 from knnlm.apps.cli.reports import new_table
 
 if TYPE_CHECKING:
-    from knnlm.evaluation.explain import Explanation, Source, Vote
+    from knnlm.evaluation.explanation import Explanation, Source, Vote
 
 _MIN_COLOURED_NATS = 0.1
 _MAX_DOCUMENTS = 10
@@ -97,7 +97,7 @@ def _print_source(source: "Source") -> None:
 
 def _print_documents(explanations: Sequence["Explanation"]) -> None:
     """Print how much of the tokens' probability came from the LM and from each document."""
-    from knnlm.evaluation.explain import sum_credits
+    from knnlm.evaluation.explanation import sum_credits
 
     document_credits = sum_credits(explanations)
     tokens = len(explanations)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from knnlm.apps.engine.steps import Overrides
-from knnlm.evaluation.explain import Explanation
+from knnlm.evaluation.explanation import Explanation
 from knnlm.knn_lm import KNNLM
 
 

@@ -5,22 +5,19 @@ Knows retrievers and tensors; knows no request and no protocol.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.apps.engine.decoding import Step
-from knnlm.evaluation.explain import Explanation, explain_scores
-from knnlm.evaluation.scoring import Scores
+from knnlm.evaluation.explain import Evidence, Explainer
+from knnlm.evaluation.explanation import Explanation
 from knnlm.index.protocol import Neighbors
-from knnlm.mixture.features import summarize_lm
 from knnlm.model.language_model import LanguageModel
-from knnlm.retrieval.mixer import Mixer, override_mixer
-from knnlm.retrieval.retriever import for_each
-
-_TOKENS_BEFORE, _TOKENS_AFTER = 24, 8
+from knnlm.retrieval.mixer import Mixed, Mixer, override_mixer
+from knnlm.retrieval.retriever import Retriever, for_each
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,40 +42,41 @@ class Overrides:
 class MixedStep:
     """Log-probabilities of what follows some positions, and the neighbors that were asked.
 
-    mixer: with the retrievers that were searched. neighbors: of every position, in each of them.
+    retrievers: those that were searched. neighbors: of every position, in each of them.
     """
 
-    log_probs: Float[Tensor, "position vocab"]
+    mixed: Mixed
     lm_log_probs: Float[Tensor, "position vocab"]
-    mixer: Mixer
+    retrievers: tuple[Retriever, ...]
     neighbors: tuple[Neighbors, ...]
     search_seconds: float
 
+    @property
+    def log_probs(self) -> Float[Tensor, "position vocab"]:
+        """The mixture's log-probabilities."""
+        return self.mixed.log_probs
+
     def explain(self, place: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
         """Name the strongest neighbors of the position `place`, which `token` follows."""
-        lm_log_probs = self.lm_log_probs[place, [token]].cpu()
-        if not self.mixer.retrievers:
-            log_prob = float(lm_log_probs[0])
-            return Explanation(token, lm.decode([token]), log_prob, 0.0, log_prob, ())
-        neighbors = tuple(
-            Neighbors(found.squared_distances[[place]].cpu(), found.rows[[place]].cpu())
-            for found in self.neighbors
+        evidence = Evidence(
+            torch.tensor([token]),
+            self.lm_log_probs[place, [token]].cpu(),
+            self.mixed.votes_at(place),
+            [
+                Neighbors(nearest.squared_distances[[place]].cpu(), nearest.rows[[place]].cpu())
+                for nearest in self.neighbors
+            ],
         )
-        summary = None
-        if self.mixer.gate is not None:
-            summary = summarize_lm(self.lm_log_probs[[place]]).cpu()
-        scores = Scores([], torch.tensor([token]), lm_log_probs, neighbors, lm=summary)
-        (explanation,) = explain_scores(
-            lm, self.mixer, scores, sources, _TOKENS_BEFORE, _TOKENS_AFTER
-        )
+        explainer = Explainer(lm, self.retrievers, sources=sources, with_credits=False)
+        (explanation,) = explainer.explain(evidence)
         return explanation
 
 
 def mix_step(mixer: Mixer, step: Step) -> MixedStep:
     """Return the mixture after each position of a step; λ = 0 is not searched."""
-    mixer = replace(mixer, retrievers=mixer.searched)
     started = time.perf_counter()
-    asked = mixer.ask(step.keys)
+    retrieved = mixer.search(step.keys)
     seconds = time.perf_counter() - started
-    log_probs = mixer.mix_vocabulary(asked, None, step.log_probs)
-    return MixedStep(log_probs, step.log_probs, mixer, tuple(asked.neighbors), seconds)
+    mixed = mixer.mix(retrieved, None, step.log_probs)
+    neighbors = tuple(retrieved.neighbors)
+    return MixedStep(mixed, step.log_probs, mixer.searched, neighbors, seconds)

@@ -88,7 +88,7 @@ class Worker:
         self._decoder = Decoder(self._lm, self._hooks.enter_context(self._lm.capture()))
         self._prompts: deque[_Prompt] = deque()
         self._groups: list[_Group] = []
-        self._ends = _end_tokens(model)
+        self._ends = self._lm.end_tokens
 
     def close(self) -> None:
         """Stop recording the model's keys."""
@@ -347,13 +347,3 @@ class Worker:
 def _check_numbers(log_probs: torch.Tensor) -> None:
     if bool(log_probs.isnan().any()):
         raise UnsupportedModelError("the model's probabilities must be numbers, but some are NaN")
-
-
-def _end_tokens(model: KNNLM) -> frozenset[int]:
-    """Return the tokens that end a text, as transformers' `generate` knows them."""
-    ends = model.lm.model.generation_config.eos_token_id
-    if ends is None:
-        ends = model.lm.tokenizer.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)

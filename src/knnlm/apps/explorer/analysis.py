@@ -5,8 +5,8 @@ Knows the kNN-LM; knows no page and no protocol.
 
 import base64
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,33 +16,22 @@ from torch import Tensor
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
-from knnlm.evaluation.explain import text_windows
-from knnlm.evaluation.scoring import Scores, mixed_log_probs
+from knnlm.evaluation.explain import explain_scores
+from knnlm.evaluation.explanation import Explanation
+from knnlm.evaluation.scoring import ScoreRequest, Scores, mixed_log_probs, score_text
 from knnlm.index.policy import describe_index
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
-from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading import Likeliest
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
-from knnlm.text.windows import Window
 
 LEAST_K = 256
 """Neighbors that are searched at least, so that k can be raised too."""
 _LM_TOKENS = 10  # of the LM's likeliest, shown in every place
-_SOFTMAX_ROWS = 256
 _MOST_DOCUMENTS = 1000  # that an overview names
 _BEFORE, _AFTER = 40, 16  # tokens of a passage
-
-
-class _Read(NamedTuple):
-    """What is found of the new tokens of one window; see `Analysis`."""
-
-    lm_log_probs: Float[Tensor, " new"]
-    lm_top: Int[Tensor, "new top"]
-    lm_top_log_probs: Float[Tensor, "new top"]
-    neighbors: tuple[Neighbors, ...]
-    log_probs: Float[Tensor, " new"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,76 +116,77 @@ def analyze(
     generated: tokens that follow it, written by the model. Raises InvalidArgumentError for a text
     without tokens, or of more than `most_tokens`. The continuous cache is left out.
     """
-    lm = model.lm
-    tokens = [*lm.encode([text])[0].tolist(), *generated]
+    tokens = [*model.lm.encode([text])[0].tolist(), *generated]
     if not tokens:
         raise InvalidArgumentError("text must have a token, got none: write something")
     if most_tokens is not None and len(tokens) > most_tokens:
         raise InvalidArgumentError(
             f"text must have at most {most_tokens} tokens here, got {len(tokens)}: take a part"
         )
+    return _analysis(model, _read(model, tokens), len(tokens) - len(generated))
+
+
+def analyze_and_explain(
+    model: KNNLM, text: str, generated: Sequence[int] = (), sources: int = 3
+) -> tuple[Analysis, list[Explanation]]:
+    """Return what `analyze` and `model.explain` return, from one reading of the text."""
+    tokens = [*model.lm.encode([text])[0].tolist(), *generated]
+    if not tokens:
+        raise InvalidArgumentError("the text to explain must have a token, got none")
+    scores = _read(model, tokens)
+    explanations = explain_scores(model, scores, sources=sources)
+    return _analysis(model, scores, len(tokens) - len(generated)), explanations
+
+
+def _read(model: KNNLM, tokens: Sequence[int]) -> list[Scores]:
+    """Read a text, with more neighbors of each token than its retrievers' k."""
+    deep = tuple(
+        replace(retriever, parameters=replace(retriever.parameters, k=k))
+        for retriever in model.retrievers
+        for k in [max(retriever.parameters.k, min(LEAST_K, len(retriever.store)))]
+    )
+    request = replace(
+        ScoreRequest.for_mixer(model.mixer, model.windowing.boundary),
+        retrievers=deep,
+        likeliest=_LM_TOKENS,
+    )
+    return list(score_text(model.lm, tokens, model.windowing, request))
+
+
+def _analysis(model: KNNLM, scores: Sequence[Scores], generated_from: int) -> Analysis:
     # a gate with the cache among its sources knows no mixture without it
     mixer = model.mixer
     if mixer.cache is not None:
         mixer = Mixer(mixer.retrievers)
-    windows = text_windows(lm, tokens, model.windowing)
-    parts = [_read(lm, mixer, window) for window in windows]
+    likeliest = Likeliest.join([part.likeliest for part in scores if part.likeliest is not None])
     return Analysis(
-        lm=lm,
+        lm=model.lm,
         retrievers=mixer.retrievers,
         weights=mixer.weights,
-        tokens=torch.tensor(tokens),
-        generated_from=len(tokens) - len(generated),
-        lm_log_probs=torch.cat([part.lm_log_probs for part in parts]),
-        lm_top=torch.cat([part.lm_top for part in parts]),
-        lm_top_log_probs=torch.cat([part.lm_top_log_probs for part in parts]),
+        tokens=torch.cat([part.targets for part in scores]).long(),
+        generated_from=generated_from,
+        lm_log_probs=torch.cat([part.lm_log_probs for part in scores]),
+        lm_top=likeliest.tokens,
+        lm_top_log_probs=likeliest.log_probs,
         neighbors=tuple(
             Neighbors(
-                torch.cat([part.neighbors[which].squared_distances for part in parts]),
-                torch.cat([part.neighbors[which].rows for part in parts]),
+                torch.cat([part.neighbors[which].squared_distances for part in scores]),
+                torch.cat([part.neighbors[which].rows for part in scores]),
             )
             for which in range(len(mixer.retrievers))
         ),
-        log_probs=torch.cat([part.log_probs for part in parts]),
+        log_probs=torch.cat([_mixed_log_probs(part, mixer) for part in scores]),
     )
 
 
-def _read(lm: LanguageModel, mixer: Mixer, window: Window) -> _Read:
-    reading = lm.keys_and_logits(torch.from_numpy(window.inputs).long()[None])
-    targets = torch.from_numpy(window.targets).long()
-    log_probs, top, top_log_probs, summaries = [], [], [], []
-    for logits, of_logits in zip(
-        torch.split(reading.logits[0, window.context :], _SOFTMAX_ROWS),
-        torch.split(targets, _SOFTMAX_ROWS),
-        strict=True,
-    ):
-        distribution = torch.log_softmax(logits, dim=-1)
-        log_probs.append(distribution.gather(1, of_logits.to(logits.device)[:, None])[:, 0].cpu())
-        likeliest = distribution.topk(min(_LM_TOKENS, lm.vocab_size), dim=1)
-        top.append(likeliest.indices.cpu())
-        top_log_probs.append(likeliest.values.cpu())
-        if mixer.gate is not None:
-            summaries.append(summarize_lm(distribution).cpu())
-    keys = reading.keys[0, window.context :].float()
-    neighbors = []
-    for retriever in mixer.retrievers:
-        k = max(retriever.parameters.k, min(LEAST_K, len(retriever.store)))
-        found = retriever.index.search(keys, k)
-        neighbors.append(Neighbors(found.squared_distances.cpu(), found.rows.cpu()))
-    lm_log_probs = torch.cat(log_probs)
-    mixed = lm_log_probs
-    if mixer.counts:
-        own = tuple(
-            Neighbors(
-                found.squared_distances[:, : retriever.parameters.k],
-                found.rows[:, : retriever.parameters.k],
-            )
-            for retriever, found in zip(mixer.retrievers, neighbors, strict=True)
-            if retriever in mixer.searched
-        )
-        summary = LMSummary.join(summaries) if summaries else None
-        mixed = mixed_log_probs(Scores([window], targets, lm_log_probs, own, lm=summary), mixer)
-    return _Read(lm_log_probs, torch.cat(top), torch.cat(top_log_probs), tuple(neighbors), mixed)
+def _mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
+    searched = mixer.searched
+    neighbors = tuple(
+        retriever.keep_nearest(found)
+        for retriever, found in zip(mixer.retrievers, scores.neighbors, strict=True)
+        if retriever in searched
+    )
+    return mixed_log_probs(replace(scores, neighbors=neighbors, cache_neighbors=()), mixer)
 
 
 def read_passages(

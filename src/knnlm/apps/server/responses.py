@@ -16,7 +16,7 @@ from knnlm.apps.server.schema import (
     TokenExplanation,
     Usage,
 )
-from knnlm.evaluation.explain import Explanation
+from knnlm.evaluation.explanation import Explanation
 
 _LEAST_LOG_PROB = -9999.0  # JSON knows no −inf
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from knnlm.evaluation.explain import Source
+from knnlm.evaluation.explanation import Source
 
 Text = Annotated[str, Field(max_length=1 << 20)]
 TokenIds = Annotated[

@@ -1,0 +1,97 @@
+"""Explanations: why a token got its probability, from which passages, by which documents."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+THIS_TEXT = "(this text)"
+"""The document of a source in the continuous cache."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A neighbor that voted for a token, with its passage.
+
+    store: the path of its datastore; "" for a pair in the continuous cache, whose row is −1.
+    position: of the entry in its document, in tokens. token: the one it votes for; `value` is its
+    text, and before + value + after the passage. weight: its share of p_kNN.
+    """
+
+    store: str
+    row: int
+    document: str
+    position: int
+    token: int
+    weight: float
+    squared_distance: float
+    before: str
+    value: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """A token that neighbors vote for: how many they are, and their share of p_kNN."""
+
+    token: int
+    text: str
+    weight: float
+    neighbors: int
+
+
+@dataclass(frozen=True, slots=True)
+class Credit:
+    """A document's share of the probability of a token, or of several tokens.
+
+    p is a sum of parts: (1 − λ) p_LM, and λ times the weight of each neighbor that votes for the
+    token. tokens: the document's parts, divided by p and summed over tokens, so that the credits of
+    all documents and the LM's share add up to the number of tokens. store: as in `Source`.
+    """
+
+    store: str
+    document: str
+    tokens: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The probability of one token of a text, and where it comes from; log-probabilities in nats.
+
+    knn_prob: p_kNN of the token; with several datastores, their mean weighted by λ. sources: the
+    neighbors with the greatest weight, whatever they vote for. votes: the heaviest, and always
+    those of the sources and for the token itself. credits: of every document, the greatest first.
+    """
+
+    token: int
+    text: str
+    lm_log_prob: float
+    knn_prob: float
+    log_prob: float
+    sources: tuple[Source, ...] = ()
+    votes: tuple[Vote, ...] = ()
+    credits: tuple[Credit, ...] = ()
+
+    @property
+    def gain(self) -> float:
+        """Nats that the datastore added to the token's log-probability."""
+        return self.log_prob - self.lm_log_prob
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return asdict(self) | {"gain": self.gain}
+
+
+def sum_credits(explanations: Iterable[Explanation]) -> tuple[Credit, ...]:
+    """Return each document's credit for some tokens together, the greatest first."""
+    sums: dict[tuple[str, str], float] = {}
+    for explanation in explanations:
+        for credit in explanation.credits:
+            document = credit.store, credit.document
+            sums[document] = sums.get(document, 0.0) + credit.tokens
+    return sorted_credits(sums)
+
+
+def sorted_credits(sums: Mapping[tuple[str, str], float]) -> tuple[Credit, ...]:
+    """Return the credits of documents, given by (store, name), the greatest first."""
+    documents = sorted(sums, key=lambda document: -sums[document])
+    return tuple(Credit(store, name, sums[store, name]) for store, name in documents)
