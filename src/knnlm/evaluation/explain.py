@@ -201,15 +201,18 @@ def explain_scores(
     after: int,
     text_before: Sequence[int] = (),
     documents: Sequence[_Documents] | None = None,
+    *,
+    votes: Sequence[Votes] | None = None,
 ) -> Iterator[Explanation]:
     """Explain the targets of some scores, the neighbors being those of all the mixer's retrievers.
 
     text_before: the tokens before the targets, which a continuous cache remembers. documents: of
-    each memory; None for explanations without credits.
+    each memory; None for explanations without credits. votes: the mixer's, if known already.
     """
     retrievers = mixer.retrievers
     cache_neighbors = scores.cache_neighbors[0] if scores.cache_neighbors else None
-    votes = mixer.votes(retrievers, scores.neighbors, cache_neighbors, scores.lm)
+    if votes is None:
+        votes = mixer.votes(retrievers, scores.neighbors, cache_neighbors, scores.lm)
     of_targets = [of_source.for_targets(scores.targets) for of_source in votes]
     shares = _shares(votes)
     of_shares = [of_source.log_probs.exp() for of_source in of_targets]

@@ -102,12 +102,19 @@ class Mixer:
         neighbors = [retriever.search(keys) for retriever in self.searched] if len(keys) else []
         found = list(zip(self.searched, neighbors, strict=False))
         if self.gate is None:
-            votes = [retriever.vote(of_one).by_token() for retriever, of_one in found]
-            return Asked(neighbors, votes, [], [])
+            votes = [retriever.vote(of_one) for retriever, of_one in found]
+            return Asked(neighbors, [one.by_token() for one in votes], [], [], votes)
         voters = [retriever.voters(of_one) for retriever, of_one in found]
         sources = self.gate.sources
         weighed = [weigh(*of_source) for of_source in zip(sources, voters, strict=False)]
-        return Asked(neighbors, [], weighed, [_sums(one) for one in weighed])
+        return Asked(neighbors, [], weighed, [_sums(one) for one in weighed], [])
+
+    def asked_votes(self, asked: "Asked", lm: LMSummary | None) -> list[Votes]:
+        """Return the retrievers' votes in what `ask` found; lm: needed where there is a gate."""
+        if self.gate is None:
+            return asked.unsummed
+        assert lm is not None
+        return self.gate.to(lm.entropy.device).choose(lm, asked.weighed)
 
     def votes(
         self,
@@ -150,10 +157,12 @@ class Mixer:
         asked: "Asked",
         cache_neighbors: CacheNeighbors | None,
         lm_log_probs: Float[Tensor, "query vocab"],
+        lm: LMSummary | None = None,
     ) -> Float[Tensor, "query vocab"]:
         """Return log p of every token. asked: what `ask` found; cache_neighbors: see `votes`.
 
-        Where nothing counts, `lm_log_probs` come back as they are.
+        lm: the summary of `lm_log_probs`, if it is known already. Where nothing counts,
+        `lm_log_probs` come back as they are.
         """
         if not self.counts or len(lm_log_probs) == 0:
             return lm_log_probs
@@ -167,7 +176,7 @@ class Mixer:
             if cache_neighbors is not None:
                 of_cache = weigh(self.gate.sources[-1], cache_neighbors.voters)
                 weighed, sums = [*weighed, of_cache], [*sums, _sums(of_cache)]
-            lm = summarize_lm(lm_log_probs.detach())
+            lm = summarize_lm(lm_log_probs.detach()) if lm is None else lm
             by_token = self.gate.to(lm.entropy.device).choose_by_token(lm, weighed, sums)
         return interpolate_vocabulary(lm_log_probs, by_token)
 
@@ -175,14 +184,15 @@ class Mixer:
 class Asked(NamedTuple):
     """What was found near some keys: in each retriever in `Mixer.searched`.
 
-    votes: for each token, where weights are fixed. weighed, sums: for a gate, which has to see the
-    language model before it chooses.
+    votes: for each token, where weights are fixed; unsummed: the same, for each neighbor. weighed,
+    sums: for a gate, which has to see the language model before it chooses.
     """
 
     neighbors: list[Neighbors]
     votes: list[TokenVotes]
     weighed: list[Weighed]
     sums: list[TokenSums]
+    unsummed: list[Votes]
 
 
 def _sums(weighed: Weighed) -> TokenSums:

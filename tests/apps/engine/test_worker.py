@@ -13,9 +13,17 @@ from serving import PARAMETERS, fresh_lm, tiny_store
 from stores import distinct_documents
 
 import knnlm.apps.engine.worker
-from knnlm.apps.engine.jobs import Completion, Event, Failed, Grown, PromptRead, ScoredToken
+from knnlm.apps.engine.jobs import (
+    Completion,
+    Event,
+    Failed,
+    Grown,
+    Overrides,
+    PromptRead,
+    ScoredToken,
+)
 from knnlm.apps.engine.metrics import Metrics
-from knnlm.apps.engine.steps import Overrides
+from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.apps.engine.worker import Worker
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
@@ -67,9 +75,13 @@ class Asked:
 
 def ask(lm: LanguageModel, text: str, overrides: Overrides | None = None, **options: Any) -> Asked:
     options = {"max_tokens": 12, "temperature": 0.0} | options
+    names = {"temperature", "top_p", "seed"} & set(options)
+    sampling = SamplingOptions(**{name: options.pop(name) for name in names})
     events: list[Event] = []
     prompt = [lm.start_token, *lm.encode([text])[0].tolist()]
-    job = Completion(events.append, overrides or Overrides(), prompt, 1, **options)
+    job = Completion(
+        events.append, overrides or Overrides(), prompt, 1, sampling=sampling, **options
+    )
     return Asked(job, events)
 
 
@@ -314,10 +326,10 @@ def test_a_failure_hits_its_own_request_alone(
     asked = [ask(model.lm, text) for text in TEXTS]
     bad = asked[2].job
 
-    def grow(self: Worker, row: Any, *rest: Any) -> bool:
-        if row.job is bad and row.tokens == 4:
+    def grow(self: Worker, sample: Any, *rest: Any) -> bool:
+        if sample.job is bad and sample.tokens == 4:
             raise RuntimeError("no memory left")
-        return bool(original(self, row, *rest))
+        return bool(original(self, sample, *rest))
 
     original = Worker._grow
     monkeypatch.setattr(Worker, "_grow", grow)

@@ -1,84 +1,90 @@
-"""What the retrievers add to a step of the model, and who spoke for a token.
+"""A step of the model, mixed: the probabilities of the next tokens, and the votes behind them.
 
-Knows retrievers and tensors; knows no request and no protocol.
+Knows the mixer and tensors; knows no job and no text.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.apps.engine.decoding import Step
+from knnlm.errors import UnsupportedModelError
 from knnlm.evaluation.explain import Explanation, explain_scores
 from knnlm.evaluation.scoring import Scores
 from knnlm.index.protocol import Neighbors
-from knnlm.mixture.features import summarize_lm
+from knnlm.mixture.features import LMSummary, summarize_lm
+from knnlm.mixture.interpolation import Votes
 from knnlm.model.language_model import LanguageModel
-from knnlm.retrieval.mixer import Mixer, override_mixer
-from knnlm.retrieval.retriever import for_each
+from knnlm.retrieval.mixer import Asked, Mixer
 
 _TOKENS_BEFORE, _TOKENS_AFTER = 24, 8
 
 
-@dataclass(frozen=True, slots=True)
-class Overrides:
-    """What a request asks of the retrievers: one value for all of them, or one for each.
-
-    None stands for what the server was started with.
-    """
-
-    k: int | Sequence[int] | None = None
-    lmbda: float | Sequence[float] | None = None
-    temperature: float | Sequence[float] | None = None
-
-    def of(self, mixer: Mixer) -> Mixer:
-        """Return the mixer with what was asked for; raises InvalidArgumentError."""
-        if self.temperature is not None:  # checked here: the protocol's `temperature` is another
-            for_each("knn_temperature", self.temperature, len(mixer.retrievers))
-        return override_mixer(mixer, k=self.k, lmbda=self.lmbda, temperature=self.temperature)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MixedStep:
-    """Log-probabilities of what follows some positions, and the neighbors that were asked.
+    """The mixture after each position of a step, in nats, and what it was made from.
 
-    mixer: with the retrievers that were searched. neighbors: of every position, in each of them.
+    mixer: with only those retrievers that were searched. asked: the neighbors of each position in
+    each of them. lm: a summary of the language model's predictions, where there is a gate.
     """
 
     log_probs: Float[Tensor, "position vocab"]
     lm_log_probs: Float[Tensor, "position vocab"]
     mixer: Mixer
-    neighbors: tuple[Neighbors, ...]
+    asked: Asked
+    lm: LMSummary | None
     search_seconds: float
 
-    def explain(self, place: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
-        """Name the strongest neighbors of the position `place`, which `token` follows."""
-        lm_log_probs = self.lm_log_probs[place, [token]].cpu()
+    @cached_property
+    def votes(self) -> list[Votes]:
+        """The neighbors' votes in each retriever, as they entered the mixture."""
+        return self.mixer.asked_votes(self.asked, self.lm)
+
+    def explain(self, position: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
+        """Name the strongest neighbors for `token`, which follows a position."""
+        lm_log_probs = self.lm_log_probs[position, [token]].cpu()
         if not self.mixer.retrievers:
             log_prob = float(lm_log_probs[0])
             return Explanation(token, lm.decode([token]), log_prob, 0.0, log_prob, ())
         neighbors = tuple(
-            Neighbors(found.squared_distances[[place]].cpu(), found.rows[[place]].cpu())
-            for found in self.neighbors
+            Neighbors(found.squared_distances[[position]].cpu(), found.rows[[position]].cpu())
+            for found in self.asked.neighbors
         )
-        summary = None
-        if self.mixer.gate is not None:
-            summary = summarize_lm(self.lm_log_probs[[place]]).cpu()
-        scores = Scores([], torch.tensor([token]), lm_log_probs, neighbors, lm=summary)
+        votes = [_at(position, votes) for votes in self.votes]
+        scores = Scores([], torch.tensor([token]), lm_log_probs, neighbors)
         (explanation,) = explain_scores(
-            lm, self.mixer, scores, sources, _TOKENS_BEFORE, _TOKENS_AFTER
+            lm, self.mixer, scores, sources, _TOKENS_BEFORE, _TOKENS_AFTER, votes=votes
         )
         return explanation
 
 
 def mix_step(mixer: Mixer, step: Step) -> MixedStep:
-    """Return the mixture after each position of a step; λ = 0 is not searched."""
+    """Search for the neighbors of each position once, and mix them; λ = 0 is not searched."""
     mixer = replace(mixer, retrievers=mixer.searched)
     started = time.perf_counter()
     asked = mixer.ask(step.keys)
-    seconds = time.perf_counter() - started
-    log_probs = mixer.mix_vocabulary(asked, None, step.log_probs)
-    return MixedStep(log_probs, step.log_probs, mixer, tuple(asked.neighbors), seconds)
+    search_seconds = time.perf_counter() - started
+    lm = None if mixer.gate is None else summarize_lm(step.log_probs)
+    log_probs = mixer.mix_vocabulary(asked, None, step.log_probs, lm)
+    return MixedStep(log_probs, step.log_probs, mixer, asked, lm, search_seconds)
+
+
+def check_numbers(log_probs: Tensor) -> None:
+    """Raise UnsupportedModelError if some log-probabilities are not numbers."""
+    if bool(log_probs.isnan().any()):
+        raise UnsupportedModelError("the model's probabilities must be numbers, but some are NaN")
+
+
+def _at(position: int, votes: Votes) -> Votes:
+    """Return the votes at one position alone, on the CPU."""
+    lmbda = votes.lmbda
+    return Votes(
+        votes.log_weights[[position]].cpu(),
+        votes.tokens[[position]].cpu(),
+        lmbda[[position]].cpu() if isinstance(lmbda, Tensor) else lmbda,
+        votes.present[[position]].cpu(),
+    )
