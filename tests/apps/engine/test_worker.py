@@ -1,5 +1,6 @@
 """The batched work, without a protocol: against `generate`, and against being alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,10 @@ from families import FAMILIES
 from serving import PARAMETERS, fresh_lm, tiny_store
 from stores import distinct_documents
 
+import knnlm.apps.engine.steps
 import knnlm.apps.engine.worker
+import knnlm.retrieval.mixer
+import knnlm.tuning.fitting
 from knnlm.apps.engine.jobs import (
     Completion,
     Event,
@@ -32,6 +36,9 @@ from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.gate import BucketedLambda
 from knnlm.model.language_model import LanguageModel
+from knnlm.retrieval.retriever import Retriever
+from knnlm.text.corpus import Document
+from knnlm.tuning.tune import tune
 
 TEXTS = [
     "The nearest",
@@ -261,6 +268,59 @@ def test_sources_are_those_that_explain_names(model: KNNLM) -> None:
             assert source.weight == pytest.approx(wanted.weight, abs=1e-4)
             assert source.squared_distance == pytest.approx(wanted.squared_distance, rel=1e-3)
         assert {source.row for source in found.sources} == {s.row for s in expected.sources}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> KNNLM:
+    """A model whose weights a gate chooses."""
+    path, lm = tmp_path_factory.mktemp("learned") / "store", fresh_lm()
+    store = build(path, lm, [Document("one", PROSE)], window=48, context=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knnlm.tuning.fitting, "LEAST_TOKENS", 64)
+        tuning = tune(KNNLM(lm, store), [Document("held", PROSE[60:400])], max_k=40)
+    tuning.save([store], ["held"])
+    model = KNNLM(lm, Datastore(path))
+    assert model.mixer.gate is not None
+    return model
+
+
+def test_sources_of_learned_weights_are_those_that_explain_names(learned: KNNLM) -> None:
+    asked = ask(learned.lm, TEXTS[2], sources=4, log_probs=0)
+    work(learned, asked)
+    tokens = asked.tokens()
+    generated = [scored.token for scored in tokens]
+    explained = explain(learned, TEXTS[2], generated=generated, sources=4)[-len(tokens) :]
+    for scored, expected in zip(tokens, explained, strict=True):
+        assert scored.explanation is not None
+        assert scored.log_prob == pytest.approx(scored.explanation.log_prob, abs=1e-5)
+        assert scored.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
+        weights = [source.weight for source in scored.explanation.sources]
+        assert weights == pytest.approx([s.weight for s in expected.sources], abs=1e-4)
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_sources_cost_no_second_vote(
+    model: KNNLM, learned: KNNLM, monkeypatch: pytest.MonkeyPatch, is_learned: bool
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Retriever, "tokens")
+    count(knnlm.apps.engine.steps, "summarize_lm")
+    count(knnlm.retrieval.mixer, "summarize_lm")
+    asked = ask((learned if is_learned else model).lm, TEXTS[2], sources=4, max_tokens=5)
+    work(learned if is_learned else model, asked)
+    assert len(asked.tokens()) == 5
+    assert calls["tokens"] == 5
+    assert calls["summarize_lm"] == (5 if is_learned else 0)
 
 
 def test_without_weight_there_are_no_sources(model: KNNLM) -> None:
