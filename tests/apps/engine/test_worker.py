@@ -380,6 +380,23 @@ def test_weights_by_distance_outlive_a_compaction(tmp_path: Path) -> None:
     worker.close()
 
 
+def test_fixed_and_distance_weights_share_a_batch(path: Path) -> None:
+    """An override makes λ fixed, even if it repeats the parameters that are there."""
+    model = KNNLM(fresh_lm(), Datastore(path), **PARAMETERS)
+    by_distance = BucketedLambda(torch.tensor([1.0]), torch.tensor([0.9, 0.05]))
+    retrievers = (replace(model.retrievers[0], by_distance=by_distance),)
+    model.mixer = replace(model.mixer, retrievers=retrievers)
+
+    def log_probs(together: bool) -> list[list[float | None]]:
+        overrides = [Overrides(), Overrides(k=PARAMETERS["k"])]
+        asked = [ask(model.lm, TEXTS[2], one, log_probs=0) for one in overrides]
+        work(model, *asked, together=together)
+        return [[scored.log_prob for scored in one.tokens()] for one in asked]
+
+    for shared, alone in zip(log_probs(together=True), log_probs(together=False), strict=True):
+        assert shared == pytest.approx(alone, abs=1e-5)
+
+
 def test_a_failure_hits_its_own_request_alone(
     model: KNNLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

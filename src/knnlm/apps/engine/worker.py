@@ -210,7 +210,7 @@ class Worker:
         return mixed
 
     def _score(self, prompt: _Prompt, mixed: MixedStep, first: int) -> None:
-        """Score the prompt's tokens that follow the step's positions: `first` and those after."""
+        """Score the prompt's tokens after each position of a step; `first` is the first one."""
         job = prompt.job
         check_numbers(mixed.log_probs)
         if first == 0:
@@ -276,9 +276,11 @@ class Worker:
         self._metrics.model_seconds.inc(time.perf_counter() - started)
         mixed_alike: dict[tuple[object, ...], list[int]] = {}  # places of samples, by their mixer
         for place, sample in enumerate(batch.samples):
-            retrievers = sample.mixer.retrievers
-            parts = tuple((retriever.parameters, id(retriever.index)) for retriever in retrievers)
-            mixed_alike.setdefault((parts, id(sample.mixer.gate)), []).append(place)
+            retrievers = tuple(
+                (retriever.parameters, id(retriever.by_distance), id(retriever.index))
+                for retriever in sample.mixer.retrievers
+            )
+            mixed_alike.setdefault((retrievers, id(sample.mixer.gate)), []).append(place)
         goes_on = [True] * len(batch.samples)
         for places in mixed_alike.values():
             part = Step(step.keys[places], step.log_probs[places])
