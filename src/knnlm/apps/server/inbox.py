@@ -72,7 +72,7 @@ async def call_model(
 
 
 async def unless_left(request: Request, inbox: Inbox, result: Any) -> Any:
-    """Await a result; if the client leaves before, cancel the jobs and return None."""
+    """Return a result, or None if the client leaves first; without a result, cancel the jobs."""
     waiting = asyncio.ensure_future(result)
     leaving = asyncio.ensure_future(_wait_for_departure(request))
     try:
@@ -81,7 +81,7 @@ async def unless_left(request: Request, inbox: Inbox, result: Any) -> Any:
     finally:
         for task in (waiting, leaving):
             task.cancel()
-        if not waiting.done() or waiting.cancelled():
+        if not waiting.done() or waiting.cancelled() or waiting.exception() is not None:
             inbox.cancel()
 
 

@@ -125,18 +125,13 @@ class RequestReader:
         max_tokens: int,
     ) -> None:
         limits = self._limits
-        if max_tokens > limits.max_tokens:
-            raise HTTPError(
-                400,
-                f"max_tokens must be at most {limits.max_tokens} on this server, got {max_tokens}",
-                param="max_tokens",
-            )
-        if samples > limits.max_batch:
-            raise HTTPError(
-                400,
-                f"n must be at most {limits.max_batch} on this server, got {samples}",
-                param="n",
-            )
+        for param, number, most in [
+            ("max_tokens", max_tokens, limits.max_tokens),
+            ("n", samples, limits.max_batch),
+        ]:
+            if number > most:
+                message = f"{param} must be at most {most} on this server, got {number}"
+                raise HTTPError(400, message, param=param)
         if len(prompts) * samples > limits.max_queue:
             raise HTTPError(
                 400,

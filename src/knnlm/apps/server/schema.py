@@ -77,8 +77,7 @@ class CompletionRequest(_Request):
     stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
     user: str | None = Field(None, description="Ignored.")
     sources: bool | Annotated[int, Field(ge=0, le=64)] | None = Field(
-        None,
-        description="How many neighbors to name for each generated token; true for 3.",
+        None, description="How many neighbors to name for each generated token; true for 3."
     )
     # fields of the protocol that are accepted only where they change nothing
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Not above n.")
@@ -94,7 +93,7 @@ class CompletionRequest(_Request):
     )
 
     @model_validator(mode="after")
-    def _go_together(self) -> "CompletionRequest":
+    def _check_combinations(self) -> "CompletionRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true")
         if self.best_of is not None and self.best_of > (self.n or 1):

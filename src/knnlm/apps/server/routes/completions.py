@@ -1,7 +1,6 @@
 """/v1/completions: OpenAI's completions, whole or as a stream."""
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
@@ -32,29 +31,20 @@ def add_to(app: FastAPI, model: ServedModel) -> None:
         builder = ResponseBuilder(model.name, body, prompts, inbox.next_event)
         inbox.submit(model.reader.completions(body, prompts, inbox.post))
         if not body.stream:
-            whole = await unless_left(request, inbox, _cancelling(inbox, builder.whole()))
+            whole = await unless_left(request, inbox, builder.whole())
             if whole is None:
                 return Response(status_code=CLIENT_LEFT)
             content = whole.model_dump_json(exclude_none=False)
             return Response(content, media_type="application/json")
         pieces = builder.pieces()
         # an error before the first piece still has an HTTP status of its own
-        first = await unless_left(request, inbox, _cancelling(inbox, anext(pieces)))
+        first = await unless_left(request, inbox, anext(pieces))
         if first is None:
             return Response(status_code=CLIENT_LEFT)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
         return StreamingResponse(
             _events(builder, first, pieces, inbox, with_usage), media_type="text/event-stream"
         )
-
-
-async def _cancelling(inbox: Inbox, result: Any) -> Any:
-    """Await a result; if it fails, cancel the request's other jobs."""
-    try:
-        return await result
-    except HTTPError:
-        inbox.cancel()
-        raise
 
 
 async def _events(
