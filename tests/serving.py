@@ -40,7 +40,7 @@ class Served:
         return httpx2.Client(base_url=self.url, timeout=60.0, headers=headers, **options)
 
     def complete(self, prompt: Any, **options: Any) -> Any:
-        """Answer one request through the official client; a stream comes as all its chunks."""
+        """Send a request through the official client; return a stream as a list of chunks."""
         own = ("lmbda", "k", "knn_temperature", "sources")
         extra = {name: options.pop(name) for name in own if name in options}
         with self.openai() as client:
@@ -64,7 +64,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 def serving(
     open_model: Callable[[], KNNLM], limits: Limits | None = None, api_key: str | None = None
 ) -> Iterator[Served]:
-    """Serve a model as `tiny` on a free port until the end of the block."""
+    """Serve a model by the name `tiny` on a free port until the end of the block."""
     service = Service(open_model, name="tiny", limits=limits, api_key=api_key)
     service.open()
     listener = listen("127.0.0.1", 0)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from knnlm.apps.engine.sampling import choose_token, seeded_generator
+from knnlm.apps.engine.sampling import SamplingOptions, choose_token, seeded_generator
 
 PROBS = torch.tensor([0.05, 0.4, 0.0, 0.3, 0.25])
 LOG_PROBS = PROBS.log()
@@ -11,7 +11,8 @@ LOG_PROBS = PROBS.log()
 
 def draws(temperature: float, top_p: float, count: int = 40_000) -> torch.Tensor:
     generator = seeded_generator(0, 0)
-    tokens = [choose_token(LOG_PROBS, temperature, top_p, generator) for _ in range(count)]
+    options = SamplingOptions(temperature, top_p)
+    tokens = [choose_token(LOG_PROBS, options, generator) for _ in range(count)]
     return torch.bincount(torch.tensor(tokens), minlength=5) / count
 
 
@@ -43,8 +44,9 @@ def test_frequencies_are_the_probabilities(
 
 def test_temperature_0_takes_the_likeliest_and_of_equals_the_first() -> None:
     generator = seeded_generator(0, 0)
-    assert choose_token(LOG_PROBS, 0.0, 1.0, generator) == 1
-    assert choose_token(torch.tensor([-2.0, -1.0, -1.0]), 0.0, 1.0, generator) == 1
+    options = SamplingOptions(temperature=0.0)
+    assert choose_token(LOG_PROBS, options, generator) == 1
+    assert choose_token(torch.tensor([-2.0, -1.0, -1.0]), options, generator) == 1
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 1e-300])
@@ -55,7 +57,7 @@ def test_a_small_temperature_is_almost_none(temperature: float) -> None:
 def test_one_seed_one_sequence() -> None:
     def sequence(seed: int, sample: int) -> list[int]:
         generator = seeded_generator(seed, sample)
-        return [choose_token(torch.zeros(300), 1.0, 1.0, generator) for _ in range(8)]
+        return [choose_token(torch.zeros(300), SamplingOptions(), generator) for _ in range(8)]
 
     assert sequence(3, 0) == sequence(3, 0)
     different = {tuple(sequence(*which)) for which in [(3, 0), (3, 1), (4, 0), (-3, 0), (2**62, 5)]}
@@ -68,5 +70,5 @@ def test_rounding_sways_no_draw(seed: int) -> None:
     torch.manual_seed(seed)
     log_probs = torch.log_softmax(3 * torch.randn(50_000), dim=0)
     rounded = log_probs + 1e-6 * torch.randn(50_000)
-    one = choose_token(log_probs, 1.0, 1.0, seeded_generator(seed, 0))
-    assert one == choose_token(rounded, 1.0, 1.0, seeded_generator(seed, 0))
+    one = choose_token(log_probs, SamplingOptions(), seeded_generator(seed, 0))
+    assert one == choose_token(rounded, SamplingOptions(), seeded_generator(seed, 0))

@@ -1,5 +1,6 @@
 """The batched work, without a protocol: against `generate`, and against being alone."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,10 +13,21 @@ from families import FAMILIES
 from serving import PARAMETERS, fresh_lm, tiny_store
 from stores import distinct_documents
 
+import knnlm.apps.engine.steps
 import knnlm.apps.engine.worker
-from knnlm.apps.engine.jobs import Completion, Event, Failed, Grown, PromptRead, ScoredToken
+import knnlm.retrieval.mixer
+import knnlm.tuning.fitting
+from knnlm.apps.engine.jobs import (
+    Completion,
+    Event,
+    Failed,
+    Grown,
+    Overrides,
+    PromptRead,
+    ScoredToken,
+)
 from knnlm.apps.engine.metrics import Metrics
-from knnlm.apps.engine.steps import Overrides
+from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.apps.engine.worker import Worker
 from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
@@ -24,6 +36,9 @@ from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.gate import BucketedLambda
 from knnlm.model.language_model import LanguageModel
+from knnlm.retrieval.retriever import Retriever
+from knnlm.text.corpus import Document
+from knnlm.tuning.tune import tune
 
 TEXTS = [
     "The nearest",
@@ -67,9 +82,13 @@ class Asked:
 
 def ask(lm: LanguageModel, text: str, overrides: Overrides | None = None, **options: Any) -> Asked:
     options = {"max_tokens": 12, "temperature": 0.0} | options
+    names = {"temperature", "top_p", "seed"} & set(options)
+    sampling = SamplingOptions(**{name: options.pop(name) for name in names})
     events: list[Event] = []
     prompt = [lm.start_token, *lm.encode([text])[0].tolist()]
-    job = Completion(events.append, overrides or Overrides(), prompt, 1, **options)
+    job = Completion(
+        events.append, overrides or Overrides(), prompt, 1, sampling=sampling, **options
+    )
     return Asked(job, events)
 
 
@@ -251,6 +270,58 @@ def test_sources_are_those_that_explain_names(model: KNNLM) -> None:
         assert {source.row for source in found.sources} == {s.row for s in expected.sources}
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> KNNLM:
+    """A model whose weights a gate chooses."""
+    path, lm = tmp_path_factory.mktemp("learned") / "store", fresh_lm()
+    store = build(path, lm, [Document("one", PROSE)], window=48, context=16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(knnlm.tuning.fitting, "LEAST_TOKENS", 64)
+        tuning = tune(KNNLM(lm, store), [Document("held", PROSE[60:400])], max_k=40)
+    tuning.save([store], ["held"])
+    model = KNNLM(lm, Datastore(path))
+    assert model.mixer.gate is not None
+    return model
+
+
+def test_sources_of_learned_weights_are_those_that_explain_names(learned: KNNLM) -> None:
+    asked = ask(learned.lm, TEXTS[2], sources=4, log_probs=0)
+    work(learned, asked)
+    tokens = asked.tokens()
+    generated = [scored.token for scored in tokens]
+    explained = explain(learned, TEXTS[2], generated=generated, sources=4)[-len(tokens) :]
+    for scored, expected in zip(tokens, explained, strict=True):
+        assert scored.explanation is not None
+        assert scored.log_prob == pytest.approx(scored.explanation.log_prob, abs=1e-5)
+        assert scored.log_prob == pytest.approx(expected.log_prob, abs=1e-4)
+        weights = [source.weight for source in scored.explanation.sources]
+        assert weights == pytest.approx([s.weight for s in expected.sources], abs=1e-4)
+
+
+@pytest.mark.parametrize("is_learned", [False, True])
+def test_sources_cost_no_second_vote(
+    model: KNNLM, learned: KNNLM, monkeypatch: pytest.MonkeyPatch, is_learned: bool
+) -> None:
+    calls: Counter[str] = Counter()
+
+    def count(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, name, counted)
+
+    count(Retriever, "tokens")
+    count(knnlm.retrieval.mixer, "summarize_lm")
+    asked = ask((learned if is_learned else model).lm, TEXTS[2], sources=4, max_tokens=5)
+    work(learned if is_learned else model, asked)
+    assert len(asked.tokens()) == 5
+    assert calls["tokens"] == 5
+    assert calls["summarize_lm"] == (5 if is_learned else 0)
+
+
 def test_without_weight_there_are_no_sources(model: KNNLM) -> None:
     asked = ask(model.lm, TEXTS[2], Overrides(lmbda=0.0), sources=4)
     work(model, asked)
@@ -308,16 +379,33 @@ def test_weights_by_distance_outlive_a_compaction(tmp_path: Path) -> None:
     worker.close()
 
 
+def test_fixed_and_distance_weights_share_a_batch(path: Path) -> None:
+    """An override makes λ fixed, even if it repeats the parameters that are there."""
+    model = KNNLM(fresh_lm(), Datastore(path), **PARAMETERS)
+    by_distance = BucketedLambda(torch.tensor([1.0]), torch.tensor([0.9, 0.05]))
+    retrievers = (replace(model.retrievers[0], by_distance=by_distance),)
+    model.mixer = replace(model.mixer, retrievers=retrievers)
+
+    def log_probs(together: bool) -> list[list[float | None]]:
+        overrides = [Overrides(), Overrides(k=PARAMETERS["k"])]
+        asked = [ask(model.lm, TEXTS[2], one, log_probs=0) for one in overrides]
+        work(model, *asked, together=together)
+        return [[scored.log_prob for scored in one.tokens()] for one in asked]
+
+    for shared, alone in zip(log_probs(together=True), log_probs(together=False), strict=True):
+        assert shared == pytest.approx(alone, abs=1e-5)
+
+
 def test_a_failure_hits_its_own_request_alone(
     model: KNNLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [ask(model.lm, text) for text in TEXTS]
     bad = asked[2].job
 
-    def grow(self: Worker, row: Any, *rest: Any) -> bool:
-        if row.job is bad and row.tokens == 4:
+    def grow(self: Worker, sample: Any, *rest: Any) -> bool:
+        if sample.job is bad and sample.tokens == 4:
             raise RuntimeError("no memory left")
-        return bool(original(self, row, *rest))
+        return bool(original(self, sample, *rest))
 
     original = Worker._grow
     monkeypatch.setattr(Worker, "_grow", grow)

@@ -11,7 +11,7 @@ from knnlm.apps.cli.reports import weights_line
 from knnlm.choices import ModelDtype
 
 if TYPE_CHECKING:
-    from knnlm.apps.engine.engine import Facts
+    from knnlm.apps.engine.engine import ModelFacts
 
 _Host = Annotated[
     str,
@@ -97,7 +97,7 @@ def serve(
         service.run(sockets=[listener])
 
 
-def _described(facts: "Facts") -> str:
+def _described(facts: "ModelFacts") -> str:
     """Return the entries and the mixture of every datastore."""
     return "; ".join(
         f"{entries:,} entries, {weights_line(facts.weights, [parameters])}"

@@ -1,6 +1,6 @@
-"""The model's forward passes for many completions at once: prompts one by one, then together.
+"""The model's forward passes for many sequences: prompts one by one, then all of them together.
 
-Knows the model, its cache and token ids. Knows no datastore, no request and no text.
+Knows the model, its cache and token ids. Knows no datastore, no job and no text.
 """
 
 import inspect
@@ -19,34 +19,29 @@ from knnlm.model.language_model import LanguageModel
 
 
 class Step(NamedTuple):
-    """What the model says after some positions: their keys, and the log p_LM of what follows."""
+    """Some positions that the model has read: their keys, and log p_LM of each next token."""
 
     keys: Float[Tensor, "position dim"]
     log_probs: Float[Tensor, "position vocab"]
 
 
 @dataclass(slots=True)
-class Cached:
-    """Rows of tokens that the model has read, as its cache holds them: padded on the left.
+class CachedSequences:
+    """Sequences that the model has read, as its cache holds them: padded on the left.
 
-    mask: 1 where there is a token. cache: the model's own, of an unknown kind where rows cannot be
-    put together.
+    mask: 1 where there is a token. cache: the model's own; of an unknown type where sequences
+    cannot share a batch.
     """
 
-    mask: Int[Tensor, "row time"]
+    mask: Int[Tensor, "sequence time"]
     cache: Any
-
-    @property
-    def rows(self) -> int:
-        """How many rows there are."""
-        return len(self.mask)
 
 
 class Decoder:
     """Runs one model, whose keys `captured` records, for one thread.
 
-    Rows of models with nothing but attention share one batch, whatever their lengths; those of
-    others (Mamba and its hybrids) are read one by one, since their states know no padding.
+    With models that only have attention, sequences of any lengths share one batch. With others
+    (Mamba and its hybrids) they are read one by one, because their states do not allow padding.
     """
 
     def __init__(self, lm: LanguageModel, captured: KeyCapture) -> None:
@@ -60,36 +55,42 @@ class Decoder:
         self.shares_batches = self._cache_name == "past_key_values" and all(
             type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
         )
-        """Whether `join` can put rows together, and `read` go on with several tokens at once."""
+        """Whether `join` can batch sequences, and `read` can continue one by several tokens."""
 
     def read(
-        self, tokens: Int[Tensor, " time"], before: Cached | None, keep: int
-    ) -> tuple[Step, Cached]:
+        self, tokens: Int[Tensor, " time"], before: CachedSequences | None, keep: int
+    ) -> tuple[Step, CachedSequences]:
         """Read the next tokens of one prompt; return the last `keep` positions."""
         read = 0 if before is None else before.mask.shape[1]
         mask = torch.ones(1, read + len(tokens), dtype=torch.int64)
         cache = None if before is None else before.cache
         if cache is None and self.shares_batches:
-            # full layers, also where the model's attention slides: those can be padded and joined
+            # full layers even if the model's attention slides: they can be padded and joined
             cache = DynamicCache()
         keys, logits, cache = self._forward(tokens[None], mask, cache, keep)
         step = Step(keys[0, -keep:], torch.log_softmax(logits[0, -keep:], dim=-1))
-        return step, Cached(mask, cache)
+        return step, CachedSequences(mask, cache)
 
-    def advance(self, tokens: Sequence[int], batch: Cached) -> tuple[Step, Cached]:
-        """Read one more token of every row."""
+    def advance(
+        self, tokens: Sequence[int], batch: CachedSequences
+    ) -> tuple[Step, CachedSequences]:
+        """Read one more token of every sequence."""
         column = torch.tensor(tokens, dtype=torch.int64)[:, None]
         mask = torch.cat([batch.mask, torch.ones_like(column)], dim=1)
         keys, logits, cache = self._forward(column, mask, batch.cache, 1)
         step = Step(keys[:, -1], torch.log_softmax(logits[:, -1], dim=-1))
-        return step, Cached(mask, cache)
+        return step, CachedSequences(mask, cache)
 
     def _forward(
-        self, tokens: Int[Tensor, "row new"], mask: Int[Tensor, "row time"], cache: Any, keep: int
-    ) -> tuple[Float[Tensor, "row new dim"], Float[Tensor, "row kept vocab"], Any]:
+        self,
+        tokens: Int[Tensor, "sequence new"],
+        mask: Int[Tensor, "sequence time"],
+        cache: Any,
+        keep: int,
+    ) -> tuple[Float[Tensor, "sequence new dim"], Float[Tensor, "sequence kept vocab"], Any]:
         device = self._lm.device
         options: dict[str, Any] = {self._cache_name: cache}
-        if self.shares_batches:  # rows read one by one have no padding to tell of
+        if self.shares_batches:  # sequences that are read one by one have no padding
             options["attention_mask"] = mask.to(device)
         if self._takes_positions:
             positions = mask.cumsum(dim=1)[:, -tokens.shape[1] :] - 1
@@ -101,8 +102,8 @@ class Decoder:
         keys = self._captured.keys.to(device).float()
         return keys, output.logits.float(), getattr(output, self._cache_name)
 
-    def join(self, parts: Sequence[Cached]) -> Cached:
-        """Put rows of several batches into one; needs `shares_batches`."""
+    def join(self, parts: Sequence[CachedSequences]) -> CachedSequences:
+        """Join several batches into one; needs `shares_batches`."""
         longest = max(part.mask.shape[1] for part in parts)
         joined = DynamicCache()
         for number in range(len(parts[0].cache.layers)):
@@ -115,21 +116,22 @@ class Decoder:
         masks = [
             torch.nn.functional.pad(part.mask, (longest - part.mask.shape[1], 0)) for part in parts
         ]
-        return Cached(torch.cat(masks), joined)
+        return CachedSequences(torch.cat(masks), joined)
 
-    def keep(self, batch: Cached, rows: Sequence[int]) -> Cached:
-        """Keep some rows (or one of them several times), and no column that is padding in all.
+    def select(self, batch: CachedSequences, sequences: Sequence[int]) -> CachedSequences:
+        """Select some sequences (or one several times); drop columns that are padding in all.
 
         Needs `shares_batches`.
         """
-        mask = batch.mask[list(rows)]
+        chosen = list(sequences)
+        mask = batch.mask[chosen]
         first = int(mask.argmax(dim=1).min())
-        kept = DynamicCache()
+        selected = DynamicCache()
         for number, layer in enumerate(batch.cache.layers):
-            keys, values = layer.keys[list(rows)], layer.values[list(rows)]
-            kept.update(keys[..., first:, :], values[..., first:, :], number)
-        return Cached(mask[:, first:], kept)
+            keys, values = layer.keys[chosen], layer.values[chosen]
+            selected.update(keys[..., first:, :], values[..., first:, :], number)
+        return CachedSequences(mask[:, first:], selected)
 
 
-def _padded(states: Float[Tensor, "row head time dim"], time: int) -> Tensor:
+def _padded(states: Float[Tensor, "sequence head time dim"], time: int) -> Tensor:
     return torch.nn.functional.pad(states, (0, 0, time - states.shape[-2], 0))

@@ -1,6 +1,6 @@
-"""The model thread: one owner of model, indexes and datastores, fed through a queue.
+"""The model thread: the one owner of model, indexes and datastores, fed through a queue.
 
-Knows threads and jobs; knows no protocol and nothing of what the worker does.
+Knows threads and jobs; knows no protocol, and not what the worker does with a job.
 """
 
 import logging
@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,19 +23,20 @@ _LOG = logging.getLogger(__name__)
 
 
 class QueueFullError(RuntimeError):
-    """There is no room to wait in."""
+    """The queue has no place left."""
 
 
 class UnavailableError(RuntimeError):
-    """Nothing is accepted: the server is stopping, or its model thread has died."""
+    """No jobs are accepted: the server is stopping, or its model thread has died."""
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What the HTTP side has to know of the model, which it may not touch.
+class ModelFacts:
+    """What other threads may know about the model, which they may not use.
 
-    tokenizer: the model's own; whoever uses it works on a copy. max_window: positions that prompt
-    and completion may fill together; None for no limit. weights: see `Mixer.weights`.
+    tokenizer: the model's own; other threads use a copy of it. max_window: the most positions for
+    a prompt and its completion together; None for no limit. entries, parameters: of each datastore.
+    weights: see `Mixer.weights`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -49,24 +51,24 @@ class Facts:
 class Engine:
     """A thread that opens a kNN-LM and runs jobs on it.
 
-    open_model: called in the thread, which then is the only one to use what it returns.
+    open_model: called in the thread, which alone uses the model that it returns.
     """
 
     def __init__(self, open_model: Callable[[], KNNLM], limits: Limits, metrics: Metrics) -> None:
         self._open_model = open_model
         self._limits = limits
         self._metrics = metrics
-        self._changed = threading.Condition()  # guards what follows
+        self._changed = threading.Condition()  # guards the fields below
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
         self._is_draining = self._is_closing = False
         self._failure: Exception | None = None
-        self._facts: Facts | None = None
+        self._facts: ModelFacts | None = None
         self._opened = threading.Event()
         self._thread = threading.Thread(target=self._run, name="knnlm-model", daemon=True)
 
-    def start(self) -> Facts:
-        """Start the thread and wait for the model; raises what opening it raised."""
+    def start(self) -> ModelFacts:
+        """Start the thread and wait for the model; raises the error of `open_model`."""
         self._thread.start()
         self._opened.wait()
         if self._facts is None:
@@ -75,20 +77,20 @@ class Engine:
         return self._facts
 
     @property
-    def status(self) -> str:
-        """Return ok, stopping, or dead where the thread has ended by a failure."""
+    def status(self) -> Literal["ok", "stopping", "dead"]:
+        """Return ok, stopping, or dead if the thread has failed."""
         if self._failure is not None:
             return "dead"
         return "stopping" if self._is_draining else "ok"
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits or runs."""
+        """Whether no job waits or runs."""
         with self._changed:
             return not self._waiting and not self._running
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs, all of them or none; raises QueueFullError and UnavailableError."""
+        """Queue all jobs or none; raises QueueFullError and UnavailableError."""
         with self._changed:
             if self._failure is not None:
                 raise UnavailableError("the server's model thread has died; restart the server")
@@ -106,16 +108,16 @@ class Engine:
             self._changed.notify()
 
     def wake(self) -> None:
-        """Let the thread see that jobs were cancelled."""
+        """Let the thread notice that jobs were cancelled."""
         with self._changed:
             self._changed.notify()
 
     def drain(self) -> None:
-        """Accept nothing more; what waits and runs goes on."""
+        """Accept no more jobs; those that wait or run go on."""
         self._is_draining = True  # no lock: may be called from a signal handler
 
     def close(self, timeout: float = 30.0) -> None:
-        """End what is left with a failure, and the thread."""
+        """Fail the jobs that are left, and end the thread."""
         self.drain()
         with self._changed:
             self._is_closing = True
@@ -146,7 +148,7 @@ class Engine:
             self._abandon(worker)
 
     def _take(self, worker: Worker) -> bool:
-        """Wait for work and hand over what there is a place for; return False at the end."""
+        """Wait for jobs and begin those that have a place; return False at the end."""
         begun = []
         with self._changed:
             while True:
@@ -170,7 +172,7 @@ class Engine:
         return True
 
     def _abandon(self, worker: Worker) -> None:
-        """Tell everybody who still waits that nothing will come."""
+        """Fail every job that waits or runs."""
         message = "the server is stopping" if self._failure is None else "the server failed"
         with self._changed:
             left = [*self._waiting, *self._running]
@@ -184,8 +186,8 @@ class Engine:
         self._metrics.running.set(0)
 
 
-def _facts(model: KNNLM) -> Facts:
-    return Facts(
+def _facts(model: KNNLM) -> ModelFacts:
+    return ModelFacts(
         tokenizer=model.lm.tokenizer,
         vocab_size=model.lm.vocab_size,
         start_token=model.lm.start_token,

@@ -1,22 +1,23 @@
-"""What the model thread is asked to do, and what it answers: the contract with the HTTP side."""
+"""Jobs for the model thread, and the events with which it answers them."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from knnlm.apps.engine.steps import Overrides
+from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.evaluation.explanation import Explanation
 from knnlm.knn_lm import KNNLM
+from knnlm.retrieval.mixer import Mixer, override_mixer
 
 
 @dataclass(frozen=True, slots=True)
 class ScoredToken:
-    """A token of an answer.
+    """A token of a prompt or a completion.
 
-    offset: of its text in the choice's text, in characters. log_prob: under the mixture, in nats;
-    None for a token that nothing precedes. top: the likeliest tokens in its place, the token itself
-    among them.
+    offset: where its text begins in the prompt's or the completion's text, in characters.
+    log_prob: under the mixture, in nats; None for a token that nothing precedes. top: the log
+    probabilities of the likeliest tokens in its place, and of the token itself.
     """
 
     token: int
@@ -29,7 +30,7 @@ class ScoredToken:
 
 @dataclass(frozen=True, slots=True)
 class PromptRead:
-    """The first event of a completion; tokens: the prompt's, where they were to be scored."""
+    """The first event of a completion; tokens: the prompt's, if they were to be scored."""
 
     tokens: tuple[ScoredToken, ...] = ()
 
@@ -48,70 +49,78 @@ class Grown:
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
-    """The only event of an explanation."""
+class Returned:
+    """The only event of a model call: the value that its function returned."""
 
-    explanations: Sequence[Explanation]
+    value: Any
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
     """The last event of a job that cannot be done.
 
-    refused: it is the request that was wrong, in what the message says.
+    invalid: the job itself was wrong, as the message says. stopping: the engine was closed.
     """
 
     message: str
-    refused: bool = False
+    invalid: bool = False
     stopping: bool = False
 
 
+Event = PromptRead | Grown | Returned | Failed
+
+
 @dataclass(frozen=True, slots=True)
-class Answered:
-    """The only event of a query."""
+class Overrides:
+    """A job's own k, λ and T: each one value for all datastores, or one for each datastore.
 
-    value: Any
+    None stands for the value that the engine was started with.
+    """
 
+    k: int | Sequence[int] | None = None
+    lmbda: float | Sequence[float] | None = None
+    temperature: float | Sequence[float] | None = None
 
-Event = PromptRead | Grown | Explained | Answered | Failed
+    def apply(self, mixer: Mixer) -> Mixer:
+        """Return the mixer with these values; raises InvalidArgumentError."""
+        return override_mixer(mixer, k=self.k, lmbda=self.lmbda, temperature=self.temperature)
 
 
 @dataclass(eq=False, slots=True)
 class Job:
     """Anything that waits for the model thread.
 
-    post: takes the events, in the model thread. The job may be cancelled from any thread: then it
-    gets no further events and its place is freed.
+    post: takes the job's events; called in the model thread. Any thread may cancel a job: it then
+    gets no further events, and its places become free.
     """
 
     post: Callable[[Event], None]
     overrides: Overrides
     cancelled: bool = field(default=False, init=False)
     places: int = field(default=1, init=False)
-    """Of the queue and of the batch, that it takes."""
+    """How many places it takes in the queue and in the batch."""
     arrived: float = field(default_factory=time.perf_counter, init=False)
 
     def cancel(self) -> None:
-        """Give it up."""
+        """Give the job up."""
         self.cancelled = True
 
 
 @dataclass(eq=False, slots=True)
 class Completion(Job):
-    """A prompt and how it is to be continued.
+    """A prompt and how to continue it.
 
-    prompt: what the model reads, a start token included; `hidden` of its tokens are not the
-    client's. samples: how many continuations. score_prompt: whether log-probabilities of the
-    prompt are asked for. log_probs: how many likely tokens are asked for with every token; None for
-    no log-probabilities. sources: neighbors named for each generated token.
+    prompt: the token ids that the model reads; the first `hidden` of them, a start token, belong
+    to no text. samples: how many continuations. stop: texts before which a continuation ends.
+    log_probs: how many of the likeliest tokens to report with every token; None for no
+    log-probabilities. score_prompt: whether to score the prompt's tokens too. sources: how many
+    neighbors to name for each generated token.
     """
 
     prompt: Sequence[int]
     hidden: int
     max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int = 0
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
     samples: int = 1
     stop: tuple[str, ...] = ()
     log_probs: int | None = None
@@ -123,15 +132,7 @@ class Completion(Job):
 
 
 @dataclass(eq=False, slots=True)
-class TextToExplain(Job):
-    """A text to explain, with `options` of `knnlm.explain`."""
+class ModelCall(Job):
+    """A function that needs the kNN-LM, which only the model thread may use."""
 
-    text: str
-    options: dict[str, Any]
-
-
-@dataclass(eq=False, slots=True)
-class Query(Job):
-    """Anything else that only the model thread may ask the kNN-LM."""
-
-    ask: Callable[[KNNLM], Any]
+    function: Callable[[KNNLM], Any]

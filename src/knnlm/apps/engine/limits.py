@@ -1,4 +1,4 @@
-"""How much the server takes on."""
+"""How much work a server accepts: every limit, its default and its rule."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,13 @@ from knnlm.errors import InvalidArgumentError
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one request, and all of them together, may ask for.
+    """How much one request, and all requests together, may ask for.
 
-    max_tokens: tokens that a completion may generate, and of a text to explain. max_batch:
-    completions generated at once. max_queue: completions waiting for a place. max_body_bytes: of a
-    request. request_seconds: in which a request must have arrived whole. grace_seconds: that
-    running completions get when the server is told to stop.
+    max_tokens: the most tokens that a completion may generate, or that a text to explain may have.
+    max_batch: completions generated at once. max_queue: completions that may wait for a place in
+    the batch. max_body_bytes: the size of a request. request_seconds: how long a request may take
+    to arrive. grace_seconds: how long running completions may go on when the server is told to
+    stop.
 
     Raises InvalidArgumentError.
     """

@@ -1,4 +1,4 @@
-"""What the server counts and times, for Prometheus."""
+"""Every counter, gauge and histogram of a server, for Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -6,7 +6,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0,
 
 
 class Metrics:
-    """The metrics of one server; every one of them may be touched from any thread."""
+    """The metrics of one server; any thread may change them."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
@@ -52,5 +52,5 @@ class Metrics:
         )
 
     def render(self) -> bytes:
-        """Return all of them as Prometheus reads them."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)

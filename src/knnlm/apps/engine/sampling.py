@@ -1,39 +1,50 @@
-"""One token from a distribution, the same one whoever else is in the batch."""
+"""How a token is sampled from a distribution: the same token whoever else is in the batch."""
 
 import hashlib
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """How the tokens of a completion are sampled.
+
+    temperature: tokens are drawn from p^(1/temperature); 0 takes the likeliest, the first of
+    equals. top_p: only the likeliest tokens that together reach it may be drawn. seed: makes the
+    draws repeatable.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
 def seeded_generator(seed: int, sample: int) -> torch.Generator:
-    """Return the random numbers of one of a request's samples."""
+    """Return the random numbers for one sample of a completion."""
     digest = hashlib.sha256(f"{seed}/{sample}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def choose_token(
-    log_probs: Float[Tensor, " vocab"],
-    temperature: float,
-    top_p: float,
-    generator: torch.Generator,
+    log_probs: Float[Tensor, " vocab"], options: SamplingOptions, generator: torch.Generator
 ) -> int:
-    """Draw a token from p^(1/temperature), cut to the likeliest that together reach `top_p`.
+    """Draw a token; `generator` is the sample's, see `seeded_generator`.
 
-    temperature = 0 takes the likeliest, of equals the first. Arithmetic is in float64 on the CPU.
-    The token with the first of exponential arrival times with rates p is a draw from p
-    (Gumbel-max): of all ways to draw, the one that the rounding of p sways least, so that the
-    answer hardly ever depends on the shape of the batch.
+    Arithmetic is in float64 on the CPU. The token with the first of exponential arrival times with
+    rates p is a draw from p (Gumbel-max). Of all ways to draw it is the least sensitive to the
+    rounding of p, so that the answer hardly ever depends on the shape of the batch.
     """
-    if temperature == 0.0:
+    if options.temperature == 0.0:
         return int(log_probs.argmax())
-    scaled = log_probs.double().cpu() / temperature
+    scaled = log_probs.double().cpu() / options.temperature
     probs = torch.softmax(scaled, dim=0)
-    if top_p < 1.0:
+    if options.top_p < 1.0:
         ordered, tokens = probs.sort(descending=True, stable=True)
-        # kept as long as those before it do not suffice; the likeliest always
-        kept = ordered.cumsum(dim=0) - ordered < top_p
+        # a token is kept while those before it do not reach top_p; the likeliest always is
+        kept = ordered.cumsum(dim=0) - ordered < options.top_p
         kept[0] = True
         probs = torch.zeros_like(probs).scatter_(0, tokens, ordered * kept)
     arrivals = torch.empty_like(probs).exponential_(generator=generator)

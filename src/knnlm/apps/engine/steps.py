@@ -1,10 +1,9 @@
-"""What the retrievers add to a step of the model, and who spoke for a token.
+"""A step of the model, mixed: the probabilities of the next tokens, and the votes behind them.
 
-Knows retrievers and tensors; knows no request and no protocol.
+Knows the mixer and tensors; knows no job and no text.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,37 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.apps.engine.decoding import Step
+from knnlm.errors import UnsupportedModelError
 from knnlm.evaluation.explain import Evidence, Explainer
 from knnlm.evaluation.explanation import Explanation
 from knnlm.index.protocol import Neighbors
 from knnlm.model.language_model import LanguageModel
-from knnlm.retrieval.mixer import Mixed, Mixer, override_mixer
-from knnlm.retrieval.retriever import Retriever, for_each
-
-
-@dataclass(frozen=True, slots=True)
-class Overrides:
-    """What a request asks of the retrievers: one value for all of them, or one for each.
-
-    None stands for what the server was started with.
-    """
-
-    k: int | Sequence[int] | None = None
-    lmbda: float | Sequence[float] | None = None
-    temperature: float | Sequence[float] | None = None
-
-    def of(self, mixer: Mixer) -> Mixer:
-        """Return the mixer with what was asked for; raises InvalidArgumentError."""
-        if self.temperature is not None:  # checked here: the protocol's `temperature` is another
-            for_each("knn_temperature", self.temperature, len(mixer.retrievers))
-        return override_mixer(mixer, k=self.k, lmbda=self.lmbda, temperature=self.temperature)
+from knnlm.retrieval.mixer import Mixed, Mixer
+from knnlm.retrieval.retriever import Retriever
 
 
 @dataclass(frozen=True, slots=True)
 class MixedStep:
-    """Log-probabilities of what follows some positions, and the neighbors that were asked.
+    """The mixture after each position of a step, in nats, and what it was made from.
 
-    retrievers: those that were searched. neighbors: of every position, in each of them.
+    retrievers: those that were searched. neighbors: of each position, in each of them.
     """
 
     mixed: Mixed
@@ -56,14 +38,16 @@ class MixedStep:
         """The mixture's log-probabilities."""
         return self.mixed.log_probs
 
-    def explain(self, place: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
-        """Name the strongest neighbors of the position `place`, which `token` follows."""
+    def explain(self, position: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
+        """Name the strongest neighbors for `token`, which follows a position."""
         evidence = Evidence(
             torch.tensor([token]),
-            self.lm_log_probs[place, [token]].cpu(),
-            self.mixed.votes_at(place),
+            self.lm_log_probs[position, [token]].cpu(),
+            self.mixed.votes_at(position),
             [
-                Neighbors(nearest.squared_distances[[place]].cpu(), nearest.rows[[place]].cpu())
+                Neighbors(
+                    nearest.squared_distances[[position]].cpu(), nearest.rows[[position]].cpu()
+                )
                 for nearest in self.neighbors
             ],
         )
@@ -73,10 +57,16 @@ class MixedStep:
 
 
 def mix_step(mixer: Mixer, step: Step) -> MixedStep:
-    """Return the mixture after each position of a step; λ = 0 is not searched."""
+    """Search for the neighbors of each position once, and mix them; λ = 0 is not searched."""
     started = time.perf_counter()
     retrieved = mixer.search(step.keys)
     seconds = time.perf_counter() - started
     mixed = mixer.mix(retrieved, None, step.log_probs)
     neighbors = tuple(retrieved.neighbors)
     return MixedStep(mixed, step.log_probs, mixer.searched, neighbors, seconds)
+
+
+def check_numbers(log_probs: Tensor) -> None:
+    """Raise UnsupportedModelError if some log-probabilities are not numbers."""
+    if bool(log_probs.isnan().any()):
+        raise UnsupportedModelError("the model's probabilities must be numbers, but some are NaN")

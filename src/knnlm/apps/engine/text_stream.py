@@ -1,23 +1,23 @@
-"""Tokens → text as it can be shown: no half characters, no half stop sequences.
+"""Tokens → text that is fit to show: no partial characters, no partial stop sequences.
 
-Knows token ids and a function that decodes them; knows no model and no protocol.
+Knows token ids and a function that decodes them; knows no model and no job.
 """
 
 from collections.abc import Callable, Sequence
 
-_UNFINISHED = "\ufffd"  # what decoding gives for the bytes of half a character
+_UNFINISHED = "\ufffd"  # what the bytes of a partial character are decoded as
 _CONTEXT_TOKENS = 4
 
 
 class TextStream:
     """The text of one completion while it grows.
 
-    decode: token ids → text. context: the tokens before the completion, of which the last few are
-    decoded along, since some tokenizers write a token differently at the start of a text. stop:
-    texts before which the completion ends.
+    decode: token ids → text. context: the tokens before the completion; the last few are decoded
+    with it, because some tokenizers write a token differently at the start of a text. stop: texts
+    before which the completion ends.
 
-    `text` is what is certain: it never gets shorter and never holds what may become part of a
-    character or of a stop sequence.
+    `text` is the part that is certain: it never gets shorter, and never holds anything that may
+    still become part of a character or of a stop sequence.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class TextStream:
         self.stopped = False
         """Whether a stop sequence was found; `text` ends before it."""
         self.offsets: list[int] = []
-        """Where in the text each token begins; beyond a stop sequence, for tokens of it."""
+        """Where in the text each token begins; past its end for tokens of a stop sequence."""
 
     def push(self, token: int) -> None:
         """Add a token."""
@@ -48,7 +48,7 @@ class TextStream:
         self._extend(final=False)
 
     def finish(self) -> None:
-        """Release what was held back: there is no further token."""
+        """Release the text that was held back: there is no further token."""
         if not self.stopped:
             self._extend(final=True)
         if not self.stopped:
@@ -71,7 +71,7 @@ class TextStream:
         ]
         if found:
             self.stopped = True
-            _, place = min(found)  # of the one that is complete first
+            _, place = min(found)  # the stop sequence that is complete first
             self.text = self._decoded[:place]
         else:
             self.text = self._decoded[: len(self._decoded) - self._held()]

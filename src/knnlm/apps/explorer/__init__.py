@@ -1,1 +1,1 @@
-"""A page that shows, token by token, what a datastore changes and who speaks for it."""
+"""A page that shows, token by token, what a datastore changes and which passages spoke for it."""

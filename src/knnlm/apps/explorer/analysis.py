@@ -1,4 +1,4 @@
-"""A text → everything that the page needs to recompute its mixture for any λ, k and temperature.
+"""A text → all that the page needs to recompute its mixture for any λ, k and temperature.
 
 Knows the kNN-LM; knows no page and no protocol.
 """
@@ -28,20 +28,20 @@ from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
 
 LEAST_K = 256
-"""Neighbors that are searched at least, so that k can be raised too."""
-_LM_TOKENS = 10  # of the LM's likeliest, shown in every place
-_MOST_DOCUMENTS = 1000  # that an overview names
+"""The least number of neighbors to search for, so that k can be raised too."""
+_LM_TOKENS = 10  # how many of the LM's likeliest tokens are shown for each position
+_MOST_DOCUMENTS = 1000  # that are named for each datastore
 _BEFORE, _AFTER = 40, 16  # tokens of a passage
 
 
 @dataclass(frozen=True, slots=True)
 class Analysis:
-    """What the LM says of each token of a text, and its neighbors: λ, k and T are still open.
+    """A text's tokens with their LM probabilities and neighbors, for any λ, k and T.
 
-    generated_from: the first token that the model wrote itself; their number where it wrote none.
-    lm_top: the LM's likeliest tokens in each place. neighbors: in each retriever, of its k or more.
-    weights: of the model's own mixture (see `Mixer.weights`); log_probs: of the tokens under it.
-    All in nats.
+    generated_from: the number of the first token that the model generated; that of all tokens if
+    it generated none. lm_top: the LM's likeliest tokens at each position. neighbors: in each
+    retriever, its k nearest or more. weights: those of the model's own mixture (see
+    `Mixer.weights`); log_probs: the tokens' under that mixture. Log-probabilities are in nats.
     """
 
     lm: LanguageModel
@@ -58,8 +58,8 @@ class Analysis:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; arrays as base64, little-endian."""
         values = [
-            retriever.tokens(found)
-            for retriever, found in zip(self.retrievers, self.neighbors, strict=True)
+            retriever.tokens(neighbors)
+            for retriever, neighbors in zip(self.retrievers, self.neighbors, strict=True)
         ]
         mentioned = torch.cat([self.tokens, self.lm_top.flatten(), *(v.flatten() for v in values)])
         return {
@@ -82,30 +82,31 @@ class Analysis:
                     "entries": len(retriever.store),
                     "numbering": retriever.store.numbering,
                     "parameters": asdict(retriever.parameters),
-                    "k": found.rows.shape[1],
-                    "squared_distances": _packed(found.squared_distances, "<f4"),
-                    "rows": _packed(found.rows, "<i4"),
-                    "values": _packed(of_memory, "<i4"),
-                    "documents": _documents(retriever.store, found.rows),
+                    "k": neighbors.rows.shape[1],
+                    "squared_distances": _packed(neighbors.squared_distances, "<f4"),
+                    "rows": _packed(neighbors.rows, "<i4"),
+                    "values": _packed(neighbor_values, "<i4"),
+                    "documents": _documents_to_dicts(retriever.store, neighbors.rows),
                 }
-                for retriever, found, of_memory in zip(
+                for retriever, neighbors, neighbor_values in zip(
                     self.retrievers, self.neighbors, values, strict=True
                 )
             ],
         }
 
     def strongest_rows(self, sources: int) -> list[list[int]]:
-        """Return the rows of each memory that matter most for some token.
+        """Return the rows, in each retriever, that matter most for some token.
 
-        Of every token the nearest `sources`, and the nearest as many that vote for it.
+        These are each token's `sources` nearest neighbors, and the `sources` nearest of those that
+        vote for it.
         """
-        chosen = []
-        for retriever, found in zip(self.retrievers, self.neighbors, strict=True):
-            votes = retriever.votes_for_targets(found, self.tokens)
-            votes &= votes.cumsum(dim=1) <= sources
-            votes[:, :sources] |= found.present[:, :sources]
-            chosen.append(np.unique(found.rows[votes].numpy()).tolist())
-        return chosen
+        rows = []
+        for retriever, neighbors in zip(self.retrievers, self.neighbors, strict=True):
+            chosen = retriever.votes_for_targets(neighbors, self.tokens)
+            chosen &= chosen.cumsum(dim=1) <= sources
+            chosen[:, :sources] |= neighbors.present[:, :sources]
+            rows.append(np.unique(neighbors.rows[chosen].numpy()).tolist())
+        return rows
 
 
 def analyze(
@@ -113,8 +114,8 @@ def analyze(
 ) -> Analysis:
     """Read a text and find its neighbors.
 
-    generated: tokens that follow it, written by the model. Raises InvalidArgumentError for a text
-    without tokens, or of more than `most_tokens`. The continuous cache is left out.
+    generated: the tokens that the model generated after it. The continuous cache is left out.
+    Raises InvalidArgumentError for a text without tokens, or with more than `most_tokens`.
     """
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
     if not tokens:
@@ -129,7 +130,7 @@ def analyze(
 def analyze_and_explain(
     model: KNNLM, text: str, generated: Sequence[int] = (), sources: int = 3
 ) -> tuple[Analysis, list[Explanation]]:
-    """Return what `analyze` and `model.explain` return, from one reading of the text."""
+    """Return the results of `analyze` and `model.explain` from one reading of the text."""
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")
@@ -154,7 +155,7 @@ def _read(model: KNNLM, tokens: Sequence[int]) -> list[Scores]:
 
 
 def _analysis(model: KNNLM, scores: Sequence[Scores], generated_from: int) -> Analysis:
-    # a gate with the cache among its sources knows no mixture without it
+    # a gate that has the cache among its inputs cannot mix without it
     mixer = model.mixer
     if mixer.cache is not None:
         mixer = Mixer(mixer.retrievers)
@@ -170,10 +171,10 @@ def _analysis(model: KNNLM, scores: Sequence[Scores], generated_from: int) -> An
         lm_top_log_probs=likeliest.log_probs,
         neighbors=tuple(
             Neighbors(
-                torch.cat([part.neighbors[which].squared_distances for part in scores]),
-                torch.cat([part.neighbors[which].rows for part in scores]),
+                torch.cat([part.neighbors[number].squared_distances for part in scores]),
+                torch.cat([part.neighbors[number].rows for part in scores]),
             )
-            for which in range(len(mixer.retrievers))
+            for number in range(len(mixer.retrievers))
         ),
         log_probs=torch.cat([_mixed_log_probs(part, mixer) for part in scores]),
     )
@@ -182,8 +183,8 @@ def _analysis(model: KNNLM, scores: Sequence[Scores], generated_from: int) -> An
 def _mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
     searched = mixer.searched
     neighbors = tuple(
-        retriever.keep_nearest(found)
-        for retriever, found in zip(mixer.retrievers, scores.neighbors, strict=True)
+        retriever.keep_nearest(neighbors)
+        for retriever, neighbors in zip(mixer.retrievers, scores.neighbors, strict=True)
         if retriever in searched
     )
     return mixed_log_probs(replace(scores, neighbors=neighbors, cache_neighbors=()), mixer)
@@ -192,11 +193,15 @@ def _mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
 def read_passages(
     lm: LanguageModel, retrievers: Sequence[Retriever], rows: Sequence[Sequence[int]]
 ) -> list[dict[str, dict[str, str]]]:
-    """Return the text around some rows of each retriever: before and after their value, by row."""
-    answers = []
-    for retriever, of_memory in zip(retrievers, rows, strict=True):
+    """Return the text before, at and after some rows of each retriever; by row.
+
+    rows: for each retriever. Passages of forgotten documents are left out. Raises
+    InvalidArgumentError for a row beyond the datastore's last.
+    """
+    passages_by_retriever = []
+    for retriever, retriever_rows in zip(retrievers, rows, strict=True):
         passages = {}
-        for row in of_memory:
+        for row in retriever_rows:
             if not 0 <= row < retriever.store.rows:
                 raise InvalidArgumentError(
                     f"rows must be below {retriever.store.rows}, the entries of "
@@ -210,17 +215,17 @@ def read_passages(
                 "value": lm.decode([passage.value]),
                 "after": lm.decode(passage.after),
             }
-        answers.append(passages)
-    return answers
+        passages_by_retriever.append(passages)
+    return passages_by_retriever
 
 
-def describe_stores(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
-    """Return what each datastore holds: its index, its mixture, its largest documents."""
-    described = []
+def stores_to_dicts(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
+    """Return facts about each datastore, its index, its parameters and its largest documents."""
+    dicts = []
     for retriever in retrievers:
         store = retriever.store
-        documents = sorted(store.documents(), key=lambda one: one.start - one.stop)
-        described.append(
+        documents = sorted(store.documents(), key=lambda document: document.start - document.stop)
+        dicts.append(
             {
                 "path": str(store.path),
                 "model": store.settings.model,
@@ -239,25 +244,25 @@ def describe_stores(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
                 ],
             }
         )
-    return described
+    return dicts
 
 
-def _documents(store: Datastore, rows: Int[Tensor, "token k"]) -> list[dict[str, Any]]:
+def _documents_to_dicts(store: Datastore, rows: Int[Tensor, "token k"]) -> list[dict[str, Any]]:
     """Return the documents that hold some of the rows, in order."""
     documents = store.documents()
     starts = np.array([document.start for document in documents])
     present = rows[rows >= 0].numpy()
-    found = np.unique(np.searchsorted(starts, present, side="right") - 1).tolist()
+    numbers = np.unique(np.searchsorted(starts, present, side="right") - 1).tolist()
     return [
-        {"name": documents[n].name, "start": documents[n].start, "stop": documents[n].stop}
-        for n in found
+        {"name": document.name, "start": document.start, "stop": document.stop}
+        for document in (documents[number] for number in numbers)
     ]
 
 
 def _pieces(lm: LanguageModel, tokens: Sequence[int]) -> list[str]:
-    """Return the text of each token; a character of several tokens belongs to the first of them.
+    """Return the text of each token; joined, the pieces are the whole text.
 
-    Joined, they are the text.
+    A character that takes several tokens belongs to the first of them.
     """
     stream = TextStream(lm.decode, ())
     for token in tokens:

@@ -1,4 +1,4 @@
-"""The explorer's page: as the server sends it, in parts, or as one file that needs nothing else."""
+"""The explorer's page: served in parts, or as one standalone file."""
 
 import base64
 import hashlib
@@ -14,24 +14,22 @@ STYLES = ("page.css",)
 SCRIPTS = ("mixture.js", "token_panel.js", "sliders.js", "overview.js", "page.js")
 PAGE_PATHS = frozenset({PAGE, *(f"{PAGE}/{name}" for name in (*STYLES, *SCRIPTS))})
 ANALYSIS, PASSAGES, DATASTORES = f"{PAGE}/analysis", f"{PAGE}/passages", f"{PAGE}/datastores"
-ASKED_PATHS = frozenset({ANALYSIS, PASSAGES})
-"""What the page asks for, with a JSON body."""
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The content security policy: nothing but the page's own parts, and nothing inline."""
+"""The content security policy: only the page's own parts, and nothing inline."""
 _SOURCES_KEPT = 5
 
 
 @cache
 def read_asset(name: str) -> str:
-    """Return a file of the page."""
-    return (Path(__file__).parent / name).read_text(encoding="utf-8")
+    """Return a file of the page, from the folder `static`."""
+    return (Path(__file__).parent / "static" / name).read_text(encoding="utf-8")
 
 
 def served_page() -> str:
-    """Return the page that fetches its parts."""
+    """Return the page that fetches its parts from the server."""
     styles = "".join(f'<link rel="stylesheet" href="{PAGE}/{name}">\n' for name in STYLES)
     scripts = "".join(f'<script src="{PAGE}/{name}"></script>\n' for name in SCRIPTS)
     return _fill_in(styles, "", scripts)
@@ -40,7 +38,7 @@ def served_page() -> str:
 def standalone_page(analysis: Analysis) -> str:
     """Return a page that shows one analysis and needs neither a server nor a network.
 
-    It keeps the passages of the strongest neighbors of each token.
+    It includes the passages of each token's strongest neighbors.
     """
     plain = analysis.to_dict()
     rows = analysis.strongest_rows(_SOURCES_KEPT)
@@ -70,7 +68,7 @@ def _fill_in(head: str, data: str, scripts: str) -> str:
 
 
 def _in_html(plain: dict[str, Any]) -> str:
-    """Return JSON that no HTML parser takes for markup."""
+    """Return JSON that no HTML parser can take for markup."""
     return json.dumps(plain, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
 
 

@@ -1,4 +1,4 @@
-"""Every refusal and failure, as OpenAI's clients expect to see it."""
+"""Errors as OpenAI's clients expect them: a status and an error object."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,16 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
+from knnlm.apps.engine.jobs import Failed
 from knnlm.apps.server.schema import ErrorInfo, ErrorResponse
 
 CLIENT_LEFT = 499
-"""The status, seen by the metrics only, of a request whose client did not wait for the answer."""
+"""The status, seen only by the metrics, of a request whose client left before the response."""
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"model": ErrorResponse, "description": "The request is refused."},
+    "5XX": {"model": ErrorResponse, "description": "The server failed, or is stopping."},
+}
+"""The errors of every route, for the API's description."""
 
 _TYPES = {
     401: "authentication_error",
@@ -23,8 +29,8 @@ _TYPES = {
 }
 
 
-class RefusalError(Exception):
-    """An answer other than 200: its HTTP status and what OpenAI's error object holds."""
+class HTTPError(Exception):
+    """A response other than 200: its HTTP status, and the fields of OpenAI's error object."""
 
     def __init__(
         self,
@@ -48,44 +54,49 @@ class RefusalError(Exception):
         return ErrorResponse(error=info).model_dump_json()
 
     def response(self) -> Response:
-        """Return the whole answer."""
+        """Return the whole response."""
         return Response(
             self.body(), self.status, headers=self.headers, media_type="application/json"
         )
 
 
-def install(app: FastAPI) -> None:
-    """Answer whatever goes wrong in an app in OpenAI's way."""
+def job_error(failed: Failed) -> HTTPError:
+    """Return the error for a request whose job has failed."""
+    return HTTPError(400 if failed.invalid else 503 if failed.stopping else 500, failed.message)
 
-    async def refuse(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RefusalError)
+
+def add_to(app: FastAPI) -> None:
+    """Turn every error in an app into OpenAI's form."""
+
+    async def respond(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPError)
         return error.response()
 
-    async def refuse_http(request: Request, error: Exception) -> Response:
+    async def respond_to_router(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         detail = str(error.detail)
         if error.status_code == 404:
             detail = f"there is no {request.url.path} here"
         elif error.status_code == 405:
             detail = f"{request.url.path} does not take {request.method}"
-        return RefusalError(error.status_code, detail, headers=error.headers).response()
+        return HTTPError(error.status_code, detail, headers=error.headers).response()
 
-    async def refuse_body(request: Request, error: Exception) -> Response:
+    async def respond_to_invalid_body(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         message, param = _explain_validation(error.errors())
-        return RefusalError(400, message, param=param).response()
+        return HTTPError(400, message, param=param).response()
 
-    async def fail(request: Request, error: Exception) -> Response:
-        return RefusalError(500, "the server failed at this request; its log says more").response()
+    async def respond_to_failure(request: Request, error: Exception) -> Response:
+        return HTTPError(500, "the server failed at this request; its log says more").response()
 
-    app.add_exception_handler(RefusalError, refuse)
-    app.add_exception_handler(HTTPException, refuse_http)
-    app.add_exception_handler(RequestValidationError, refuse_body)
-    app.add_exception_handler(Exception, fail)
+    app.add_exception_handler(HTTPError, respond)
+    app.add_exception_handler(HTTPException, respond_to_router)
+    app.add_exception_handler(RequestValidationError, respond_to_invalid_body)
+    app.add_exception_handler(Exception, respond_to_failure)
 
 
 def _explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Return one line and the field that it is about."""
+    """Return a message of one line, and the field that it is about."""
     first = errors[0]
     location = [str(part) for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
@@ -96,7 +107,7 @@ def _explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str |
     if first["type"] == "extra_forbidden":
         return f"{field} is not a field of this request; leave it out", field
     about_field = [error for error in errors if str(error["loc"][1]) == field]
-    # one for each kind of value that the field may have
+    # one error for each type of value that the field may have
     reasons = list(dict.fromkeys(_clean(error["msg"]) for error in about_field))
     return f"{field}: {'; or: '.join(reasons[:4])}{_shown(first.get('input'))}", field
 

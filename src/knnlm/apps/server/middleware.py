@@ -1,4 +1,4 @@
-"""What every request passes before a route sees it: the key, the size, the clock, the counters."""
+"""The request guard: checks every request before a route sees it, and counts and times it."""
 
 import asyncio
 import hmac
@@ -10,19 +10,19 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from knnlm.apps.engine.limits import Limits
 from knnlm.apps.engine.metrics import Metrics
-from knnlm.apps.explorer.page import ASKED_PATHS, PAGE_PATHS
-from knnlm.apps.server.http_errors import CLIENT_LEFT, RefusalError
+from knnlm.apps.explorer.page import PAGE_PATHS
+from knnlm.apps.server.http_errors import CLIENT_LEFT, HTTPError
 
-_OPEN = {"/health", *PAGE_PATHS}  # the explorer's page itself shows nothing: it asks for the key
-_TAKES_JSON = {"/v1/completions", "/v1/explain", *ASKED_PATHS}
-_THROWN_AWAY_BYTES = 64 << 20  # read of a body that is too large, so that its sender sees why
+_NEED_NO_KEY = {"/health", *PAGE_PATHS}  # the explorer's page is empty until it has the key
+_MAX_DISCARDED_BYTES = 64 << 20  # read from too large a body, so that its sender sees the error
 
 
 class RequestGuard:
     """The outermost layer of the app.
 
-    api_key: without which nothing but /health answers. routes: the paths that are counted under
-    their own names. is_stopping: whether new requests are refused.
+    api_key: the key that requests must carry; None to serve this machine alone, without a key.
+    paths: those of the routes, counted under their own names. json_paths: those that take a JSON
+    body. is_stopping: whether new requests are refused.
     """
 
     def __init__(
@@ -32,14 +32,16 @@ class RequestGuard:
         limits: Limits,
         metrics: Metrics,
         api_key: str | None,
-        routes: frozenset[str],
+        paths: frozenset[str],
+        json_paths: frozenset[str],
         is_stopping: Callable[[], bool],
     ) -> None:
         self._app = app
         self._limits = limits
         self._metrics = metrics
         self._key = None if api_key is None else api_key.encode()
-        self._routes = routes
+        self._paths = paths
+        self._json_paths = json_paths
         self._is_stopping = is_stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -62,21 +64,21 @@ class RequestGuard:
             status = 500
             raise
         finally:
-            route = scope["path"] if scope["path"] in self._routes else "other"
+            route = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(route, str(status)).inc()
             self._metrics.latency.labels(route).observe(time.perf_counter() - started)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            if scope["path"] not in _OPEN:
+            if scope["path"] not in _NEED_NO_KEY:
                 self._check_key(scope)
             if self._is_stopping() and scope["method"] == "POST":
-                raise RefusalError(503, "the server is stopping", headers={"Retry-After": "5"})
-            if scope["method"] == "POST" and scope["path"] in _TAKES_JSON:
+                raise HTTPError(503, "the server is stopping", headers={"Retry-After": "5"})
+            if scope["method"] == "POST" and scope["path"] in self._json_paths:
                 _check_content_type(scope)
             body = await self._read(scope, receive)
-        except RefusalError as refusal:
-            await refusal.response()(scope, receive, send)
+        except HTTPError as error:
+            await error.response()(scope, receive, send)
             return
         except _ClientLeftError:
             return
@@ -95,7 +97,7 @@ class RequestGuard:
         scheme, _, key = given.partition(b" ")
         is_right = hmac.compare_digest(key.strip(), self._key)
         if scheme.lower() != b"bearer" or not is_right:
-            raise RefusalError(
+            raise HTTPError(
                 401,
                 "the request must carry this server's key: Authorization: Bearer KEY",
                 code="invalid_api_key",
@@ -116,16 +118,16 @@ class RequestGuard:
                     size += len(message.get("body", b""))
                     if size <= limit:
                         parts.append(message.get("body", b""))
-                    if not message.get("more_body", False) or size > _THROWN_AWAY_BYTES:
+                    if not message.get("more_body", False) or size > _MAX_DISCARDED_BYTES:
                         break
         except TimeoutError:
-            raise RefusalError(
+            raise HTTPError(
                 408,
                 f"the request must arrive within {self._limits.request_seconds:g} seconds",
                 headers={"Connection": "close"},
             ) from None
         if size > limit:
-            raise RefusalError(
+            raise HTTPError(
                 413,
                 f"a request's body must have at most {limit} bytes",
                 headers={"Connection": "close"},
@@ -134,7 +136,7 @@ class RequestGuard:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether a name or address is this machine's alone."""
+    """Return whether only this machine can reach a host, given by name or address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -142,11 +144,11 @@ def is_loopback(host: str) -> bool:
 
 
 def _check_host(scope: Scope) -> None:
-    """Refuse a browser that was told that somebody else's name is this machine's address."""
+    """Refuse DNS rebinding: a web page whose own host name was pointed at this machine."""
     given = dict(scope["headers"]).get(b"host", b"localhost").decode("latin-1")
     name = given.rpartition("]")[0][1:] if given.startswith("[") else given.partition(":")[0]
     if not is_loopback(name):
-        raise RefusalError(
+        raise HTTPError(
             403,
             f"a server without a key answers to localhost and 127.0.0.1 only, not to {name!r}: "
             "start it with --api-key",
@@ -154,10 +156,10 @@ def _check_host(scope: Scope) -> None:
 
 
 def _check_content_type(scope: Scope) -> None:
-    """Take nothing but JSON, which a web page of somebody else cannot send to this machine."""
+    """Take only JSON, which a web page from elsewhere cannot send to this machine."""
     given = dict(scope["headers"]).get(b"content-type", b"").partition(b";")[0].strip().lower()
     if given != b"application/json":
-        raise RefusalError(415, "the request must have the header Content-Type: application/json")
+        raise HTTPError(415, "the request must have the header Content-Type: application/json")
 
 
 class _ClientLeftError(Exception):

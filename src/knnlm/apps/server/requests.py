@@ -1,28 +1,34 @@
-"""A request's prompts → token ids, its fields → jobs. Touches no model: any thread may do it."""
+"""Requests → jobs: prompts become token ids, fields become a job's options.
+
+Uses no model: any thread may do it.
+"""
 
 import copy
 import secrets
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from knnlm.apps.engine.engine import Facts
-from knnlm.apps.engine.jobs import Completion, Event, TextToExplain
+from knnlm.apps.engine.engine import ModelFacts
+from knnlm.apps.engine.jobs import Completion, Event, Overrides
 from knnlm.apps.engine.limits import Limits
-from knnlm.apps.engine.steps import Overrides
-from knnlm.apps.server.http_errors import RefusalError
+from knnlm.apps.engine.sampling import SamplingOptions
+from knnlm.apps.server.http_errors import HTTPError
 from knnlm.apps.server.schema import CompletionRequest, ExplainRequest, Prompt
+from knnlm.errors import InvalidArgumentError
 from knnlm.model.language_model import detokenize, tokenize
+from knnlm.retrieval.retriever import for_each
 
-_DEFAULT_MAX_TOKENS = 16  # the protocol's
+_DEFAULT_MAX_TOKENS = 16  # the protocol's own
 _DEFAULT_SOURCES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedPrompt:
-    """A prompt as the model reads it, and as its text goes back to the client.
+    """A prompt: the token ids that the model reads, and the text that `echo` returns.
 
-    hidden: tokens at its start that the client did not send.
+    hidden: how many tokens at its start the client did not send.
     """
 
     tokens: Sequence[int]
@@ -31,9 +37,9 @@ class EncodedPrompt:
 
 
 class RequestReader:
-    """Turns requests into jobs, or refuses them; raises RefusalError."""
+    """Turns requests into jobs; raises HTTPError for those that ask for too much."""
 
-    def __init__(self, facts: Facts, limits: Limits) -> None:
+    def __init__(self, facts: ModelFacts, limits: Limits) -> None:
         self._facts = facts
         self._limits = limits
         # a tokenizer serves one thread at a time, and the model thread uses the original
@@ -43,7 +49,7 @@ class RequestReader:
     def encode(self, prompt: Prompt) -> list[EncodedPrompt]:
         """Tokenize the prompts of a request.
 
-        A text is preceded by the start token, as in a datastore; token ids are taken as they are.
+        A start token is put before a text, as in a datastore; token ids are taken as they are.
         """
         if isinstance(prompt, str):
             return self._encode_texts([prompt])
@@ -54,7 +60,7 @@ class RequestReader:
         for tokens in lists:
             ids = [token for token in tokens if isinstance(token, int)]
             if max(ids) >= self._facts.vocab_size:
-                raise RefusalError(
+                raise HTTPError(
                     400,
                     f"prompt: token ids must be below {self._facts.vocab_size}, the size of the "
                     f"vocabulary, got {max(ids)}",
@@ -83,22 +89,25 @@ class RequestReader:
         samples = request.n or 1
         max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         self._check_sizes(request, prompts, samples, max_tokens)
-        # a request that names no seed gets one that nobody can know
-        seed = secrets.randbits(62) if request.seed is None else request.seed
+        sampling = SamplingOptions(
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            # without a seed the request gets one that cannot be guessed
+            seed=secrets.randbits(62) if request.seed is None else request.seed,
+        )
+        overrides = self.overrides(request)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         sources = request.sources
         if isinstance(sources, bool) or sources is None:
             sources = _DEFAULT_SOURCES if sources else 0
         return [
             Completion(
-                post=_posting(post, number),
-                overrides=_overrides(request),
+                post=partial(post, number),
+                overrides=overrides,
                 prompt=prompt.tokens,
                 hidden=prompt.hidden,
                 max_tokens=max_tokens,
-                temperature=1.0 if request.temperature is None else request.temperature,
-                top_p=1.0 if request.top_p is None else request.top_p,
-                seed=seed,
+                sampling=sampling,
                 samples=samples,
                 stop=tuple(stop),
                 log_probs=request.logprobs,
@@ -116,20 +125,15 @@ class RequestReader:
         max_tokens: int,
     ) -> None:
         limits = self._limits
-        if max_tokens > limits.max_tokens:
-            raise RefusalError(
-                400,
-                f"max_tokens must be at most {limits.max_tokens} on this server, got {max_tokens}",
-                param="max_tokens",
-            )
-        if samples > limits.max_batch:
-            raise RefusalError(
-                400,
-                f"n must be at most {limits.max_batch} on this server, got {samples}",
-                param="n",
-            )
+        for param, number, most in [
+            ("max_tokens", max_tokens, limits.max_tokens),
+            ("n", samples, limits.max_batch),
+        ]:
+            if number > most:
+                message = f"{param} must be at most {most} on this server, got {number}"
+                raise HTTPError(400, message, param=param)
         if len(prompts) * samples > limits.max_queue:
-            raise RefusalError(
+            raise HTTPError(
                 400,
                 f"prompt: {len(prompts)} prompts with n = {samples} are more completions than the "
                 f"{limits.max_queue} that this server queues; send fewer at once",
@@ -138,7 +142,7 @@ class RequestReader:
         window = self._facts.max_window
         longest = max(len(prompt.tokens) for prompt in prompts)
         if window is not None and longest + max_tokens > window:
-            raise RefusalError(
+            raise HTTPError(
                 400,
                 f"prompt ({longest} tokens, the start token included) and max_tokens "
                 f"({max_tokens}) must fit the model's {window} positions; shorten one of them",
@@ -146,28 +150,24 @@ class RequestReader:
                 code="context_length_exceeded",
             )
 
-    def explanation(
-        self, request: ExplainRequest, post: Callable[[int, Event], None]
-    ) -> TextToExplain:
-        """Return the job for a text to explain."""
-        tokens = len(self._encode_texts([request.text])[0].tokens) - 1
+    def overrides(self, request: CompletionRequest | ExplainRequest) -> Overrides:
+        """Return the request's own k, λ and T."""
+        try:  # checked here because only the protocol knows the name knn_temperature
+            for_each("knn_temperature", request.knn_temperature, len(self._facts.entries))
+        except InvalidArgumentError as error:
+            raise HTTPError(400, str(error)) from error
+        return Overrides(request.k, request.lmbda, request.knn_temperature)
+
+    def check_length(self, text: str) -> None:
+        """Check that a text to explain has tokens, and not too many."""
+        tokens = len(self._encode_texts([text])[0].tokens) - 1
         if not 1 <= tokens <= self._limits.max_tokens:
-            raise RefusalError(
+            raise HTTPError(
                 400,
                 f"text must have 1 to {self._limits.max_tokens} tokens on this server, got "
                 f"{tokens}",
                 param="text",
             )
-        options = {"sources": request.sources, "before": request.before, "after": request.after}
-        return TextToExplain(_posting(post, 0), _overrides(request), request.text, options)
-
-
-def _posting(post: Callable[[int, Event], None], number: int) -> Callable[[Event], None]:
-    return lambda event: post(number, event)
-
-
-def _overrides(request: CompletionRequest | ExplainRequest) -> Overrides:
-    return Overrides(request.k, request.lmbda, request.knn_temperature)
 
 
 def count_prompt_tokens(prompts: Sequence[EncodedPrompt]) -> int:

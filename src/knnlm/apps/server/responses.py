@@ -1,4 +1,4 @@
-"""Events of the model thread → the choices of OpenAI's answers, whole or piece by piece."""
+"""Events of the model thread → OpenAI's responses, whole or piece by piece."""
 
 import time
 import uuid
@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
 from knnlm.apps.engine.jobs import Event, Failed, Grown, PromptRead, ScoredToken
-from knnlm.apps.server.http_errors import RefusalError
+from knnlm.apps.server.http_errors import job_error
 from knnlm.apps.server.requests import EncodedPrompt, count_prompt_tokens
 from knnlm.apps.server.schema import (
     Choice,
@@ -18,12 +18,12 @@ from knnlm.apps.server.schema import (
 )
 from knnlm.evaluation.explanation import Explanation
 
-_LEAST_LOG_PROB = -9999.0  # JSON knows no −inf
+_LEAST_LOG_PROB = -9999.0  # JSON has no −inf
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What is new of one choice."""
+    """New text and tokens of one choice."""
 
     index: int
     text: str
@@ -31,16 +31,10 @@ class Piece:
     finish_reason: str | None = None
 
 
-def refusal_of(failed: Failed) -> RefusalError:
-    """Return a failed job as the answer to its request."""
-    status = 400 if failed.refused else 503 if failed.stopping else 500
-    return RefusalError(status, failed.message)
+class ResponseBuilder:
+    """Builds the response to one request as the events of its jobs arrive.
 
-
-class Answer:
-    """The answer to one request while its events come in.
-
-    next_event: waits for the number of a prompt and what happened to it.
+    next_event: waits for an event, and for the number of the prompt that it belongs to.
     """
 
     def __init__(
@@ -60,12 +54,12 @@ class Answer:
         self._generated = 0
 
     async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield what is new until every choice is finished; raises RefusalError."""
+        """Yield new pieces until every choice is finished; raises HTTPError."""
         unfinished = len(self._prompts) * self._samples
         while unfinished:
             number, event = await self._next_event()
             if isinstance(event, Failed):
-                raise refusal_of(event)
+                raise job_error(event)
             if isinstance(event, PromptRead) and self._request.echo:
                 for sample in range(self._samples):
                     index = number * self._samples + sample
@@ -81,18 +75,18 @@ class Answer:
                 yield Piece(index, event.text, tokens, event.finish_reason)
 
     async def whole(self) -> CompletionResponse:
-        """Return the answer when it is complete."""
+        """Return the response when it is complete."""
         pieces: list[list[Piece]] = [[] for _ in range(len(self._prompts) * self._samples)]
         async for piece in self.pieces():
             pieces[piece.index].append(piece)
         joined = [
             Piece(
                 index,
-                "".join(piece.text for piece in of_choice),
-                tuple(scored for piece in of_choice for scored in piece.tokens),
-                of_choice[-1].finish_reason,
+                "".join(piece.text for piece in parts),
+                tuple(scored for piece in parts for scored in piece.tokens),
+                parts[-1].finish_reason,
             )
-            for index, of_choice in enumerate(pieces)
+            for index, parts in enumerate(pieces)
         ]
         return self._response([self._choice(piece) for piece in joined], self.usage())
 
@@ -101,7 +95,7 @@ class Answer:
         return self._response([self._choice(piece)], None)
 
     def last_chunk(self) -> CompletionResponse:
-        """Return the chunk that counts the tokens."""
+        """Return the last chunk of a stream, which counts the tokens."""
         return self._response([], self.usage())
 
     def usage(self) -> Usage:
@@ -120,14 +114,14 @@ class Answer:
 
     def _choice(self, piece: Piece) -> Choice:
         request = self._request
-        explained = [scored.explanation for scored in piece.tokens]
+        explanations = [scored.explanation for scored in piece.tokens if scored.explanation]
         return Choice.model_validate(
             {
                 "index": piece.index,
                 "text": piece.text,
                 "finish_reason": piece.finish_reason,
                 "logprobs": None if request.logprobs is None else _log_probs(piece.tokens),
-                "sources": [explanation_info(one) for one in explained if one is not None]
+                "sources": [token_explanation(explanation) for explanation in explanations]
                 if request.sources
                 else None,
             }
@@ -150,8 +144,8 @@ def _log_probs(tokens: Sequence[ScoredToken]) -> LogProbs:
     )
 
 
-def explanation_info(explanation: Explanation) -> TokenExplanation:
-    """Return an explanation as it goes over the wire."""
+def token_explanation(explanation: Explanation) -> TokenExplanation:
+    """Return an explanation as clients see it."""
     lm_log_prob, log_prob = _finite(explanation.lm_log_prob), _finite(explanation.log_prob)
     return TokenExplanation(
         token=explanation.token,

@@ -1,4 +1,4 @@
-"""What OpenAI's completions protocol looks like on the wire, and our own fields in it."""
+"""Every field of the JSON in requests and responses: OpenAI's completions, and our own."""
 
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ Prompt = (
 )
 Neighbors = Annotated[int, Field(ge=1, le=1 << 31)]
 Lmbda = Annotated[float, Field(ge=0.0, le=1.0)]
-# beyond these, distances divided by it are no numbers in float32
+# beyond these bounds, distances divided by T overflow float32
 KnnTemperature = Annotated[float, Field(ge=1e-30, le=1e30)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
@@ -26,7 +26,7 @@ StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="The served model's name, or nothing.")
+    model: str | None = Field(None, description="The served model's name; may be left out.")
     k: Neighbors | list[Neighbors] | None = Field(
         None, description="Neighbors that vote: one number, or one for each datastore."
     )
@@ -39,7 +39,7 @@ class _Request(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    """What a stream holds besides the text."""
+    """What to send in a stream besides the text."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -51,16 +51,16 @@ class CompletionRequest(_Request):
 
     prompt: Prompt = Field(description="A text, token ids, or a list of texts or of token ids.")
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = Field(
-        None, description="Tokens to generate at most; by default 16."
+        None, description="The most tokens to generate; by default 16."
     )
     temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
-        None, description="Of sampling; 0 takes the likeliest token. By default 1."
+        None, description="Sampling temperature; 0 takes the likeliest token. By default 1."
     )
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
         None, description="Sample from the likeliest tokens that together have this probability."
     )
     n: Annotated[int, Field(ge=1, le=1024)] | None = Field(
-        None, description="Continuations of every prompt; by default 1."
+        None, description="Continuations for each prompt; by default 1."
     )
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
         None, description="Texts before which the completion ends."
@@ -69,17 +69,17 @@ class CompletionRequest(_Request):
         None, description="Makes sampling repeatable."
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
-        None, description="Log-probabilities of the tokens and of so many likely ones, in nats."
+        None,
+        description="Log-probabilities, in nats, of the tokens and of this many of the likeliest.",
     )
     echo: bool | None = Field(None, description="Begin the text with the prompt.")
     stream: bool | None = Field(None, description="Send the text as it grows.")
     stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
     user: str | None = Field(None, description="Ignored.")
     sources: bool | Annotated[int, Field(ge=0, le=64)] | None = Field(
-        None,
-        description="Name the strongest neighbors of each generated token: so many, or true for 3.",
+        None, description="How many neighbors to name for each generated token; true for 3."
     )
-    # of the protocol, accepted where they change nothing
+    # fields of the protocol that are accepted only where they change nothing
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Not above n.")
     suffix: Literal[""] | None = Field(None, description="Not supported.")
     presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Field(
@@ -93,7 +93,7 @@ class CompletionRequest(_Request):
     )
 
     @model_validator(mode="after")
-    def _go_together(self) -> "CompletionRequest":
+    def _check_combinations(self) -> "CompletionRequest":
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes with stream: true")
         if self.best_of is not None and self.best_of > (self.n or 1):
@@ -106,16 +106,16 @@ class ExplainRequest(_Request):
 
     text: Text = Field(min_length=1, description="The text.")
     sources: Annotated[int, Field(ge=0, le=64)] = Field(
-        3, description="Neighbors named for each token."
+        3, description="How many neighbors to name for each token."
     )
     before: Annotated[int, Field(ge=0, le=1024)] = Field(
-        24, description="Tokens of a passage before its value."
+        24, description="Tokens to show before a neighbor's value."
     )
-    after: Annotated[int, Field(ge=0, le=1024)] = Field(8, description="Tokens after it.")
+    after: Annotated[int, Field(ge=0, le=1024)] = Field(8, description="Tokens to show after it.")
 
 
 class LogProbs(BaseModel):
-    """Of every token of a choice, in nats, under the mixture."""
+    """Log-probabilities, in nats, of every token of a choice under the mixture."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -124,7 +124,7 @@ class LogProbs(BaseModel):
 
 
 class TokenExplanation(BaseModel):
-    """What model and datastore gave to a token; log-probabilities in nats."""
+    """A token's probabilities and strongest neighbors; log-probabilities in nats."""
 
     token: int
     text: str
@@ -146,7 +146,7 @@ class Choice(BaseModel):
 
 
 class Usage(BaseModel):
-    """Tokens of the prompts and of all continuations."""
+    """Numbers of tokens in the prompts and in all continuations."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -154,7 +154,7 @@ class Usage(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """An answer, or one chunk of a stream."""
+    """A whole response, or one chunk of a stream."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"
@@ -165,7 +165,7 @@ class CompletionResponse(BaseModel):
 
 
 class ModelInfo(BaseModel):
-    """What is served."""
+    """The served model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -174,21 +174,21 @@ class ModelInfo(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models: one."""
+    """All models: the only one."""
 
     object: Literal["list"] = "list"
     data: list[ModelInfo]
 
 
 class ExplainResponse(BaseModel):
-    """Every token of the text."""
+    """The explanation of every token of a text."""
 
     model: str
     tokens: list[TokenExplanation]
 
 
 class Health(BaseModel):
-    """ok; stopping, when nothing new is accepted; dead, when the model thread has failed."""
+    """ok; stopping: new requests are refused; dead: the model thread has failed."""
 
     status: Literal["ok", "stopping", "dead"]
     model: str
@@ -196,7 +196,7 @@ class Health(BaseModel):
 
 
 class ErrorInfo(BaseModel):
-    """What is wrong, as OpenAI says it."""
+    """OpenAI's error object."""
 
     message: str
     type: str
@@ -205,6 +205,6 @@ class ErrorInfo(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The answer to every request that is refused or fails."""
+    """The response to every request that is refused or fails."""
 
     error: ErrorInfo

@@ -1,4 +1,4 @@
-"""From a datastore to a listening server, and its orderly end."""
+"""A running server: it opens the model, listens, and shuts down in order."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from knnlm.apps.engine.engine import Engine, Facts
+from knnlm.apps.engine.engine import Engine, ModelFacts
 from knnlm.apps.engine.limits import Limits
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.server.app import create_app
@@ -21,11 +21,11 @@ from knnlm.apps.server.middleware import is_loopback
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 
-_LAST_ANSWERS_SECONDS = 5
+_LAST_RESPONSES_SECONDS = 5
 
 
 def check_exposure(host: str, api_key: str | None) -> None:
-    """Refuse to let strangers in; raises InvalidArgumentError."""
+    """Refuse to listen on a public address without a key; raises InvalidArgumentError."""
     if api_key is not None and (not api_key.isascii() or not api_key.strip()):
         raise InvalidArgumentError("api_key must be ASCII and not empty: choose another, or none")
     if api_key is None and not is_loopback(host):
@@ -36,7 +36,7 @@ def check_exposure(host: str, api_key: str | None) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open the port, 0 for any that is free; raises InvalidArgumentError."""
+    """Open a port, 0 for any that is free; raises InvalidArgumentError."""
     listener = None
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -56,7 +56,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Protocol(H11Protocol):
-    """HTTP that waits only so long for the head of a request."""
+    """HTTP with a time limit for the head of a request."""
 
     head_seconds = 30.0
     _deadline: asyncio.TimerHandle | None = None
@@ -67,7 +67,7 @@ class _Protocol(H11Protocol):
         self._watch()
 
     def data_received(self, data: bytes) -> None:
-        """Stop the clock when the head is there, and start it with the next request."""
+        """Stop the clock when the head has arrived; start it again for the next request."""
         super().data_received(data)
         if self.cycle is None or self.cycle.response_complete:
             self._watch()
@@ -97,8 +97,8 @@ class _Protocol(H11Protocol):
 class Service(uvicorn.Server):
     """An engine behind HTTP.
 
-    Told to stop (SIGTERM, SIGINT, `stop`), it refuses what is new with 503, finishes what it has
-    within the limits' grace, and ends; told again, it ends at once.
+    When told to stop (SIGTERM, SIGINT, `stop`), it refuses new requests with 503, finishes those
+    that it has within the limits' grace, and ends. Told a second time, it ends at once.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class Service(uvicorn.Server):
         self._on_start = on_start
         self._stop_by: float | None = None
 
-    def open(self) -> Facts:
-        """Open the model; raises what opening it raises."""
+    def open(self) -> ModelFacts:
+        """Open the model; raises the errors of `open_model`."""
         facts = self.engine.start()
         app = create_app(
             self.engine,
@@ -138,18 +138,18 @@ class Service(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=_LAST_ANSWERS_SECONDS,
+                timeout_graceful_shutdown=_LAST_RESPONSES_SECONDS,
             )
         )
         return facts
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Begin to listen, and call `on_start`."""
         await super().startup(sockets)
         self._on_start()
 
     def stop(self) -> None:
-        """End in order; safe in a signal handler and in any thread."""
+        """Shut down in order; safe to call in a signal handler and in any thread."""
         if self._stop_by is None:
             self._stop_by = time.monotonic() + self.limits.grace_seconds
             self.engine.drain()
@@ -158,7 +158,7 @@ class Service(uvicorn.Server):
             self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Look, ten times a second, whether it is time to end."""
+        """Check, ten times a second, whether it is time to end."""
         if self._stop_by is not None and (self.engine.is_idle or time.monotonic() >= self._stop_by):
             await asyncio.to_thread(self.engine.close)
             self.should_exit = True
@@ -166,7 +166,7 @@ class Service(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Let SIGTERM and SIGINT mean `stop`, and the exit status be 0."""
+        """Make SIGTERM and SIGINT call `stop`, and the exit status 0."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

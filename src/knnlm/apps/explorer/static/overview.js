@@ -1,8 +1,9 @@
 "use strict";
-// What is shown of a datastore.
+// The facts about a datastore.
 
 const Overview = (() => {
-  function describe(store) {
+  /** Return the element that shows the facts about a datastore. */
+  function show(store) {
     const { k, lmbda, temperature } = store.parameters;
     const index =
       store.index.kind === "exact"
@@ -20,12 +21,12 @@ const Overview = (() => {
     const list = element("dl");
     for (const [name, value] of Object.entries(facts)) list.append(element("dt", {}, name), element("dd", {}, value));
     const body = element("tbody");
-    for (const one of store.largest_documents) {
-      body.append(element("tr", {}, element("td", {}, one.name), element("td", { className: "number" }, one.entries.toLocaleString("en"))));
+    for (const { name, entries } of store.largest_documents) {
+      body.append(element("tr", {}, element("td", {}, name), element("td", { className: "number" }, entries.toLocaleString("en"))));
     }
     const head = element("thead", {}, element("tr", {}, element("th", {}, "document"), element("th", {}, "entries")));
     return element("section", {}, list, element("div", { className: "names", tabIndex: 0 }, element("table", {}, head, body)));
   }
 
-  return { describe };
+  return { show };
 })();

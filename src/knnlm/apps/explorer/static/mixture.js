@@ -1,5 +1,5 @@
 "use strict";
-// The mixture p = Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM, from cached neighbors. Touches no page.
+// The mixture p = Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM, from cached neighbors. Knows no page.
 
 const Mixture = (() => {
   /** Decode little-endian base64 into a typed array. */
@@ -10,7 +10,7 @@ const Mixture = (() => {
     return new Type(bytes.buffer);
   }
 
-  /** Read what the server, or the file, says of a text. */
+  /** Read an analysis (see analysis.py) from its JSON. */
   function read(plain) {
     return {
       model: plain.model,
@@ -49,9 +49,9 @@ const Mixture = (() => {
 
   /**
    * Mix every token of a text.
-   * settings: {k, lmbda, temperature} of each store. Returns log p and p_kNN of every token (of
-   * several datastores their mean by λ), and what each document, and the LM, contributed:
-   * credits[store][document] in tokens, from the token `from` on.
+   * settings: {k, lmbda, temperature} for each store. Returns log p and p_kNN of every token (for
+   * several datastores, their mean weighted by λ), and the credits of the LM and of each document,
+   * credits[store][document]: their shares of the probability, added up over the tokens from `from`.
    */
   function mix(analysis, settings, from = 0) {
     const { count, stores, tokens } = analysis;
@@ -103,7 +103,7 @@ const Mixture = (() => {
     return { logProbs, knnProbs, credits, lmCredit };
   }
 
-  /** Return the tokens of whose probability a document gave a tenth or more. */
+  /** Return the tokens that owe a tenth or more of their probability to a document. */
   function creditedTokens(analysis, settings, mixed, which, place) {
     const store = analysis.stores[which];
     const { k, lmbda } = settings[which];

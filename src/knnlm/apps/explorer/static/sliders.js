@@ -2,10 +2,10 @@
 // The sliders for λ, k and temperature, a set for each datastore.
 
 const Sliders = (() => {
-  const COARSE_K = 2; // from one k of the slider to the next; the field beside it takes any
+  const K_FACTOR = 2; // from one k of the slider to the next; the number field takes any k
 
   /**
-   * Make the sliders. settings: {k, lmbda, temperature} of each store, changed in place.
+   * Make the sliders. settings: {k, lmbda, temperature} for each store, changed in place.
    * changed: the numbers of the stores whose sliders were moved. later(): called after a change.
    */
   function make(stores, settings, changed, later) {
@@ -13,7 +13,7 @@ const Sliders = (() => {
     stores.forEach((store, which) => {
       const own = { ...store.parameters, k: Math.min(store.parameters.k, store.k) };
       const choices = [store.k, own.k];
-      for (let k = 1; k < store.k; k *= COARSE_K) choices.push(k);
+      for (let k = 1; k < store.k; k *= K_FACTOR) choices.push(k);
       const ks = [...new Set(choices)].sort((one, other) => one - other);
       const take = (name, value) => {
         changed.add(which);
@@ -26,11 +26,11 @@ const Sliders = (() => {
           take: (value) => take("lmbda", value),
           allowed: (value) => Math.min(Math.max(value, 0), roomFor(settings, which)),
         }),
-        field(`k-${which}`, `k, neighbors that vote (${store.k} were searched)`, { min: 0, max: ks.length - 1, step: 1 }, {
+        field(`k-${which}`, `k, neighbors that vote (of ${store.k} found)`, { min: 0, max: ks.length - 1, step: 1 }, {
           read: () => settings[which].k,
           take: (value) => take("k", value),
           allowed: (value) => Math.min(Math.max(Math.round(value), 1), store.k),
-          toSlider: (k) => ks.findLastIndex((one) => one <= k),
+          toSlider: (k) => ks.findLastIndex((choice) => choice <= k),
           fromSlider: (place) => ks[place],
         }),
         field(`temperature-${which}`, "temperature of the distances", { min: -6, max: 6, step: 0.05 }, {
@@ -48,7 +48,7 @@ const Sliders = (() => {
         fields.forEach(({ refresh }) => refresh());
         later();
       });
-      const title = stores.length > 1 ? store.path : "The mixture: fixed weights, recomputed here as you move them";
+      const title = stores.length > 1 ? store.path : "The mixture: fixed weights, recomputed as you move the sliders";
       sets.append(
         element(
           "fieldset",
@@ -61,7 +61,7 @@ const Sliders = (() => {
     return sets;
   }
 
-  /** Make a slider with a field for exact values beside it. */
+  /** Make a slider, next to a number field for exact values. */
   function field(id, title, scale, { read, take, allowed, toSlider = (x) => x, fromSlider = (x) => x }) {
     const range = element("input", { type: "range", id, ...scale });
     const number = element("input", { type: "number", id: `${id}-number`, step: "any", "aria-label": title });

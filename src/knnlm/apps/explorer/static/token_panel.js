@@ -1,7 +1,7 @@
 "use strict";
-// What is shown of one token: its probabilities, both distributions, the neighbors by their vote.
+// The panel for one token: its probabilities, both distributions, and its neighbors by their vote.
 
-/** Make an element; text only ever becomes text, whatever it looks like. */
+/** Make an element; text stays text, even if it looks like markup. */
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) {
@@ -81,17 +81,17 @@ const TokenPanel = (() => {
     return entries;
   }
 
-  /** Take the heaviest groups, and that of the token itself wherever it is. */
+  /** Return the heaviest groups; the token's own is among them, if there is one. */
   function chosen(groups, own, count) {
     const heaviest = groups.slice(0, count);
-    const its = groups.find((group) => group.token === own);
-    if (its && !heaviest.includes(its)) heaviest[heaviest.length - 1] = its;
+    const ownGroup = groups.find((group) => group.token === own);
+    if (ownGroup && !heaviest.includes(ownGroup)) heaviest[heaviest.length - 1] = ownGroup;
     return heaviest;
   }
 
   function passage(neighbor, texts) {
     const text = texts.get(String(neighbor.row));
-    if (!text) return element("p", { className: "note" }, "(passage not kept)");
+    if (!text) return element("p", { className: "note" }, "(passage not available)");
     return element(
       "blockquote",
       { className: "passage" },
@@ -134,7 +134,7 @@ const TokenPanel = (() => {
       element("ul", {}, ...shown.map((neighbor) => neighborItem(analysis, neighbor))),
     );
     if (more && shown.length < group.members.length) {
-      const button = element("button", { type: "button" }, "more of them");
+      const button = element("button", { type: "button" }, "show more");
       button.addEventListener("click", () => more(group.token));
       section.append(button);
     }
@@ -142,8 +142,8 @@ const TokenPanel = (() => {
   }
 
   /**
-   * Show a token. state: {token, settings, mixed, opened: members shown by vote, groups}.
-   * needed(neighbors): fetches passages that are missing; null where none can be.
+   * Show a token. state: {token, settings, mixed, opened, groups}; opened: how many members are
+   * shown of each vote. needed(neighbors): fetches missing passages; null if there is no server.
    */
   function show(panel, analysis, state, { needed, more, moreGroups }) {
     const { token, settings, mixed } = state;
@@ -151,7 +151,7 @@ const TokenPanel = (() => {
     const found = Mixture.neighbors(analysis, settings, token);
     const groups = Mixture.groupByVote(found);
     const sections = chosen(groups, own, state.groups ?? GROUPS);
-    sections.sort((one, other) => (other.token === own) - (one.token === own)); // it first
+    sections.sort((one, other) => (other.token === own) - (one.token === own)); // its own first
     const count = (group) => state.opened.get(group.token) ?? MEMBERS;
     const lm = analysis.lmLogProbs[token];
     const tuned = analysis.tuned ? analysis.tuned[token] : null;
@@ -186,7 +186,7 @@ const TokenPanel = (() => {
       ...sections.map((group) => voteSection(analysis, group, own, count(group), more)),
     );
     if (sections.length < groups.length) {
-      const button = element("button", { type: "button" }, `${groups.length} votes in all: more`);
+      const button = element("button", { type: "button" }, `show more of the ${groups.length} votes`);
       button.addEventListener("click", () => moreGroups(sections.length + 2 * GROUPS));
       panel.append(button);
     }

@@ -1,8 +1,8 @@
 "use strict";
-// The page: asks the server (or reads the file it is in), colours the tokens, follows the sliders.
+// The page: gets an analysis from the server, or its own file; colors the tokens, follows the sliders.
 
 (() => {
-  const LEVELS = [0.1, 0.5, 1, 2]; // nats, from which on a token is coloured more strongly
+  const LEVELS = [0.1, 0.5, 1, 2]; // nats at which a token's color becomes stronger
   const at = (id) => document.getElementById(id);
   let analysis = null;
   let settings = [];
@@ -13,7 +13,7 @@
   let groups;
   let credited = null; // [store, document] whose tokens are outlined
   let key = "";
-  let asking = null; // aborts what is under way
+  let asking = null; // aborts the request that is under way
   let arranged = 0;
   const changed = new Set(); // stores whose sliders were moved
 
@@ -32,10 +32,10 @@
     if (answer.ok) return answer.json();
     const { error } = await answer.json().catch(() => ({ error: { message: answer.statusText } }));
     if (answer.status === 401) at("key-field").hidden = false;
-    throw new Error(answer.status === 401 ? "this server needs its API key: enter it above" : error.message);
+    throw new Error(answer.status === 401 ? "this server needs an API key: enter it above" : error.message);
   }
 
-  /** Run one thing at a time; what was under way is given up. */
+  /** Run one piece of work at a time: an earlier one is aborted. */
   async function during(message, work) {
     asking?.abort();
     const own = new AbortController();
@@ -116,7 +116,7 @@
     update();
     const isWritten = analysis.generatedFrom < analysis.count;
     at("written-legend").hidden = !isWritten;
-    // the first token's neighbors are the beginnings of documents, and say little
+    // the first token's neighbors are only the beginnings of documents
     let best = isWritten ? analysis.generatedFrom : Math.min(1, analysis.count - 1);
     for (let token = best; token < analysis.count; token += 1) {
       if (gain(token) > gain(best)) best = token;
@@ -164,7 +164,7 @@
     figure("lm-perplexity", lm);
     figure("knn-perplexity", knn);
     const most = settings.reduce((sum, one) => sum + one.lmbda, 0);
-    at("worst").textContent = most < 1 ? `At this λ no token can lose more than ${(-Math.log1p(-most)).toFixed(2)} nats.` : "";
+    at("worst").textContent = most < 1 ? `At this λ no token loses more than ${(-Math.log1p(-most)).toFixed(2)} nats.` : "";
     at("change").textContent = `${signed((knn / lm - 1) * 100, 1)} %`;
     at("helped").textContent = `${percent(helped / analysis.count)} / ${percent(hurt / analysis.count)}`;
     at("tuned-figure").hidden = at("fixed-note").hidden = !analysis.tuned;
@@ -214,7 +214,7 @@
     });
   }
 
-  /** Return the token above or below, by where it stands. */
+  /** Return the nearest token on the line above or below. */
   function inLine(step) {
     const own = tokens[selected].getBoundingClientRect();
     let found = selected;
@@ -295,7 +295,7 @@
     at("title").textContent = name;
     document.title = `knnlm · ${name}`;
     at("datastores").hidden = false;
-    at("datastore-list").replaceChildren(...datastores.map(Overview.describe));
+    at("datastore-list").replaceChildren(...datastores.map(Overview.show));
   }
 
   // ---- begin ----
