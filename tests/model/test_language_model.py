@@ -320,7 +320,9 @@ def test_gguf_files_are_refused_when_missing_or_unreadable_here(
         patch.setattr(importlib.util, "find_spec", lambda _: None)
         with pytest.raises(MissingDependencyError) as refused:
             LanguageModel.load(tmp_path / "model.gguf")
-        assert one_line(refused).endswith("pip install 'knnlm[gguf]'")
+        assert one_line(refused).endswith(
+            "pip install 'knnlm[gguf]' (from a clone: pip install '.[gguf]')"
+        )
         patch.setattr(importlib.util, "find_spec", lambda name: name)
         with pytest.raises(ModelNotFoundError) as missing:
             LanguageModel.load(tmp_path / "model.gguf")

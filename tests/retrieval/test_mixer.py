@@ -19,12 +19,12 @@ from transformers import LogitsProcessor
 import knnlm.tuning.fitting
 from knnlm.apps.cli import console
 from knnlm.attachment.attachment import attach
-from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreCorruptError, InvalidArgumentError, UnsupportedModelError
 from knnlm.evaluation.scoring import Scores
 from knnlm.evaluation.tally import Tally, bootstrap
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture

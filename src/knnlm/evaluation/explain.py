@@ -10,16 +10,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.scoring import Scores, Wanted, score_windows
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import Windowing
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
-from knnlm.text.windows import Window, document_windows, stream_windows
+from knnlm.text.windows import Window, Windowing, document_windows, stream_windows
 
 THIS_TEXT = "(this text)"
 """The document of a source that the continuous cache remembers."""
@@ -141,7 +140,7 @@ def explain(
         raise InvalidArgumentError("the text to explain must have a token, got none")
     explanations: list[Explanation] = []
     wanted = replace(Wanted.by(mixer, model.windowing.boundary), retrievers=mixer.retrievers)
-    documents = [_Documents(retriever.store) for retriever in mixer.retrievers]
+    documents = [DocumentsByRow(retriever.store) for retriever in mixer.retrievers]
     for scores in score_windows(lm, text_windows(lm, tokens, model.windowing), wanted):
         text_before = [explanation.token for explanation in explanations]
         explanations += explain_scores(
@@ -154,7 +153,7 @@ def text_windows(
     lm: LanguageModel, tokens: Sequence[int], windowing: Windowing
 ) -> Iterator[Window]:
     """Cut one text's tokens into windows, as held-out documents are cut."""
-    windowing.check_model(lm)
+    windowing.check_positions(lm.max_window, lm.name)
     size, context = windowing.window, windowing.context
     pieces = [np.array(tokens, np.int32)]
     if windowing.boundary == "document":
@@ -177,21 +176,6 @@ def _sorted_credits(sums: dict[tuple[str, str], float]) -> tuple[Credit, ...]:
     return tuple(Credit(store, document, sums[store, document]) for store, document in places)
 
 
-class _Documents:
-    """The documents of a datastore that are not forgotten, found by row without its catalog."""
-
-    def __init__(self, store: Datastore) -> None:
-        documents = store.documents()
-        self.store = str(store.path)
-        self._starts = torch.tensor([document.start for document in documents])
-        self._names = [document.name for document in documents]
-
-    def names(self, rows: Int[Tensor, " n"]) -> list[str]:
-        """Return the name of the document that each row belongs to."""
-        places = torch.searchsorted(self._starts, rows.contiguous(), right=True) - 1
-        return [self._names[place] for place in places.tolist()]
-
-
 def explain_scores(
     lm: LanguageModel,
     mixer: Mixer,
@@ -200,7 +184,7 @@ def explain_scores(
     before: int,
     after: int,
     text_before: Sequence[int] = (),
-    documents: Sequence[_Documents] | None = None,
+    documents: Sequence[DocumentsByRow] | None = None,
 ) -> Iterator[Explanation]:
     """Explain the targets of some scores, the neighbors being those of all the mixer's retrievers.
 
@@ -288,7 +272,7 @@ def _credits(
     number: int,
     token: int,
     log_prob: Float[Tensor, ""],
-    documents: Sequence[_Documents],
+    documents: Sequence[DocumentsByRow],
 ) -> tuple[Credit, ...]:
     """Return what each document gave to the probability of one token."""
     sums: dict[tuple[str, str], float] = defaultdict(float)
@@ -296,7 +280,7 @@ def _credits(
         is_own = of_source.tokens[number] == token
         if which < len(neighbors):
             rows = neighbors[which].rows[number][is_own]
-            places = [(documents[which].store, name) for name in documents[which].names(rows)]
+            places = [(documents[which].store, found.name) for found in documents[which].at(rows)]
         else:
             places = [("", THIS_TEXT)] * int(is_own.sum())
         lmbda = torch.as_tensor(of_source.lmbda).expand(len(of_source.tokens))[number]

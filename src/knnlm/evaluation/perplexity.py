@@ -15,17 +15,11 @@ from knnlm.evaluation.tally import FrequencyBucket, Tally, perplexity_of
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters, as_plain
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import (
-    EncodedDocument,
-    Windowing,
-    cut_windows,
-    encode_documents,
-    total_bytes,
-)
+from knnlm.model.reading import EncodedDocument, cut_documents, total_bytes
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.text.corpus import Document
-from knnlm.text.windows import limit_windows
+from knnlm.text.windows import Windowing
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,15 +119,12 @@ def evaluation_scores(
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
-    windowing.check_model(lm)
     met = {} if met is None else met
 
-    def meeting() -> Iterator[EncodedDocument]:
-        for encoded in encode_documents(lm, documents, windowing.boundary):
-            met[encoded.number] = encoded
-            yield encoded
+    def meet(encoded: EncodedDocument) -> None:
+        met[encoded.number] = encoded
 
-    windows = limit_windows(cut_windows(meeting(), lm.start_token, windowing), max_tokens)
+    windows = cut_documents(lm, documents, windowing, max_tokens, on_document=meet)
     corpus_bytes = total_bytes(documents)
     with progress.task(description, max_tokens, "tokens") as advance:
         for scores in score_windows(lm, windows, wanted):

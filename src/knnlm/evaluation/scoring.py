@@ -20,7 +20,7 @@ from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join
 from knnlm.mixture.features import LMSummary
 from knnlm.mixture.interpolation import interpolate
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import default_batch_tokens, read_scores
+from knnlm.model.reading import read_scores
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
 from knnlm.text.windows import Window
@@ -82,14 +82,9 @@ class Scores:
     search_seconds: float = 0.0
 
 
-def score_windows(
-    lm: LanguageModel,
-    windows: Iterable[Window],
-    wanted: Wanted,
-    batch_tokens: int | None = None,
-) -> Iterator[Scores]:
+def score_windows(lm: LanguageModel, windows: Iterable[Window], wanted: Wanted) -> Iterator[Scores]:
     """Yield the scores of consecutive windows, some thousands of tokens at a time."""
-    scorer = _Scorer(lm, wanted, batch_tokens or default_batch_tokens(lm))
+    scorer = _Scorer(lm, wanted)
     group: list[Window] = []
     for window in windows:
         group.append(window)
@@ -101,10 +96,9 @@ def score_windows(
 
 
 class _Scorer:
-    def __init__(self, lm: LanguageModel, wanted: Wanted, batch_tokens: int) -> None:
+    def __init__(self, lm: LanguageModel, wanted: Wanted) -> None:
         self._lm = lm
         self._wanted = wanted
-        self._batch_tokens = batch_tokens
         self._document = -1
         self._cache: ContinuousCache | None = None
 
@@ -116,7 +110,7 @@ class _Scorer:
         log_probs = torch.empty(len(targets))
         queries = torch.empty(len(targets), lm.dimension)
         summaries: dict[int, LMSummary] = {}
-        for scores in read_scores(lm, windows, self._batch_tokens, wanted.summary):
+        for scores in read_scores(lm, windows, wanted.summary):
             new = slice(starts[scores.number], starts[scores.number + 1])
             log_probs[new], queries[new] = scores.log_probs, scores.keys
             if scores.summary is not None:

@@ -14,11 +14,11 @@ from serving import PARAMETERS, Served, fresh_lm, opening, serving, tiny_store
 import knnlm.tuning.fitting
 from knnlm.apps.explorer.analysis import LEAST_K, analyze, read_passages
 from knnlm.apps.explorer.page import PAGE_PATHS, standalone_page
-from knnlm.datastore.build import build
+from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import compact
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.text.corpus import Document
 from knnlm.tuning.tune import tune
 

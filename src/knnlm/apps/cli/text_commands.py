@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from knnlm.datastore.datastore import Datastore
     from knnlm.knn_lm import KNNLM
     from knnlm.model.language_model import LanguageModel
-    from knnlm.model.reading import Windowing
+    from knnlm.text.windows import Windowing
 
 
 def load_model(
@@ -97,10 +97,17 @@ def check_writable(folder: Path) -> None:
 def _windowing(
     model: "KNNLM", window: int | None, context: int | None, boundary: Boundary | None
 ) -> "Windowing":
-    from knnlm.model.reading import choose_windowing
+    from knnlm.text.windows import choose_windowing
 
     given = boundary.value if boundary else None
-    return choose_windowing(model.lm, window, context, given, model.windowing)
+    return choose_windowing(
+        model.lm.max_window,
+        model.lm.name,
+        window=window,
+        context=context,
+        boundary=given,
+        default=model.windowing,
+    )
 
 
 def build(

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.apps.engine.text_stream import TextStream
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import Datastore, DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import text_windows
 from knnlm.evaluation.scoring import Scores, mixed_log_probs
@@ -23,6 +23,7 @@ from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading import log_softmax_slices
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
 from knnlm.text.windows import Window
@@ -30,7 +31,6 @@ from knnlm.text.windows import Window
 LEAST_K = 256
 """Neighbors that are searched at least, so that k can be raised too."""
 _LM_TOKENS = 10  # of the LM's likeliest, shown in every place
-_SOFTMAX_ROWS = 256
 _MOST_DOCUMENTS = 1000  # that an overview names
 _BEFORE, _AFTER = 40, 16  # tokens of a passage
 
@@ -165,13 +165,10 @@ def _read(lm: LanguageModel, mixer: Mixer, window: Window) -> _Read:
     reading = lm.keys_and_logits(torch.from_numpy(window.inputs).long()[None])
     targets = torch.from_numpy(window.targets).long()
     log_probs, top, top_log_probs, summaries = [], [], [], []
-    for logits, of_logits in zip(
-        torch.split(reading.logits[0, window.context :], _SOFTMAX_ROWS),
-        torch.split(targets, _SOFTMAX_ROWS),
-        strict=True,
+    for distribution, target_log_probs in log_softmax_slices(
+        reading.logits[0, window.context :], targets
     ):
-        distribution = torch.log_softmax(logits, dim=-1)
-        log_probs.append(distribution.gather(1, of_logits.to(logits.device)[:, None])[:, 0].cpu())
+        log_probs.append(target_log_probs.cpu())
         likeliest = distribution.topk(min(_LM_TOKENS, lm.vocab_size), dim=1)
         top.append(likeliest.indices.cpu())
         top_log_probs.append(likeliest.values.cpu())
@@ -254,13 +251,9 @@ def describe_stores(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
 
 def _documents(store: Datastore, rows: Int[Tensor, "token k"]) -> list[dict[str, Any]]:
     """Return the documents that hold some of the rows, in order."""
-    documents = store.documents()
-    starts = np.array([document.start for document in documents])
-    present = rows[rows >= 0].numpy()
-    found = np.unique(np.searchsorted(starts, present, side="right") - 1).tolist()
     return [
-        {"name": documents[n].name, "start": documents[n].start, "stop": documents[n].stop}
-        for n in found
+        {"name": document.name, "start": document.start, "stop": document.stop}
+        for document in DocumentsByRow(store).holding(rows[rows >= 0])
     ]
 
 
