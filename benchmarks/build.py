@@ -22,14 +22,9 @@ import numpy as np
 import torch
 
 import knnlm
-from knnlm.model.reading import (
-    choose_windowing,
-    cut_windows,
-    default_batch_tokens,
-    encode_documents,
-)
+from knnlm.model.reading import cut_documents, default_batch_tokens
 from knnlm.provenance import write_results
-from knnlm.text.windows import Window
+from knnlm.text.windows import Window, choose_windowing
 
 RESULTS = Path(__file__).parent / "results" / "build.json"
 
@@ -98,9 +93,7 @@ def main() -> None:
         return
 
     documents = corpus(arguments.share)
-    windowing = choose_windowing(lm)
-    encoded = encode_documents(lm, documents, windowing.boundary)
-    windows = list(cut_windows(encoded, lm.start_token, windowing))
+    windows = list(cut_documents(lm, documents, choose_windowing(lm.max_window, lm.name)))
     tokens = sum(window.new for window in windows)
     bare_forward(lm, windows[:4], default_batch_tokens(lm))
     times: dict[str, list[float]] = {"forward": [], "build": []}

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 import knnlm
-from knnlm.model.reading import cut_windows, encode_documents
+from knnlm.model.reading import cut_documents
 
 K = 1024
 PROBES = 32
@@ -109,11 +109,9 @@ def main() -> None:
 
     store = knnlm.Datastore(arguments.store)
     lm = store.load_model()
-    documents = encode_documents(
-        lm, knnlm.read_documents(*arguments.text), store.windowing.boundary
-    )
+    documents = knnlm.read_documents(*arguments.text)
     windows: list[torch.Tensor] = []
-    for window in cut_windows(documents, lm.start_token, store.windowing):
+    for window in cut_documents(lm, documents, store.windowing):
         assert window.context == 0, "its evaluation does not support windows with context"
         windows.append(torch.from_numpy(window.tokens).long())
         if sum(len(tokens) - 1 for tokens in windows) >= arguments.max_tokens:

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnlm.datastore.catalog import Catalog, Settings, StoredShard
-from knnlm.datastore.datastore import SHARDS, Datastore
+from knnlm.datastore.catalog import SHARDS, Catalog, Settings, StoredShard
+from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
 
 

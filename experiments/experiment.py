@@ -27,16 +27,10 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
 from knnlm.mixture.features import LMSummary, Voters
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import (
-    Windowing,
-    cut_windows,
-    default_batch_tokens,
-    encode_documents,
-    read_scores,
-)
+from knnlm.model.reading import cut_documents, read_scores
 from knnlm.provenance import write_results
 from knnlm.text.corpus import Documents
-from knnlm.text.windows import Window, limit_windows
+from knnlm.text.windows import Window, Windowing
 
 MAX_K = 1024
 RESULTS = Path(__file__).parent / "results"
@@ -164,17 +158,11 @@ class Experiment:
     ) -> list[Window]:
         """Cut the first tokens of a text into windows; by default those of a datastore."""
         documents = self.documents(sources)
-        return list(self._cut(documents, tokens, windowing or self.built, lm or self.lm))
+        return list(cut_documents(lm or self.lm, documents, windowing or self.built, tokens))
 
     def documents(self, sources: Sequence[str]) -> Documents:
         """Return the documents of a text."""
         return knnlm.read_documents(*sources, text_column=self.arguments.text_column)
-
-    def _cut(
-        self, documents: Documents, tokens: int, windowing: Windowing, lm: LanguageModel
-    ) -> Iterator[Window]:
-        encoded = encode_documents(lm, documents, windowing.boundary)
-        return limit_windows(cut_windows(encoded, lm.start_token, windowing), tokens)
 
     def _digest(
         self, lm: LanguageModel, documents: Documents, windowing: Windowing, tokens: int | None
@@ -200,11 +188,10 @@ class Experiment:
         )
 
     def _score(self, documents: Documents, tokens: int, lm: LanguageModel) -> dict[str, Tensor]:
-        encoded = encode_documents(lm, documents, self.scored.boundary)
-        windows = list(limit_windows(cut_windows(encoded, lm.start_token, self.scored), tokens))
+        windows = list(cut_documents(lm, documents, self.scored, tokens))
         parts = []
         with self.progress.task("read", sum(w.new for w in windows), "tokens") as advance:
-            for scores in read_scores(lm, windows, default_batch_tokens(lm), summarize=True):
+            for scores in read_scores(lm, windows, summarize=True):
                 parts.append(scores)
                 advance(windows[scores.number].new)
         parts.sort(key=lambda scores: scores.number)

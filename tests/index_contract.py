@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from knnlm.datastore.catalog import Catalog, Settings, StoredShard
-from knnlm.datastore.datastore import SHARDS, Datastore
+from knnlm.datastore.catalog import SHARDS, Catalog, Settings, StoredShard
+from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Index, Neighbors

@@ -15,9 +15,9 @@ from stores import distinct_documents
 
 from knnlm.apps.engine.limits import Limits
 from knnlm.apps.server.service import Service, listen
-from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.model.language_model import LanguageModel
 
 PARAMETERS: dict[str, Any] = {"k": 12, "lmbda": 0.4, "temperature": 10.0}

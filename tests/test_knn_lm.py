@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from knnlm.attachment.attachment import attach
-from knnlm.datastore.build import build
+from knnlm.datastore.append import append_documents
+from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import compact
 from knnlm.errors import DatastoreMismatchError, DatastoreNotFoundError, InvalidArgumentError
 from knnlm.evaluation.scoring import ScoreRequest, mixed_log_probs, score_windows
 from knnlm.index.exact import ExactIndex
@@ -24,10 +24,11 @@ from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import Windowing, cut_windows, encode_documents
+from knnlm.model.reading import cut_documents
 from knnlm.retrieval.mixer import open_mixer, override_mixer
 from knnlm.retrieval.retriever import Retriever, choose_parameters
 from knnlm.text.corpus import Document
+from knnlm.text.windows import Windowing
 
 K = 12
 SIZES: dict[str, Any] = {"window": 48, "context": 16}
@@ -36,7 +37,7 @@ SIZES: dict[str, Any] = {"window": 48, "context": 16}
 @pytest.fixture(scope="session")
 def store_path(tiny_lm: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("knn_lm") / "store"
-    build(path, tiny_lm, distinct_documents(3), shard_rows=100, **SIZES)
+    append_documents(path, tiny_lm, distinct_documents(3), shard_rows=100, **SIZES)
     return path
 
 
@@ -46,7 +47,7 @@ def store(store_path: Path) -> Datastore:
 
 
 def own_store(path: Path, lm: LanguageModel, documents: int = 2) -> Datastore:
-    return build(path, lm, distinct_documents(documents), **SIZES)
+    return append_documents(path, lm, distinct_documents(documents), **SIZES)
 
 
 def tokens_of(lm: LanguageModel, *texts: str) -> Tensor:
@@ -112,9 +113,7 @@ def test_sparse_scores_equal_the_dense_ones(
 ) -> None:
     model = KNNLM(tiny_lm, store, k=K, lmbda=0.4, temperature=10.0)
     documents = [Document("a", TEXT), Document("b", PROSE), Document("c", "x")]
-    encoded = encode_documents(tiny_lm, documents, boundary)
-    windowing = Windowing(30, 10, boundary)
-    windows = list(cut_windows(encoded, tiny_lm.start_token, windowing))
+    windows = list(cut_documents(tiny_lm, documents, Windowing(30, 10, boundary)))
     (scores,) = score_windows(tiny_lm, windows, ScoreRequest.for_mixer(model.mixer, "document"))
     sparse = torch.split(mixed_log_probs(scores, model.mixer), [window.new for window in windows])
     assert len(windows) > 5
@@ -186,7 +185,7 @@ def test_absent_neighbors_vote_for_nothing(store: Datastore) -> None:
 
 def test_forgotten_documents_have_no_vote(tmp_path: Path, llama_lm: LanguageModel) -> None:
     secret = Document("secret", "The nearest zebra quivers.")
-    store = build(tmp_path / "s", llama_lm, [*distinct_documents(1), secret], **SIZES)
+    store = append_documents(tmp_path / "s", llama_lm, [*distinct_documents(1), secret], **SIZES)
     model = KNNLM(llama_lm, store, k=1, lmbda=1.0)
     tokens = tokens_of(llama_lm, "The nearest zebra quivers.")
     followed = tokens[0, 2:]  # the start token has the same key in every document
@@ -206,7 +205,7 @@ def test_forgotten_documents_have_no_vote(tmp_path: Path, llama_lm: LanguageMode
 def test_several_datastores_equal_the_slow_mixture(
     tiny_lm: LanguageModel, store: Datastore, tmp_path: Path
 ) -> None:
-    other = build(tmp_path / "other", tiny_lm, [Document("o", PROSE[100:])], **SIZES)
+    other = append_documents(tmp_path / "other", tiny_lm, [Document("o", PROSE[100:])], **SIZES)
     tokens = tokens_of(tiny_lm, TEXT, PROSE[50:90])
     model = KNNLM(tiny_lm, [store, other], k=[K, 5], lmbda=[0.3, 0.5], temperature=[10.0, 30.0])
     expected = 0.2 * lm_log_probs_of(tiny_lm, tokens).double().exp()
@@ -214,13 +213,7 @@ def test_several_datastores_equal_the_slow_mixture(
     expected += 0.5 * slow_knn_probs(tiny_lm, other, tokens, 5, 30.0)
     torch.testing.assert_close(model.log_probs(tokens).exp().double(), expected, atol=1e-5, rtol=0)
 
-    windows = list(
-        cut_windows(
-            encode_documents(tiny_lm, [Document("a", TEXT)], "document"),
-            tiny_lm.start_token,
-            Windowing(30, 10),
-        )
-    )
+    windows = list(cut_documents(tiny_lm, [Document("a", TEXT)], Windowing(30, 10)))
     (scores,) = score_windows(tiny_lm, windows, ScoreRequest.for_mixer(model.mixer, "document"))
     row = tokens_of(tiny_lm, TEXT)
     dense = model.log_probs(row[:, : windows[0].positions])[0]
@@ -449,7 +442,7 @@ def test_generation_leaves_the_model_as_it_was(tiny_lm: LanguageModel, store: Da
 def test_the_end_of_text_ends_it(llama_lm: LanguageModel, tmp_path: Path) -> None:
     end = llama_lm.tokenizer.eos_token
     document = Document("d", f"The nearest zebra.{end}")
-    store = build(tmp_path / "s", llama_lm, [document], **SIZES)
+    store = append_documents(tmp_path / "s", llama_lm, [document], **SIZES)
     model = KNNLM(llama_lm, store, k=1, lmbda=1.0)
     generation = model.generate("The nearest zeb", max_new_tokens=50)
     assert generation.text == "ra."

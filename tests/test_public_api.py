@@ -12,22 +12,39 @@ from knnlm.errors import KNNLMError, MissingDependencyError, missing_dependency
 
 PUBLIC = [
     "Attachment",
+    "AttachmentError",
+    "CacheParameters",
     "Datastore",
+    "DatastoreChangedError",
+    "DatastoreCorruptError",
+    "DatastoreLockedError",
+    "DatastoreMismatchError",
+    "DatastoreNotFoundError",
+    "DatastoreWriteError",
     "Document",
     "Documents",
     "Explanation",
+    "Generation",
     "Index",
+    "InvalidArgumentError",
+    "InvalidTextError",
     "KNNLM",
     "KNNLMError",
     "LanguageModel",
+    "MissingDependencyError",
+    "ModelNotFoundError",
     "Neighbors",
+    "NonFiniteKeysError",
     "Parameters",
     "PerplexityReport",
     "Retriever",
+    "TextNotFoundError",
     "Tuning",
+    "UnsupportedModelError",
     "Windowing",
     "attach",
     "build",
+    "build_index",
     "compact",
     "explain",
     "open_index",
@@ -93,6 +110,7 @@ def test_a_missing_dependency_tells_the_remedy() -> None:
     error = missing_dependency("datasets", "reading hf: datasets", "data")
     assert isinstance(error, MissingDependencyError)
     assert isinstance(error, ImportError)
-    assert (
-        str(error) == "reading hf: datasets needs the package datasets: pip install 'knnlm[data]'"
+    assert str(error) == (
+        "reading hf: datasets needs the package datasets: pip install 'knnlm[data]' "
+        "(from a clone: pip install '.[data]')"
     )

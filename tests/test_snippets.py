@@ -10,7 +10,7 @@ from conftest import PROSE, byte_tokenizer, tiny_llama
 from stores import distinct_documents
 
 import knnlm.tuning.fitting
-from knnlm.datastore.build import build
+from knnlm.maintenance import build
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
 

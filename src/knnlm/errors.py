@@ -1,6 +1,6 @@
 """Every error that knnlm raises on purpose.
 
-Each one is a `KNNLMError` and also the built-in that a caller who has never heard of knnlm would
+Each one is a `KNNLMError` and also the built-in error that a caller who does not know knnlm would
 catch. Messages are one line: the argument, the rule, the value it had, and the remedy.
 """
 
@@ -26,7 +26,7 @@ class ModelNotFoundError(KNNLMError, OSError):
 
 
 class UnsupportedModelError(KNNLMError, ValueError):
-    """The model is not a decoder-only language model, or does not have what was asked of it."""
+    """The model is not a decoder-only language model, or lacks something that was requested."""
 
 
 class NonFiniteKeysError(KNNLMError, ValueError):
@@ -58,7 +58,7 @@ class DatastoreChangedError(KNNLMError, RuntimeError):
 
 
 class AttachmentError(KNNLMError, RuntimeError):
-    """A datastore is attached to a model that has one, or detached from one that has none."""
+    """A datastore is attached to a model that already has one, or detached from one without."""
 
 
 class MissingDependencyError(KNNLMError, ImportError):
@@ -66,7 +66,8 @@ class MissingDependencyError(KNNLMError, ImportError):
 
 
 def missing_dependency(package: str, purpose: str, extra: str) -> MissingDependencyError:
-    """Return the one error, with the one remedy, for every optional package."""
+    """Return the error for an optional package that is not installed, with the remedy."""
     return MissingDependencyError(
-        f"{purpose} needs the package {package}: pip install 'knnlm[{extra}]'"
+        f"{purpose} needs the package {package}: pip install 'knnlm[{extra}]' "
+        f"(from a clone: pip install '.[{extra}]')"
     )

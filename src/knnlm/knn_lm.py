@@ -17,11 +17,11 @@ from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import Windowing
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
 from knnlm.text.corpus import Document
+from knnlm.text.windows import Windowing
 
 
 @dataclass(frozen=True, slots=True)

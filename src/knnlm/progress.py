@@ -1,4 +1,4 @@
-"""How long work tells its progress; knows nothing of terminals."""
+"""How long-running work reports its progress; knows nothing of terminals."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,15 +7,15 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Advance(Protocol):
-    """Called with the work done since the last call, and a better estimate of all of it."""
+    """Reports work done since the last call."""
 
     def __call__(self, amount: float, total: float | None = None) -> None:
-        """Advance by `amount` units, of `total` now expected."""
+        """Advance by `amount` units; `total` is a new estimate of all units."""
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """Shows one piece of long work at a time; the command line draws bars with it."""
+    """Shows one long-running task at a time; the command line draws a bar for it."""
 
     def task(
         self, description: str, total: float | None, unit: str

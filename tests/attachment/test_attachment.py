@@ -18,7 +18,6 @@ from transformers import LogitsProcessor, Trainer, TrainingArguments, pipeline
 import knnlm
 from knnlm.attachment import attachment
 from knnlm.attachment.attachment import attach
-from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import (
     AttachmentError,
@@ -28,6 +27,7 @@ from knnlm.errors import (
 )
 from knnlm.index.exact import ExactIndex
 from knnlm.index.protocol import Neighbors
+from knnlm.maintenance import build
 from knnlm.model.language_model import LanguageModel
 
 K, LMBDA, TEMPERATURE = 12, 0.6, 10.0

@@ -22,10 +22,12 @@ from conftest import refusal
 from stores import assert_same, contents, distinct_documents, small_disk, stored_keys
 
 from knnlm.datastore import catalog as catalog_module
-from knnlm.datastore.build import build
-from knnlm.datastore.catalog import FILE_NAME, Catalog
-from knnlm.datastore.datastore import SHARDS, Datastore, writer_lock
-from knnlm.datastore.maintenance import compact, verify
+from knnlm.datastore.append import append_documents
+from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog
+from knnlm.datastore.compaction import compact
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.files import writer_lock
+from knnlm.datastore.verification import verify
 from knnlm.errors import DatastoreLockedError, DatastoreWriteError
 from knnlm.index.exact import ExactIndex
 from knnlm.mixture.parameters import Parameters
@@ -70,7 +72,7 @@ def ends_by_kill(work: Callable[[], object]) -> bool:
 def whole(tmp_path_factory: pytest.TempPathFactory, llama_lm: LanguageModel) -> Datastore:
     """Return an uninterrupted build."""
     path = tmp_path_factory.mktemp("crash") / "whole"
-    return build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+    return append_documents(path, llama_lm, DOCUMENTS, **ARGUMENTS)
 
 
 def check_sound(path: Path, whole: Datastore) -> int:
@@ -90,7 +92,7 @@ def test_thirty_kills_at_random_moments(
     tmp_path: Path, llama_lm: LanguageModel, whole: Datastore
 ) -> None:
     def build_it() -> None:
-        build(tmp_path / "store", llama_lm, DOCUMENTS, **ARGUMENTS)
+        append_documents(tmp_path / "store", llama_lm, DOCUMENTS, **ARGUMENTS)
 
     started = time.perf_counter()
     assert not ends_by_kill(build_it)
@@ -205,9 +207,9 @@ def test_a_build_killed_where_it_matters_goes_on(
 
     def killed() -> None:
         PLACES[place](count)
-        build(path, llama_lm, documents, **ARGUMENTS)
+        append_documents(path, llama_lm, documents, **ARGUMENTS)
 
-    whole = build(tmp_path / "whole", llama_lm, documents, **ARGUMENTS)
+    whole = append_documents(tmp_path / "whole", llama_lm, documents, **ARGUMENTS)
     assert len(whole.shards) > 9, "as many as the last kill needs"
     assert ends_by_kill(killed)
     rows = check_sound(path, whole)
@@ -215,7 +217,7 @@ def test_a_build_killed_where_it_matters_goes_on(
         assert rows == whole.shards[count - 1].stop
     elif place == "before commit":
         assert rows == whole.shards[count - 1].start
-    assert_same(build(path, llama_lm, documents, **ARGUMENTS), whole)
+    assert_same(append_documents(path, llama_lm, documents, **ARGUMENTS), whole)
     assert verify(Datastore(path)).problems == ()
     left = {file.name for file in (path / SHARDS).iterdir()}
     assert left == {shard.file.name for shard in Datastore(path).shards}
@@ -226,7 +228,7 @@ def test_a_build_killed_where_it_matters_goes_on(
 def test_a_build_killed_inside_sqlite_goes_on(tmp_path: Path, llama_lm: LanguageModel) -> None:
     documents = DOCUMENTS[:6]
     arguments: dict[str, Any] = {"window": 64, "context": 16, "shard_rows": 100}
-    whole = build(tmp_path / "whole", llama_lm, documents, **arguments)
+    whole = append_documents(tmp_path / "whole", llama_lm, documents, **arguments)
     path = tmp_path / "store"
     chance = random.Random(0)
     journals = uncreated = 0
@@ -236,13 +238,13 @@ def test_a_build_killed_inside_sqlite_goes_on(tmp_path: Path, llama_lm: Language
 
         def killed(instructions: int = instructions) -> None:
             kill_inside_sqlite(instructions)
-            build(path, llama_lm, documents, **arguments)
+            append_documents(path, llama_lm, documents, **arguments)
 
         assert ends_by_kill(killed)
         journals += bool(list(path.glob("catalog*-journal")))
         uncreated += not (path / FILE_NAME).exists()
         check_sound(path, whole)
-        assert_same(build(path, llama_lm, documents, **arguments), whole)
+        assert_same(append_documents(path, llama_lm, documents, **arguments), whole)
         assert not list(path.glob("catalog*-journal"))
     assert journals > 0, "some kill must leave a journal to roll back"
     assert uncreated > 0, "some kill must come before the datastore is there"
@@ -335,7 +337,7 @@ def test_what_a_killed_build_left_goes_with_the_next_change(
 
     def killed() -> None:
         PLACES[place](1)
-        build(store.path, llama_lm, [Document("new", "A new document.")])
+        append_documents(store.path, llama_lm, [Document("new", "A new document.")])
 
     assert ends_by_kill(killed)
     assert {file.name for file in (store.path / SHARDS).iterdir()} > known
@@ -353,21 +355,21 @@ def test_a_full_disk_ends_a_build_in_one_line_and_loses_nothing(
     tmp_path: Path, llama_lm: LanguageModel, shard_rows: int, full_for: str
 ) -> None:
     arguments: dict[str, Any] = {**ARGUMENTS, "shard_rows": shard_rows}
-    whole = build(tmp_path / "whole", llama_lm, DOCUMENTS, **arguments)
+    whole = append_documents(tmp_path / "whole", llama_lm, DOCUMENTS, **arguments)
     bytes_needed = sum(file.stat().st_size for file in whole.path.rglob("*") if file.is_file())
     with small_disk(tmp_path / "disk", bytes_needed // 2048) as disk:
         path = disk.path / "store"
         with refusal(DatastoreWriteError, f"cannot write {path / full_for}: the disk is full"):
-            build(path, llama_lm, DOCUMENTS, **arguments)
+            append_documents(path, llama_lm, DOCUMENTS, **arguments)
         rows = check_sound(path, whole)
         assert 0 < rows < whole.rows
         assert not list((path / SHARDS).glob("*.part")), "nothing half written fills the disk"
         with refusal(DatastoreWriteError, "the disk is full"):
-            build(path, llama_lm, DOCUMENTS, **arguments)
+            append_documents(path, llama_lm, DOCUMENTS, **arguments)
         assert check_sound(path, whole) == rows
 
         disk.resize(4 * bytes_needed // 1024)
-        store = build(path, llama_lm, DOCUMENTS, **arguments)
+        store = append_documents(path, llama_lm, DOCUMENTS, **arguments)
         assert_same(store, whole)
         assert verify(store).problems == ()
         store.close()
@@ -380,13 +382,13 @@ def test_a_disk_full_from_the_start_leaves_nothing_behind(
     with small_disk(tmp_path / "disk", kibibytes) as disk:
         path = disk.path / "store"
         with refusal(DatastoreWriteError, "cannot write", "the disk is full"):
-            build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+            append_documents(path, llama_lm, DOCUMENTS, **ARGUMENTS)
         assert list(disk.path.iterdir()) == []
         path.mkdir()
         with refusal(DatastoreWriteError, "cannot write", "the disk is full"):
-            build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+            append_documents(path, llama_lm, DOCUMENTS, **ARGUMENTS)
         disk.resize(8192)
-        store = build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+        store = append_documents(path, llama_lm, DOCUMENTS, **ARGUMENTS)
         assert_same(store, whole)
         store.close()
 
@@ -405,7 +407,7 @@ def test_a_full_disk_refuses_every_change_and_loses_nothing(
             lambda: store.forget(["d1*"]),
             lambda: compact(store),
             lambda: store.save_parameters(Parameters(k=5), {"after": True}),
-            lambda: build(store.path, llama_lm, new),
+            lambda: append_documents(store.path, llama_lm, new),
         ):
             with refusal(DatastoreWriteError, "cannot write", "the disk is full"):
                 write()
@@ -420,7 +422,7 @@ def test_a_full_disk_refuses_every_change_and_loses_nothing(
         store.forget(["d1*"])
         compact(store)
         store.save_parameters(Parameters(k=5), {"after": True})
-        build(store.path, llama_lm, new).close()
+        append_documents(store.path, llama_lm, new).close()
         assert store.refresh()
         assert verify(store).problems == ()
         assert store.documents()[-1].name == "new"
@@ -456,7 +458,7 @@ def writer_in_another_process(path: Path, work: str, lm: LanguageModel) -> Itera
 
     def write() -> None:
         if work == "build":
-            build(path, lm, DOCUMENTS, progress=_Stalls(there, 30), **ARGUMENTS)
+            append_documents(path, lm, DOCUMENTS, progress=_Stalls(there, 30), **ARGUMENTS)
         elif work == "compact":
             compact(Datastore(path), progress=_Stalls(there, 1))
         else:
@@ -487,7 +489,7 @@ def test_a_second_writer_is_refused_at_once_and_readers_are_not(
         assert (reader.rows < whole.rows) == (work == "build")
         before = contents(reader)
         for write in (
-            lambda: build(path, llama_lm, DOCUMENTS, **ARGUMENTS),
+            lambda: append_documents(path, llama_lm, DOCUMENTS, **ARGUMENTS),
             lambda: reader.forget(["d1"]),
             lambda: compact(reader),
             lambda: reader.save_parameters(Parameters(), {}),
@@ -510,7 +512,7 @@ def test_a_second_writer_is_refused_at_once_and_readers_are_not(
         child.kill()
         child.join()
         assert [d.name for d in reader.forget(["d1"])] == ["d1"]
-    build(path, llama_lm, DOCUMENTS, **ARGUMENTS)
+    append_documents(path, llama_lm, DOCUMENTS, **ARGUMENTS)
     compact(Datastore(path))
     store = Datastore(path)
     assert verify(store).problems == ()
@@ -525,7 +527,7 @@ def test_a_second_writer_in_the_same_process_is_refused(
         with refusal(DatastoreLockedError, "being written"):
             Datastore(store.path).forget(["d1"])
         with refusal(DatastoreLockedError, "being written"):
-            build(store.path, llama_lm, DOCUMENTS)
+            append_documents(store.path, llama_lm, DOCUMENTS)
     store.forget(["d1"])
 
 
@@ -535,6 +537,6 @@ def test_a_build_that_begins_beside_another_is_refused(
     (tmp_path / "store").mkdir()
     with writer_in_another_process(tmp_path / "store", "lock", llama_lm):
         with refusal(DatastoreLockedError, "being written"):
-            build(tmp_path / "store", llama_lm, DOCUMENTS)
+            append_documents(tmp_path / "store", llama_lm, DOCUMENTS)
         assert not (tmp_path / "store" / FILE_NAME).exists()
-    build(tmp_path / "store", llama_lm, DOCUMENTS[:1])
+    append_documents(tmp_path / "store", llama_lm, DOCUMENTS[:1])

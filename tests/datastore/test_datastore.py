@@ -12,10 +12,12 @@ import torch
 from conftest import byte_tokenizer, refusal, tiny_llama
 from stores import contents, distinct_documents, small_disk, stored_keys
 
-from knnlm.datastore.build import build
-from knnlm.datastore.catalog import FILE_NAME, StoredDocument
-from knnlm.datastore.datastore import SHARDS, Datastore
-from knnlm.datastore.maintenance import compact, verify
+from knnlm.datastore.append import append_documents
+from knnlm.datastore.catalog import FILE_NAME, SHARDS, ShardFile, StoredDocument
+from knnlm.datastore.compaction import compact
+from knnlm.datastore.datastore import Datastore, DocumentsByRow
+from knnlm.datastore.facts import check_size
+from knnlm.datastore.verification import verify
 from knnlm.errors import (
     DatastoreChangedError,
     DatastoreCorruptError,
@@ -36,7 +38,7 @@ DOCUMENTS = distinct_documents(7)
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, llama_lm: LanguageModel) -> Path:
     path = tmp_path_factory.mktemp("built") / "store"
-    build(path, llama_lm, DOCUMENTS, window=64, context=16, shard_rows=150).close()
+    append_documents(path, llama_lm, DOCUMENTS, window=64, context=16, shard_rows=150).close()
     return path
 
 
@@ -233,6 +235,19 @@ def test_every_row_knows_its_document(store: Datastore, tokens: list[list[int]])
             store.document_at(row)
 
 
+def test_documents_are_found_by_many_rows_at_once(store: Datastore) -> None:
+    store.forget(["d2"])
+    documents = DocumentsByRow(store)
+    rows = torch.randperm(store.rows, generator=torch.Generator().manual_seed(0))
+    rows = rows[store.alive[rows]]
+    assert documents.at(rows) == [store.document_at(row) for row in rows.tolist()]
+    assert documents.holding(rows) == store.documents()
+    first, *_, last = store.documents()
+    edges = torch.tensor([last.stop - 1, first.start, last.start, first.stop - 1])
+    assert documents.holding(edges) == [first, last]
+    assert documents.at(rows[:0]) == documents.holding(rows[:0]) == []
+
+
 def test_passages_cross_shards_but_never_documents(
     store: Datastore, tokens: list[list[int]]
 ) -> None:
@@ -273,7 +288,7 @@ def test_refresh_sees_what_others_did(
     assert not store.refresh()
     before = contents(store)
     rows = store.rows
-    other = build(path, llama_lm, [Document("new", "A new document.")])
+    other = append_documents(path, llama_lm, [Document("new", "A new document.")])
     assert (store.rows, len(store.values)) == (rows, rows), "a snapshot until it is refreshed"
     assert store.refresh()
     assert not store.refresh()
@@ -355,16 +370,15 @@ def test_a_reader_that_opens_while_files_go_sees_the_newer_state(
 ) -> None:
     writer = Datastore(path)
     writer.forget(["d0", "d4"])
-    check_size = Datastore._check_size
     compacted: list[bool] = []
 
-    def compacts_first(self: Datastore, *arguments: object) -> None:
+    def compacts_first(folder: Path, file: ShardFile) -> None:
         if not compacted:
             compacted.append(True)
             compact(writer)
-        check_size(self, *arguments)  # type: ignore[arg-type]
+        check_size(folder, file)
 
-    monkeypatch.setattr(Datastore, "_check_size", compacts_first)
+    monkeypatch.setattr("knnlm.datastore.facts.check_size", compacts_first)
     reader = Datastore(path)
     assert compacted
     assert reader.generation == writer.generation
@@ -406,7 +420,7 @@ def test_parameters_are_kept(store: Datastore) -> None:
 def test_files_are_readable_by_whom_the_umask_lets(tmp_path: Path, llama_lm: LanguageModel) -> None:
     old = os.umask(0o022)
     try:
-        store = build(tmp_path / "s", llama_lm, DOCUMENTS[:1], window=64, context=0)
+        store = append_documents(tmp_path / "s", llama_lm, DOCUMENTS[:1], window=64, context=0)
     finally:
         os.umask(old)
     shards = list((store.path / SHARDS).iterdir())
@@ -428,7 +442,7 @@ def test_a_read_only_disk_can_be_read_and_is_not_written(
         assert float(found.squared_distances.max()) < 1e-3
         assert store.passage(0).document.name == "d0"
         for write in (
-            lambda: build(path, llama_lm, distinct_documents(9)),
+            lambda: append_documents(path, llama_lm, distinct_documents(9)),
             lambda: store.forget(["d0"]),
             lambda: compact(store),
             lambda: store.save_parameters(Parameters(), {}),

@@ -11,7 +11,7 @@ from stores import stored_keys
 from torch import Tensor
 
 import knnlm.evaluation.scoring
-from knnlm.datastore.build import build
+from knnlm.datastore.append import append_documents
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain
 from knnlm.evaluation.explanation import Explanation, sum_credits
@@ -32,7 +32,9 @@ K, TEMPERATURE = 10, 25.0
 
 @pytest.fixture
 def model(llama_lm: LanguageModel, tmp_path: Path) -> KNNLM:
-    store = build(tmp_path / "store", llama_lm, DOCUMENTS, window=256, context=0, shard_rows=30)
+    store = append_documents(
+        tmp_path / "store", llama_lm, DOCUMENTS, window=256, context=0, shard_rows=30
+    )
     return KNNLM(llama_lm, store, k=K, lmbda=0.4, temperature=TEMPERATURE)
 
 
@@ -141,7 +143,7 @@ def test_forgotten_documents_are_never_named(model: KNNLM) -> None:
 
 
 def test_fewer_entries_than_k_name_all_there_are(llama_lm: LanguageModel, tmp_path: Path) -> None:
-    store = build(tmp_path / "s", llama_lm, DOCUMENTS, window=256, context=0)
+    store = append_documents(tmp_path / "s", llama_lm, DOCUMENTS, window=256, context=0)
     model = KNNLM(llama_lm, store, k=len(store), lmbda=0.4)
     store.forget(["second", "third"])
     for explanation in explain(model, TEXT, sources=10**6):
@@ -168,7 +170,9 @@ def test_long_texts_are_explained_piece_by_piece(
 def test_the_sources_of_several_datastores(
     model: KNNLM, llama_lm: LanguageModel, tmp_path: Path
 ) -> None:
-    other = build(tmp_path / "other", llama_lm, [Document("o", TEXT + " Yes.")], window=256)
+    other = append_documents(
+        tmp_path / "other", llama_lm, [Document("o", TEXT + " Yes.")], window=256
+    )
     (retriever,) = model.retrievers
     stores = [retriever.store, other]
     both = KNNLM(llama_lm, stores, k=[K, 3], lmbda=[0.4, 0.2], temperature=TEMPERATURE)

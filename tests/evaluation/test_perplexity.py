@@ -19,18 +19,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import knnlm.evaluation.scoring
 import knnlm.model.reading
 import knnlm.retrieval.mixer
-from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.perplexity import Measure, PerplexityReport, evaluate
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.keyed_model import Reading
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import Windowing
 from knnlm.progress import Advance
 from knnlm.text.corpus import Document, read_documents
+from knnlm.text.windows import Windowing
 
 TEXTS = [
     Document("a", "The datastore has felt like a retriever."),

@@ -6,8 +6,8 @@ import pytest
 import torch
 from index_contract import IndexContract, append, assert_neighbors, clustered, store_of
 
+from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import compact
 from knnlm.errors import (
     DatastoreChangedError,
     DatastoreCorruptError,

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from index_contract import append, assert_neighbors, clustered, store_of
 
+from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import compact
 from knnlm.errors import DatastoreChangedError, InvalidArgumentError
 from knnlm.index import policy
 from knnlm.index.available_memory import memory_bytes

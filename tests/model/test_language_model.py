@@ -215,8 +215,8 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused() -> None:
         ({"device": "tpu"}, "device='tpu' must be auto, cpu, cuda, cuda:N or mps"),
         ({"device": "cuda:x"}, "device='cuda:x' must be auto, cpu, cuda, cuda:N or mps"),
         ({"device": "cuda:99"}, "device='cuda:99' must exist"),
-        ({"dtype": "int8"}, "dtype='int8' must be auto, float32, bfloat16, float16"),
-        ({"key": "middle"}, "key='middle' must be one of ffn_input, "),
+        ({"dtype": "int8"}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
+        ({"key": "middle"}, "key must be one of ffn_input, "),
     ],
 )
 def test_bad_options_are_refused(folder: Path, options: dict[str, str], message: str) -> None:
@@ -333,7 +333,9 @@ def test_gguf_files_are_refused_when_missing_or_unreadable_here(
         patch.setattr(importlib.util, "find_spec", lambda _: None)
         with pytest.raises(MissingDependencyError) as refused:
             LanguageModel.load(tmp_path / "model.gguf")
-        assert one_line(refused).endswith("pip install 'knnlm[gguf]'")
+        assert one_line(refused).endswith(
+            "pip install 'knnlm[gguf]' (from a clone: pip install '.[gguf]')"
+        )
         patch.setattr(importlib.util, "find_spec", lambda name: name)
         with pytest.raises(ModelNotFoundError) as missing:
             LanguageModel.load(tmp_path / "model.gguf")

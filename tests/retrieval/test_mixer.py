@@ -21,12 +21,12 @@ import knnlm.retrieval.mixer
 import knnlm.tuning.fitting
 from knnlm.apps.cli.main import app
 from knnlm.attachment.attachment import attach
-from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreCorruptError, InvalidArgumentError, UnsupportedModelError
 from knnlm.evaluation.scoring import Scores
 from knnlm.evaluation.tally import Tally, bootstrap
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.mixture.interpolation import interpolate_vocabulary

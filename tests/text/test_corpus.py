@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from conftest import refusal
 
-from knnlm import corpus
 from knnlm.errors import (
     InvalidArgumentError,
     InvalidTextError,
     MissingDependencyError,
     TextNotFoundError,
 )
+from knnlm.text import corpus
 from knnlm.text.corpus import (
     BLOCK_CHARACTERS,
     Document,
@@ -391,7 +391,11 @@ def test_missing_packages_are_named(
 ) -> None:
     write("a.parquet", "PAR1")
     monkeypatch.setitem(sys.modules, module, None)
-    with refusal(MissingDependencyError, *parts, "pip install 'knnlm[data]'"):
+    with refusal(
+        MissingDependencyError,
+        *parts,
+        "pip install 'knnlm[data]' (from a clone: pip install '.[data]')",
+    ):
         read_documents(source)
 
 

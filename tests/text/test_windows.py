@@ -93,7 +93,7 @@ def test_document_windows_go_on_after_any_window_and_after_no_other_token(
 
         def run(skip: int, tokens: np.ndarray = tokens) -> list[Plain]:
             pieces = cut(tokens, generator)
-            return plain(document_windows(3, pieces, 7, window, context, skip))
+            return plain(document_windows(3, pieces, 7, window, context, skip=skip))
 
         whole = run(0)
         ends = list(itertools.accumulate((len(new) for _, _, new in whole), initial=0))

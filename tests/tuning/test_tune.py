@@ -13,14 +13,14 @@ import torch
 from conftest import PROSE, refusal
 from stores import distinct_documents
 
-from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreWriteError, InvalidArgumentError
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import Windowing
 from knnlm.text.corpus import Document
+from knnlm.text.windows import Windowing
 from knnlm.tuning.plot import plot_tuning
 from knnlm.tuning.tune import (
     CachedNeighbors,

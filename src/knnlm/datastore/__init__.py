@@ -1,1 +1,1 @@
-"""The memory on disk."""
+"""A datastore on disk: its shards, its catalog, and every change to them."""

@@ -1,7 +1,7 @@
-"""The catalog: what is in a datastore, in SQLite; one transaction makes a shard visible.
+"""The catalog: a datastore's settings, shards and documents in SQLite.
 
 Knows the tables and nothing of tensors. The tables: `settings` (name → JSON), `shards` (file, rows
-and checksum of each), `documents` (name, text fingerprint, contiguous rows, tombstone).
+and checksum of each), `documents` (name, text fingerprint, contiguous rows, whether forgotten).
 """
 
 import json
@@ -12,10 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from knnlm.datastore.shards import ASIDE, ShardFile, publish, writing
+from knnlm.datastore.files import ASIDE, publish, writing
 from knnlm.errors import DatastoreCorruptError, DatastoreNotFoundError, DatastoreWriteError
 
 FILE_NAME = "catalog.sqlite"
+SHARDS = "shards"
+"""The folder, beside the catalog, of the shard files."""
 FORMAT = 1
 _SCHEMA = """
 CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -37,7 +39,7 @@ CREATE INDEX documents_by_start ON documents (start);
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What every entry of a datastore has in common; fixed when it is created."""
+    """The settings that all entries of a datastore share; fixed when it is created."""
 
     model: str
     revision: str | None
@@ -55,6 +57,16 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardFile:
+    """A shard's file: its name, rows, size and checksum."""
+
+    name: str
+    rows: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class StoredShard:
     """A shard's file and the first of its rows."""
 
@@ -69,10 +81,10 @@ class StoredShard:
 
 @dataclass(frozen=True, slots=True)
 class StoredDocument:
-    """A document's rows, start to stop.
+    """A document and its rows, start to stop.
 
-    tokens: how many of its tokens were passed; more than its rows only at the head of a stream,
-    where the first tokens are read but not stored. complete: whether its last token is in.
+    tokens: how many of its tokens were read; more than its rows only at the head of a stream,
+    where the first tokens are read but not stored. complete: whether its last token is stored.
     """
 
     id: int
@@ -115,12 +127,12 @@ class Catalog:
 
     @classmethod
     def create(cls, folder: Path, settings: Settings) -> "Catalog":
-        """Make the catalog of a new datastore: written aside, so that it is there whole or not."""
+        """Make the catalog of a new datastore; it appears under its name only when it is whole."""
         aside = folder / (FILE_NAME + ASIDE)
         with writing(folder):
             aside.unlink(missing_ok=True)
             with _sqlite_errors(aside), closing(_connect(aside)) as connection:
-                # no second file aside: what a kill leaves half done is made anew
+                # no journal file: a half-made catalog is made anew
                 connection.execute("PRAGMA journal_mode = MEMORY")
                 connection.executescript(_SCHEMA)
                 connection.executemany(
@@ -149,16 +161,16 @@ class Catalog:
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Read everything inside from one state of the catalog, whatever others commit."""
+        """Make all reads inside see one state of the catalog, whatever other processes commit."""
         with self._errors(), self._connection:
             self._connection.execute("BEGIN")
             yield
 
     @contextmanager
     def transaction(self, *, entries_change: bool = True) -> Iterator[None]:
-        """Make all changes inside visible at once and durably, or none.
+        """Make all changes inside visible at once and durably, or none of them.
 
-        Where entries change it is a new generation of the datastore.
+        If entries change, the datastore's generation grows.
         """
         with self._errors(), self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
@@ -167,7 +179,7 @@ class Catalog:
                 self.set("generation", self.generation + 1)
 
     def get(self, name: str) -> Any:
-        """Return a setting's value, None where it was never set."""
+        """Return a setting's value, None if it was never set."""
         with self._errors():
             row = self._connection.execute(
                 "SELECT value FROM settings WHERE name = ?", (name,)
@@ -176,7 +188,7 @@ class Catalog:
             return None if row is None else json.loads(row[0])
 
     def set(self, name: str, value: Any) -> None:
-        """Set a setting; durable with the surrounding transaction, at once without one."""
+        """Set a setting: with the surrounding transaction if there is one, else at once."""
         with self._errors():
             self._connection.execute(
                 "INSERT OR REPLACE INTO settings VALUES (?, ?)", (name, json.dumps(value))
@@ -200,7 +212,7 @@ class Catalog:
         return int(self.get("numbering") or 0)
 
     def renumber(self) -> None:
-        """Tell readers that rows have new numbers; inside a transaction."""
+        """Record that rows were renumbered, for readers to notice; inside a transaction."""
         self.set("numbering", self.numbering + 1)
 
     def shards(self) -> list[StoredShard]:
@@ -212,7 +224,7 @@ class Catalog:
         return [StoredShard(start, ShardFile(*file)) for start, *file in rows]
 
     def next_shard_name(self) -> str:
-        """Return a file name that no shard of this datastore has or had."""
+        """Return a file name that no shard of this datastore has ever had."""
         with self._errors():
             row = self._connection.execute(
                 "SELECT seq FROM sqlite_sequence WHERE name = 'shards'"
@@ -235,7 +247,7 @@ class Catalog:
             self._connection.execute("UPDATE shards SET start = ? WHERE name = ?", (start, name))
 
     def documents(self, where: str = "", *arguments: object) -> list[StoredDocument]:
-        """Return those that fulfil a condition in SQL, in the order in which they were stored."""
+        """Return the documents that fulfil an SQL condition, in the order they were stored."""
         condition = f"WHERE {where}" if where else ""
         with self._errors():
             rows = self._connection.execute(
@@ -283,7 +295,7 @@ class Catalog:
         )
 
     def forget_document(self, document: int) -> None:
-        """Put a document's tombstone; inside a transaction."""
+        """Mark a document forgotten; inside a transaction."""
         self._connection.execute("UPDATE documents SET forgotten = 1 WHERE id = ?", (document,))
 
     def remove_document(self, document: int) -> None:

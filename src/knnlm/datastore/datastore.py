@@ -1,4 +1,4 @@
-"""Datastore: the memory of a text, as its users open it. Rows, values, documents, passages."""
+"""Datastore: the stored entries of a text as users open them: keys, values, documents, passages."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -9,27 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knnlm.datastore.catalog import Catalog, Settings, StoredDocument, StoredShard
-from knnlm.datastore.shards import Shard, open_shard, remove_files_except, writing
-from knnlm.errors import (
-    DatastoreChangedError,
-    DatastoreCorruptError,
-    DatastoreLockedError,
-    DatastoreMismatchError,
-    InvalidArgumentError,
-)
+from knnlm.datastore.catalog import SHARDS, Catalog, Settings, StoredDocument, StoredShard
+from knnlm.datastore.facts import is_learned, read_snapshot
+from knnlm.datastore.files import remove_files_except, writer_lock
+from knnlm.datastore.shards import Shard, open_shard
+from knnlm.errors import DatastoreChangedError, DatastoreMismatchError, InvalidArgumentError
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import Windowing
-
-SHARDS = "shards"
-LOCK_NAME = "writer.lock"
+from knnlm.text.windows import Windowing
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +35,7 @@ class Passage:
 
 
 class Datastore:
-    """An open datastore: a snapshot of what was committed, which `refresh` brings up to date.
+    """An open datastore: a snapshot of its committed entries, which `refresh` brings up to date.
 
     A row is an entry's number, 0 … rows − 1 in corpus order, stable until `compact`. A document is
     a contiguous range of rows, so the text before any entry is `values[document.start:row]`.
@@ -68,41 +60,20 @@ class Datastore:
         self.catalog.close()
 
     def refresh(self) -> bool:
-        """See what other writers committed since; return whether anything changed."""
+        """Read what other writers have committed since; return whether anything changed."""
         if self.catalog.generation == self.generation:
             return False
-        while True:
-            with self.catalog.snapshot():
-                generation, numbering = self.catalog.generation, self.catalog.numbering
-                shards = self.catalog.shards()
-                forgotten = [(d.start, d.stop) for d in self.catalog.documents("forgotten")]
-            try:
-                for shard in shards:
-                    self._check_size(shard)
-                break
-            except DatastoreCorruptError:
-                if self.catalog.generation == generation:
-                    raise  # and not compacted meanwhile
-        self.shards: list[StoredShard] = shards
-        self._starts = [shard.start for shard in shards]
+        snapshot = read_snapshot(self.path, self.catalog, "forgotten")
+        self.shards: list[StoredShard] = snapshot.shards
+        self._starts = [shard.start for shard in snapshot.shards]
         self._open: dict[str, Shard] = {}
-        self.rows = shards[-1].stop if shards else 0
-        self._forgotten = forgotten
-        self.forgotten_rows = sum(stop - start for start, stop in forgotten)
+        self.rows = snapshot.rows
+        self._forgotten = snapshot.forgotten
+        self.forgotten_rows = snapshot.forgotten_rows
         self._values: Tensor | None = None
-        self.numbering = numbering
-        self.generation = generation
+        self.numbering = snapshot.numbering
+        self.generation = snapshot.generation
         return True
-
-    def _check_size(self, shard: StoredShard) -> None:
-        path = self.path / SHARDS / shard.file.name
-        size_bytes = path.stat().st_size if path.exists() else None
-        if size_bytes != shard.file.size_bytes:
-            found = "missing" if size_bytes is None else f"{size_bytes} bytes long"
-            raise DatastoreCorruptError(
-                f"{path} is {found}, written with {shard.file.size_bytes} bytes; restore it from a "
-                "copy or build the datastore again"
-            )
 
     def _shard(self, shard: StoredShard) -> Shard:
         name = shard.file.name
@@ -118,7 +89,7 @@ class Datastore:
 
     @property
     def windowing(self) -> Windowing:
-        """How its text was cut into windows."""
+        """How the stored text was cut into windows."""
         settings = self.settings
         return Windowing(settings.window, settings.context, settings.boundary)
 
@@ -134,14 +105,14 @@ class Datastore:
     def alive(self) -> Bool[Tensor, " rows"]:
         """False for the rows of forgotten documents."""
         alive = torch.ones(self.rows, dtype=torch.bool)
-        for start, stop in self._forgotten:
-            alive[start:stop] = False
+        for document in self._forgotten:
+            alive[document.start : document.stop] = False
         return alive
 
     def key_blocks(
         self, max_rows: int, first_row: int = 0
     ) -> Iterator[tuple[int, Float[Tensor, "rows dim"]]]:
-        """Yield (row of the first, memory-mapped keys) in row order, from `first_row` on."""
+        """Yield (row of the first key, memory-mapped keys) in row order, from `first_row` on."""
         for shard in self.shards:
             if shard.stop <= first_row:
                 continue
@@ -150,7 +121,7 @@ class Datastore:
                 yield shard.start + start, keys[start : start + max_rows]
 
     def keys_at(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n dim"]:
-        """Gather the keys of any rows, in the dtype of the disk; reads the disk in its order."""
+        """Gather the keys of any rows, in the dtype on disk; the disk is read in row order."""
         keys = torch.empty(len(rows), self.settings.dimension, dtype=self.key_dtype)
         ascending, places = rows.sort()
         for shard in self.shards:
@@ -172,20 +143,20 @@ class Datastore:
             yield
 
     def documents(self) -> list[StoredDocument]:
-        """Return the documents that are not forgotten, in the order in which they were stored.
+        """Return the documents that are not forgotten, in the order they were stored.
 
-        Raises DatastoreChangedError if rows were renumbered since they were last read.
+        Raises DatastoreChangedError if a compaction has renumbered rows since `refresh`.
         """
         with self._same_numbering():
             return self.catalog.documents("NOT forgotten")
 
     def document_at(self, row: int) -> StoredDocument:
-        """Return the document that a row belongs to; raises DatastoreChangedError likewise."""
+        """Return the document of a row, forgotten or not; raises as `documents` does."""
         with self._same_numbering():
             return self.catalog.document_at(row)
 
     def passage(self, row: int, before: int = 24, after: int = 8) -> Passage:
-        """Return up to `before` tokens that precede a row's value in its document, and the rest."""
+        """Return a row's value with up to `before` and `after` tokens of its document around it."""
         document = self.document_at(row)
         left = self._slice_values(max(document.start, row - before), row)
         right = self._slice_values(row + 1, min(document.stop, row + 1 + after))
@@ -203,18 +174,18 @@ class Datastore:
 
     @property
     def parameters(self) -> Parameters | None:
-        """The defaults that `tune` stored; None before."""
+        """The defaults that `tune` stored; None before tuning."""
         stored = self.catalog.get("parameters")
         return None if stored is None else Parameters(**stored)
 
     @property
     def tuning(self) -> dict[str, Any] | None:
-        """What the stored parameters were tuned on, and what they gave there."""
+        """How the stored parameters were tuned: the text, the trials, the perplexities."""
         tuning: dict[str, Any] | None = self.catalog.get("tuning")
         return tuning
 
     def mixture(self, others: Sequence["Datastore"] = ()) -> TunedMixture | None:
-        """Return what `tune` stored for this datastore and others in their order, if it did."""
+        """Return the mixture that `tune` stored for this datastore and others, in their order."""
         stored = self.catalog.get("mixture")
         if stored is None or stored["others"] != [_resolved(other) for other in others]:
             return None
@@ -223,8 +194,7 @@ class Datastore:
     @property
     def is_learned(self) -> bool:
         """Whether `tune` stored a gate that chooses the weights of each token."""
-        stored = self.catalog.get("mixture")
-        return stored is not None and "gate" in stored["gates"]
+        return is_learned(self.catalog)
 
     def save_parameters(
         self,
@@ -233,9 +203,9 @@ class Datastore:
         mixture: TunedMixture | None = None,
         others: Sequence["Datastore"] = (),
     ) -> None:
-        """Store defaults for everything that uses this datastore, and where they come from.
+        """Store default parameters for this datastore, and how they were tuned.
 
-        mixture: of this datastore and the others; None removes a stored one.
+        mixture: for this datastore and the others together; None removes a stored one.
         """
         stored = None if mixture is None else mixture.to_plain()
         if stored is not None:
@@ -248,8 +218,8 @@ class Datastore:
     def check_model(self, model: KeyedModel) -> None:
         """Refuse a language model whose keys or tokens are not comparable with the stored ones.
 
-        Of a model without tokenizer, all but the tokens is checked. Raises DatastoreMismatchError,
-        naming both.
+        For a model without a tokenizer, tokens are not checked. Raises DatastoreMismatchError,
+        naming both models.
         """
         ours = self.settings
         pairs: list[tuple[str, object, object]] = [
@@ -263,19 +233,21 @@ class Datastore:
                 ("start token", ours.start_token, model.start_token),
             ]
         pairs.append(("weights", ours.weights_fingerprint[:12], model.weights_fingerprint[:12]))
-        for what, stored, given in pairs:
+        for property_name, stored, given in pairs:
             if stored != given:
                 raise DatastoreMismatchError(
-                    f"{self.path} was built with {ours.model} ({what} {stored}), not with "
-                    f"{model.name} ({what} {given}); load that model or build another datastore"
+                    f"{self.path} was built with {ours.model} ({property_name} {stored}), not with "
+                    f"{model.name} ({property_name} {given}); load that model or build another "
+                    "datastore"
                 )
 
     def load_model(
         self, name: str | Path | None = None, *, dtype: str | None = None, device: str = "auto"
     ) -> LanguageModel:
-        """Load the language model that the keys are of, from where it came or another place.
+        """Load the language model that computed the keys.
 
-        dtype: by default the one that it was built with. Raises what `LanguageModel.load` raises.
+        name: another place to load it from. dtype: by default the one used in building. Raises the
+        errors of `LanguageModel.load`.
         """
         return LanguageModel.load(
             name or self.settings.model,
@@ -287,7 +259,7 @@ class Datastore:
 
     @contextmanager
     def writer(self) -> Iterator[Catalog]:
-        """Be the one writer: lock the datastore, clear what a killed writer left, see all commits.
+        """Lock the datastore for writing, refresh, and delete a killed writer's leftover files.
 
         Raises DatastoreLockedError at once if another process is writing.
         """
@@ -297,10 +269,10 @@ class Datastore:
             yield self.catalog
 
     def forget(self, names: Sequence[str]) -> list[StoredDocument]:
-        """Take documents out of every answer, now; `compact` removes their bytes later.
+        """Exclude documents from every search, at once; `compact` removes their bytes later.
 
-        names: exact names, or patterns with * ? [ ]. Returns what was forgotten. Raises
-        InvalidArgumentError, changing nothing, if one of them matches no document.
+        names: exact names, or patterns with * ? [ ]. Returns the forgotten documents. Raises
+        InvalidArgumentError, changing nothing, if a name matches no document.
         """
         with self.writer() as catalog:
             documents = catalog.documents("NOT forgotten")
@@ -321,21 +293,28 @@ class Datastore:
         return list(chosen.values())
 
 
-@contextmanager
-def writer_lock(path: Path) -> Iterator[None]:
-    """Hold a datastore's writer lock; the system releases it however the process ends."""
-    lock = FileLock(path / LOCK_NAME)
-    with writing(path):
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise DatastoreLockedError(
-                f"{path} is being written by another process; wait for it to end and try again"
-            ) from error
-    try:
-        yield
-    finally:
-        lock.release()
+class DocumentsByRow:
+    """The documents of a datastore, without forgotten ones, for finding those of many rows.
+
+    Holds the documents of one moment. Raises DatastoreChangedError as `Datastore.documents` does.
+    """
+
+    def __init__(self, store: Datastore) -> None:
+        self.store = str(store.path)
+        self._documents = store.documents()
+        starts = [document.start for document in self._documents]
+        self._starts = torch.tensor(starts, dtype=torch.int64)
+
+    def at(self, rows: Int[Tensor, " n"]) -> list[StoredDocument]:
+        """Return the document of each row."""
+        return [self._documents[place] for place in self._places(rows).tolist()]
+
+    def holding(self, rows: Int[Tensor, " n"]) -> list[StoredDocument]:
+        """Return the documents that hold any of the rows, each once, in order."""
+        return [self._documents[place] for place in torch.unique(self._places(rows)).tolist()]
+
+    def _places(self, rows: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+        return torch.searchsorted(self._starts, rows.contiguous(), right=True) - 1
 
 
 def _resolved(store: Datastore) -> str:

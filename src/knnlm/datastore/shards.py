@@ -1,14 +1,10 @@
-"""Shard files: keys and values in safetensors. The only owner of fsync and rename.
+"""Shard files: keys and values in safetensors.
 
-Knows nothing of documents or models. A shard is written aside, synced, renamed and its folder
-synced, so that a file with its final name is always whole.
+Knows nothing of documents or models. A shard is written under a temporary name, synced, renamed
+and its folder synced, so that a file with its final name is always whole.
 """
 
-import errno
 import hashlib
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,24 +13,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from knnlm.errors import (
-    DatastoreChangedError,
-    DatastoreCorruptError,
-    DatastoreWriteError,
-    KNNLMError,
-)
-
-ASIDE = ".part"
-
-
-@dataclass(frozen=True, slots=True)
-class ShardFile:
-    """What the catalog remembers of a shard's file."""
-
-    name: str
-    rows: int
-    size_bytes: int
-    sha256: str
+from knnlm.datastore.catalog import ShardFile
+from knnlm.datastore.files import ASIDE, publish, writing
+from knnlm.errors import DatastoreChangedError, DatastoreCorruptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +26,6 @@ class Shard:
     values: Int[Tensor, " rows"]
 
 
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's refusals to write into one DatastoreWriteError line."""
-    try:
-        yield
-    except KNNLMError:
-        raise  # some are OSErrors too, and say already what is wrong
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            rule = "the disk is full; free some space and run the same command again"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            rule = "the folder is not writable; change its permissions or choose another"
-        else:
-            rule = f"{error.strerror or error}"
-        raise DatastoreWriteError(f"cannot write {path}: {rule}") from error
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(aside: Path, path: Path) -> None:
-    """Give a file written aside its final name, durably."""
-    _sync(aside)
-    aside.rename(path)
-    _sync(path.parent)
-
-
 def _file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -85,9 +34,9 @@ def _file_sha256(path: Path) -> str:
 def write_shard(
     folder: Path, name: str, keys: Float[Tensor, "rows dim"], values: Int[Tensor, " rows"]
 ) -> ShardFile:
-    """Write one shard durably and return what the catalog needs of it.
+    """Write one shard durably and return its record for the catalog.
 
-    Raises DatastoreWriteError, leaving no partial file behind, when the disk refuses.
+    Raises DatastoreWriteError, leaving no partial file behind, if it cannot be written.
     """
     path = folder / name
     aside = folder / (name + ASIDE)
@@ -103,7 +52,7 @@ def write_shard(
 
 
 def open_shard(folder: Path, name: str) -> Shard:
-    """Map a shard's file; nothing is read until it is used.
+    """Map a shard's file into memory; nothing is read until it is used.
 
     Raises DatastoreChangedError if the file is gone, DatastoreCorruptError if it is malformed.
     """
@@ -132,11 +81,3 @@ def shard_problem(folder: Path, expected: ShardFile) -> str | None:
     if _file_sha256(path) != expected.sha256:
         return f"{path}: the contents differ from the checksum taken when it was written"
     return None
-
-
-def remove_files_except(folder: Path, names: set[str]) -> None:
-    """Delete what a killed writer left: shard files that the catalog does not know."""
-    with writing(folder):
-        for path in folder.iterdir():
-            if path.name not in names:
-                path.unlink()

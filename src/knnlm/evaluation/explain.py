@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explanation import (
     THIS_TEXT,
@@ -26,9 +26,9 @@ from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors
 from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import Windowing
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
+from knnlm.text.windows import Windowing
 
 _HEAVIEST_VOTES = 5
 
@@ -138,7 +138,7 @@ class Explainer:
     ) -> None:
         self._lm = lm
         self._retrievers = retrievers
-        self._documents = [_Documents(r.store) for r in retrievers] if with_credits else None
+        self._documents = [DocumentsByRow(r.store) for r in retrievers] if with_credits else None
         self._sources = sources
         self._before = before
         self._after = after
@@ -268,7 +268,8 @@ class Explainer:
             for_token = own.tokens[number] == evidence.targets[number]
             if which < len(self._retrievers):
                 rows = evidence.neighbors[which].rows[number][for_token]
-                documents = self._documents[which].at(rows)
+                found = self._documents[which]
+                documents = [(found.store, document.name) for document in found.at(rows)]
             else:
                 documents = [("", THIS_TEXT)] * int(for_token.sum())
             lmbda = torch.as_tensor(own.lmbda).expand(len(own.tokens))[number]
@@ -277,20 +278,6 @@ class Explainer:
                 if part > 0.0:
                     sums[document] = sums.get(document, 0.0) + part
         return sorted_credits(sums)
-
-
-class _Documents:
-    """The documents of a datastore that are not forgotten, found by row without its catalog."""
-
-    def __init__(self, store: Datastore) -> None:
-        documents = store.documents()
-        self._starts = torch.tensor([document.start for document in documents])
-        self._names = [(str(store.path), document.name) for document in documents]
-
-    def at(self, rows: Int[Tensor, " n"]) -> list[tuple[str, str]]:
-        """Return the document of each row: its datastore's path and its name."""
-        places = torch.searchsorted(self._starts, rows.contiguous(), right=True) - 1
-        return [self._names[place] for place in places.tolist()]
 
 
 def _shares(votes: Sequence[Votes]) -> Float[Tensor, "query source"]:

@@ -16,11 +16,11 @@ from knnlm.evaluation.tally import FrequencyBucket, Tally, perplexity_of
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.parameters import Parameters, as_plain
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import EncodedDocument, Windowing
+from knnlm.model.reading import EncodedDocument
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.text.corpus import Document
-from knnlm.text.windows import Window
+from knnlm.text.windows import Window, Windowing
 
 
 @dataclass(frozen=True, slots=True)

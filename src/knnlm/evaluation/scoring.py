@@ -24,10 +24,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import (
     EncodedDocument,
     Likeliest,
-    Windowing,
-    cut_windows,
-    default_batch_tokens,
-    encode_documents,
+    cut_documents,
     read_scores,
     total_bytes,
 )
@@ -35,7 +32,7 @@ from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
 from knnlm.text.corpus import Document
-from knnlm.text.windows import Window, document_windows, limit_windows, stream_windows
+from knnlm.text.windows import Window, Windowing, document_windows, stream_windows
 
 QUERIES_AT_ONCE = 4096
 
@@ -134,16 +131,14 @@ def score_documents(
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
-    windowing.check_model(lm)
     read: dict[int, EncodedDocument] = {}
 
-    def reading() -> Iterator[EncodedDocument]:
-        for encoded in encode_documents(lm, documents, windowing.boundary):
-            read[encoded.number] = encoded
-            yield encoded
+    def note(encoded: EncodedDocument) -> None:
+        read[encoded.number] = encoded
+
+    windows = cut_documents(lm, documents, windowing, max_tokens, on_document=note)
 
     def scores() -> Iterator[Scores]:
-        windows = limit_windows(cut_windows(reading(), lm.start_token, windowing), max_tokens)
         corpus_bytes = total_bytes(documents)
         with progress.task(description, max_tokens, "tokens") as advance:
             for part in score_windows(lm, windows, request):
@@ -162,7 +157,7 @@ def score_text(
     lm: LanguageModel, tokens: Sequence[int], windowing: Windowing, request: ScoreRequest
 ) -> Iterator[Scores]:
     """Score the tokens of one text, cut into windows as a held-out document is."""
-    windowing.check_model(lm)
+    windowing.check_positions(lm.max_window, lm.name)
     size, context = windowing.window, windowing.context
     pieces = [np.array(tokens, np.int32)]
     if windowing.boundary == Boundary.document:
@@ -206,8 +201,7 @@ class _Scorer:
         queries = torch.empty(len(targets), lm.dimension)
         summaries: dict[int, LMSummary] = {}
         likeliest: dict[int, Likeliest] = {}
-        batch_tokens = default_batch_tokens(lm)
-        for scores in read_scores(lm, windows, batch_tokens, request.summary, request.likeliest):
+        for scores in read_scores(lm, windows, request.summary, request.likeliest):
             new = slice(starts[scores.number], starts[scores.number + 1])
             log_probs[new], queries[new] = scores.log_probs, scores.keys
             if scores.summary is not None:

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.shards import ASIDE, publish, remove_files_except, writing
+from knnlm.datastore.files import ASIDE, publish, remove_files_except, writing
 from knnlm.errors import (
     DatastoreChangedError,
     DatastoreCorruptError,

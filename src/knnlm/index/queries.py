@@ -13,10 +13,9 @@ from torch import Tensor
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import cut_windows, default_batch_tokens, encode_documents, read_keys
+from knnlm.model.reading import cut_documents, read_keys
 from knnlm.progress import SILENT, Progress
 from knnlm.text.corpus import Document
-from knnlm.text.windows import limit_windows
 
 TOKENS = 8192
 _WINDOWS_AT_ONCE = 8
@@ -35,13 +34,11 @@ def held_out_queries(
     for documents without text.
     """
     store.check_model(lm)
-    encoded = encode_documents(lm, documents, store.windowing.boundary)
-    cut = cut_windows(encoded, lm.start_token, store.windowing)
-    windows = limit_windows(cut, max_tokens)
+    windows = cut_documents(lm, documents, store.windowing, max_tokens)
     keys: list[Tensor] = []
     with progress.task("read held-out text", max_tokens, "tokens") as advance:
         while some := list(islice(windows, _WINDOWS_AT_ONCE)):
-            of_window = dict(read_keys(lm, some, default_batch_tokens(lm)))
+            of_window = dict(read_keys(lm, some))
             keys += [of_window[number].float().cpu() for number in range(len(some))]
             advance(sum(window.new for window in some))
     if not keys:

@@ -1,4 +1,4 @@
-"""Where in a Hugging Face model a key is read, found without a table of architectures.
+"""Finds where in a Hugging Face model a key is read, without a table of architectures.
 
 Knows modules, their names and one trial forward pass. Knows no tokenizer, no text, no file.
 
@@ -39,7 +39,7 @@ _NOTHING_BUT_A_MIXER = "its layers are one mixer and have no feed-forward block"
 
 @dataclass(frozen=True)
 class Tap:
-    """One place where a key passes: what a module reads, or what it returns."""
+    """One place where a key can be read: a module's input or its output."""
 
     module: nn.Module
     side: Literal["input", "output"]
@@ -57,16 +57,16 @@ class Tap:
 
 @dataclass(frozen=True)
 class KeyPlaces:
-    """The taps that a model has, by key choice, and why it lacks the others."""
+    """A model's taps by key choice, and the reasons why it lacks the others."""
 
     taps: dict[str, Tap]
     reasons: dict[str, str]
 
     def resolve(self, key: str) -> str:
-        """Return the choice that `key` comes down to; raise where the model has none.
+        """Return the choice in effect for `key`; raises UnsupportedModelError if there is none.
 
-        A layer that is nothing but one mixer (Mamba) has no feed-forward block; there the default,
-        `ffn_input`, comes down to the mixer's input, `attention_input`.
+        A layer that consists of one mixer (Mamba) has no feed-forward block; there the default,
+        `ffn_input`, becomes the mixer's input, `attention_input`.
         """
         if key in self.taps:
             return key
@@ -150,7 +150,7 @@ class KeyCapture:
 def capture_keys(
     decoder: nn.Module, tap: Tap, on_keys: Callable[[Tensor], None] | None = None
 ) -> Iterator[KeyCapture]:
-    """Record what passes `tap` in every forward pass of `decoder` inside the `with` block."""
+    """Record the tensors at `tap` in every forward pass of `decoder` inside the `with` block."""
     capture = KeyCapture(on_keys)
     with ExitStack() as hooks:
         hooks.callback(tap.hook(capture._passing).remove)
@@ -167,8 +167,8 @@ def _last_layer(model: PreTrainedModel, decoder: nn.Module) -> nn.Module | None:
 
 
 def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:
-    found = (getattr(layer, name, None) for name in names)
-    return next((child for child in found if isinstance(child, nn.Module)), None)
+    children = (getattr(layer, name, None) for name in names)
+    return next((child for child in children if isinstance(child, nn.Module)), None)
 
 
 def _holds_no_matrix(module: nn.Module) -> bool:
@@ -202,7 +202,7 @@ def _norm_before(
     if not block_inputs:
         return None
     for module, before, after in passages:
-        # What returns its own input, as dropout does here, is not a norm.
+        # A module that returns its own input, as dropout does here, is not a norm.
         if _same_values(after, block_inputs[-1]) and not _same_values(before, after):
             return module
     return None

@@ -26,7 +26,7 @@ _SAMPLE_SIZE = 1024
 
 @dataclass(frozen=True)
 class Reading:
-    """What one forward pass says about every position: its key, and what may follow it."""
+    """The result of one forward pass: each position's key, and its logits for the next token."""
 
     keys: Float[Tensor, "batch time dim"]
     logits: Float32[Tensor, "batch time vocab"]
@@ -37,7 +37,7 @@ class KeyedModel:
 
     `key` chooses the hidden state that is the key, one of `Key`; in models without a
     feed-forward block (Mamba) `ffn_input` becomes `attention_input`, the mixer's input, and the
-    attribute `key` has the choice in effect. `name` is by default what the model itself says.
+    attribute `key` has the choice in effect. `name` is by default the model's own name or path.
 
     Raises UnsupportedModelError.
     """
@@ -49,7 +49,7 @@ class KeyedModel:
         self.model = model
         self.name: str = name or model.name_or_path or type(model).__name__
         self.max_window: int | None = _max_window(model.config.get_text_config())
-        """How many positions the model can read at once; None where there is no limit."""
+        """How many positions the model can read at once; None if there is no limit."""
         check_decoder_only(model.config, self.name)
         probe = self._probe()
         with _evaluating(self.model):
@@ -60,13 +60,13 @@ class KeyedModel:
         self._decoder: nn.Module = model.get_decoder()
         self._tap = places.taps[self.key]
         self.dimension: int = self.keys(probe).shape[-1]
-        """Of a key; not the same as the hidden size in every model."""
+        """The dimension of a key; in some models not the hidden size."""
         self.vocab_size: int = logits.shape[-1]
         """The last dimension of the logits, which may exceed the tokenizer's vocabulary."""
 
     @property
     def device(self) -> torch.device:
-        """Where tokens go in and keys and logits come out."""
+        """The device of the model's inputs, keys and logits."""
         device: torch.device = self.model.device
         return device
 
@@ -106,8 +106,8 @@ class KeyedModel:
     def weights_fingerprint(self) -> str:
         """SHA-256 over a sample of every weight tensor.
 
-        The same for all precisions that a bfloat16 or float16 checkpoint is loaded in, and for
-        float32 and bfloat16 loads of a float32 checkpoint; another for a fine-tuned model.
+        A bfloat16 or float16 checkpoint has the same fingerprint in every precision it is loaded
+        in, and a float32 checkpoint in float32 and bfloat16. Fine-tuning changes it.
         """
         digest = hashlib.sha256()
         for name, parameter in self.model.named_parameters():
@@ -168,7 +168,7 @@ def _max_window(config: Any) -> int | None:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Run without dropout and without gradients, and leave the model's mode as it was."""
+    """Run without dropout and gradients, then restore the model's training mode."""
     training = model.training
     if training:
         model.eval()

@@ -42,8 +42,8 @@ _PROBE_TEXT = "The 1st café’s naïve “kNN-LM” — 3.14 ≈ π,\r\n\tif x 
 class LanguageModel(KeyedModel):
     """A HF decoder-only causal LM and its tokenizer: token ids to keys and log-probabilities.
 
-    key: see `KeyedModel`. name (hub id, folder or file) and revision say where the model came from;
-    by default, what the model itself says.
+    key: see `KeyedModel`. name (hub id, folder or file) and revision: where the model came from; by
+    default taken from the model.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class LanguageModel(KeyedModel):
         self.tokenizer = tokenizer
         self.revision: str | None = revision or getattr(model.config, "_commit_hash", None)
         self.start_token: int = self._find_start_token()
-        """BOS, or EOS where there is none: the context of a document's first token."""
+        """BOS, or EOS if there is no BOS: the context of a document's first token."""
 
     @classmethod
     def load(
@@ -99,7 +99,7 @@ class LanguageModel(KeyedModel):
                 f"weights such as {min(report['missing_keys'])}; choose one with an LM head"
             )
         if "gguf_file" in options:
-            # The weights are plain now; the marks of quantization would only forbid saving.
+            # The weights are dequantized; leftover quantization settings would only prevent saving.
             model.hf_quantizer = None
             del model.config.quantization_config
         if getattr(model, "hf_quantizer", None) is None:
@@ -129,7 +129,7 @@ class LanguageModel(KeyedModel):
         return token_lists
 
     def decode(self, tokens: Sequence[int] | np.ndarray | Tensor) -> str:
-        """Return the text of `tokens` as it was, special tokens and spaces included."""
+        """Return the text of `tokens` unchanged, special tokens and spaces included."""
         ids = tokens.tolist() if isinstance(tokens, np.ndarray | Tensor) else list(tokens)
         return detokenize(self.tokenizer, ids)
 
@@ -176,7 +176,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[
 
 
 def detokenize(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of tokens as it was, special tokens and spaces included."""
+    """Return the text of tokens unchanged, special tokens and spaces included."""
     text: str = tokenizer.decode(
         list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
@@ -213,7 +213,7 @@ def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
 
 
 def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
-    """Return what transformers calls the model: a folder or hub id, and the file in it if GGUF."""
+    """Return transformers' arguments for a model: its folder or hub id, and its file if GGUF."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         for package in ("gguf", "accelerate"):
@@ -236,7 +236,7 @@ def _locate(name: str | Path) -> tuple[str, dict[str, Any]]:
 
 @contextmanager
 def _explaining_failures(part: str, name: str | Path) -> Iterator[None]:
-    """Turn whatever transformers raises while loading into one line."""
+    """Turn any error that transformers raises while loading into one line."""
     try:
         yield
     except Exception as error:
@@ -254,7 +254,7 @@ def _explaining_failures(part: str, name: str | Path) -> Iterator[None]:
 
 @contextmanager
 def _without_progress_bars() -> Iterator[None]:
-    """Silence the bars for reading and writing weights; downloads still show theirs."""
+    """Hide the progress bars for reading and writing weights, but not those for downloads."""
     were_enabled = transformers_logging.is_progress_bar_enabled()
     downloads_show = not are_progress_bars_disabled()
     gguf_tqdm = modeling_gguf_pytorch_utils.tqdm

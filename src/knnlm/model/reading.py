@@ -1,11 +1,10 @@
-"""Documents → tokens → windows → keys and scores, in batches and in order.
+"""Documents → tokens → windows → keys and log-probabilities, in batches and in order.
 
 The one place where text meets the language model; knows nothing of datastores or neighbors.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, groupby, repeat
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -14,15 +13,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.choices import Boundary, parse_choice
-from knnlm.errors import InvalidArgumentError
+from knnlm.choices import Boundary
 from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document, Documents
-from knnlm.text.windows import Window, check_window, document_windows, stream_windows
+from knnlm.text.windows import (
+    Window,
+    Windowing,
+    document_windows,
+    limit_windows,
+    stream_windows,
+)
 
-DEFAULT_WINDOW = 1024
-DEFAULT_CONTEXT = 256
 _ENCODE_CHARACTERS = 1 << 20  # of text handed to the tokenizer at once
 _ENCODE_BLOCKS = 256
 _LOGITS_BYTES = 1 << 29  # of float32 logits held at once
@@ -31,64 +33,13 @@ _NO_HISTORY = np.empty(0, dtype=np.int32)
 
 
 def total_bytes(documents: Iterable[Document]) -> int | None:
-    """Return the size of a corpus where it is known without reading it, for progress."""
+    """Return the size of a corpus if it is known without reading the text, for progress."""
     if isinstance(documents, Documents):
         return documents.total_bytes
     if isinstance(documents, Sequence):
         size_bytes: int = sum(document.size_bytes for document in documents)
         return size_bytes
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class Windowing:
-    """How text is cut into what the model reads at once.
-
-    window: positions read at once. context: how many of them were already scored by the window
-    before. boundary: "document" (each document starts afresh) or "stream" (all documents are one
-    stream, as in Khandelwal et al. 2020).
-
-    Raises InvalidArgumentError.
-    """
-
-    window: int = DEFAULT_WINDOW
-    context: int = DEFAULT_CONTEXT
-    boundary: str = Boundary.document
-
-    def __post_init__(self) -> None:
-        check_window(self.window, self.context)
-        parse_choice(Boundary, "boundary", self.boundary)
-
-    def check_model(self, lm: LanguageModel) -> None:
-        """Refuse windows that the model cannot read at once; raises InvalidArgumentError."""
-        if lm.max_window is not None and self.window > lm.max_window:
-            raise InvalidArgumentError(
-                f"window must be at most {lm.max_window} for {lm.name}, got {self.window}: "
-                "the model has no more positions"
-            )
-
-
-def choose_windowing(
-    lm: LanguageModel,
-    window: int | None = None,
-    context: int | None = None,
-    boundary: str | None = None,
-    default: Windowing | None = None,
-) -> Windowing:
-    """Fill in what was not asked for: `default`'s, else 1,024 positions of which 256 are context.
-
-    Defaults shrink to what the model and a smaller window allow. Raises InvalidArgumentError.
-    """
-    if default is None:
-        size = min(DEFAULT_WINDOW, lm.max_window or DEFAULT_WINDOW)
-        default = Windowing(size, size // 4)
-    if window is None:
-        window = default.window
-    if context is None:
-        context = min(default.context, window // 4)
-    chosen = Windowing(window, context, default.boundary if boundary is None else boundary)
-    chosen.check_model(lm)
-    return chosen
 
 
 class _EncodedBlock(NamedTuple):
@@ -99,11 +50,13 @@ class _EncodedBlock(NamedTuple):
 
 
 class EncodedDocument:
-    """A document on its way into the model: its tokens, and what was counted of it so far.
+    """A document on its way into the model: its tokens, counted as they are taken.
 
-    tokens: pulled so far, the start token included where it is predicted too (streams).
-    size_bytes, words: of the text pulled so far; words are separated by white space.
-    exhausted: whether all of it was pulled.
+    number: its place among the documents. skip: how many of its tokens were read in an earlier
+    run; set before the first is taken.
+    tokens, size_bytes, words: counts over the text taken so far; tokens include the start token
+    if it is predicted too (in streams), words are separated by white space.
+    exhausted: whether all tokens were taken.
     """
 
     def __init__(
@@ -111,7 +64,7 @@ class EncodedDocument:
     ) -> None:
         self.number = number
         self.name = name
-        self.tokens = self.size_bytes = self.words = 0
+        self.skip = self.tokens = self.size_bytes = self.words = 0
         self.exhausted = False
         self._encoded = encoded
         self._start = start
@@ -131,12 +84,59 @@ class EncodedDocument:
         self._encoded = iter(())
 
 
-def encode_documents(
+def cut_documents(
+    lm: LanguageModel,
+    documents: Iterable[Document],
+    windowing: Windowing,
+    max_tokens: int | None = None,
+    *,
+    on_document: Callable[[EncodedDocument], None] | None = None,
+    history: np.ndarray = _NO_HISTORY,
+) -> Iterator[Window]:
+    """Tokenize documents and cut them into windows; every token is new in exactly one of them.
+
+    max_tokens: stop after this many new tokens. on_document: called with each document that has
+    text, before its tokens are taken; may set its `skip`. history: the tokens that preceded the
+    documents in a stream. Raises InvalidArgumentError for windows longer than the model's
+    positions.
+    """
+    windowing.check_positions(lm.max_window, lm.name)
+    encoded = _encode_documents(lm, documents, windowing.boundary)
+    if on_document is not None:
+        encoded = _announced(encoded, on_document)
+    size, context = windowing.window, windowing.context
+    if windowing.boundary == Boundary.stream:
+        pieces = ((document.number, document.pieces(document.skip)) for document in encoded)
+        windows = stream_windows(pieces, size, context, history)
+    else:
+        windows = chain.from_iterable(
+            document_windows(
+                document.number,
+                document.pieces(),
+                lm.start_token,
+                size,
+                context,
+                skip=document.skip,
+            )
+            for document in encoded
+        )
+    return limit_windows(windows, max_tokens)
+
+
+def _announced(
+    documents: Iterable[EncodedDocument], on_document: Callable[[EncodedDocument], None]
+) -> Iterator[EncodedDocument]:
+    for document in documents:
+        on_document(document)
+        yield document
+
+
+def _encode_documents(
     lm: LanguageModel, documents: Iterable[Document], boundary: str
 ) -> Iterator[EncodedDocument]:
     """Yield the documents that have text, in order; each must be used up before the next.
 
-    Text is tokenized in batches across documents, and never more of it than a batch is held. In a
+    Text is tokenized in batches across documents, and no more than a batch of it is held. In a
     stream the start token is put before each document's tokens.
     """
     start = lm.start_token if boundary == Boundary.stream else None
@@ -168,43 +168,19 @@ def _batched(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
 
 def _encode(lm: LanguageModel, batch: Sequence[_Block]) -> Iterator[_EncodedBlock]:
     tokens = lm.encode([text for _, _, text in batch])
-    return (_EncodedBlock(*block, of_block) for block, of_block in zip(batch, tokens, strict=True))
-
-
-def cut_windows(
-    documents: Iterable[EncodedDocument],
-    start_token: int,
-    windowing: Windowing,
-    skip: int = 0,
-    history: np.ndarray = _NO_HISTORY,
-) -> Iterator[Window]:
-    """Cut encoded documents into windows; every token is new in exactly one of them.
-
-    skip: how many tokens of the first document were already read. history: what preceded them in a
-    stream.
-    """
-    size, context = windowing.window, windowing.context
-    skips = chain([skip], repeat(0))
-    if windowing.boundary == Boundary.stream:
-        pieces = ((d.number, d.pieces(skip)) for d, skip in zip(documents, skips, strict=False))
-        yield from stream_windows(pieces, size, context, history)
-    else:
-        for document, already in zip(documents, skips, strict=False):
-            yield from document_windows(
-                document.number, document.pieces(), start_token, size, context, already
-            )
+    return (_EncodedBlock(*block, ids) for block, ids in zip(batch, tokens, strict=True))
 
 
 def default_batch_tokens(lm: LanguageModel) -> int:
-    """Return how many positions are read at once where nobody asked for a number."""
+    """Return how many positions the model reads in one batch."""
     return 2048 if lm.device.type == "cpu" else 16384
 
 
 def read_keys(
-    lm: LanguageModel, windows: Sequence[Window], batch_tokens: int
+    lm: LanguageModel, windows: Sequence[Window]
 ) -> Iterator[tuple[int, Float[Tensor, "new dim"]]]:
     """Yield (window number, the keys of its new positions), in the order of the batches."""
-    for numbers in _batches(windows, batch_tokens):
+    for numbers in _batches(windows, default_batch_tokens(lm)):
         keys = lm.keys(_padded(windows, numbers))
         for row, number in enumerate(numbers):
             window = windows[number]
@@ -224,9 +200,10 @@ class Likeliest(NamedTuple):
 
 
 class WindowScores(NamedTuple):
-    """What the model says of a window's new positions; float32, log_probs of the true tokens.
+    """The model's scores of one window's new positions, float32.
 
-    summary, likeliest: of its whole distribution, where that was asked for.
+    number: of the window. log_probs: of the true tokens, in nats. summary, likeliest: of the whole
+    distribution, if they were asked for.
     """
 
     number: int
@@ -237,31 +214,23 @@ class WindowScores(NamedTuple):
 
 
 def read_scores(
-    lm: LanguageModel,
-    windows: Sequence[Window],
-    batch_tokens: int,
-    summarize: bool = False,
-    likeliest: int = 0,
+    lm: LanguageModel, windows: Sequence[Window], summarize: bool = False, likeliest: int = 0
 ) -> Iterator[WindowScores]:
     """Yield the keys and the model's own log-probabilities of each window's new tokens.
 
     likeliest: how many of the model's likeliest tokens to return in each place, on the CPU.
     """
     affordable = _LOGITS_BYTES // (4 * lm.vocab_size)
-    for numbers in _batches(windows, min(batch_tokens, affordable)):
+    for numbers in _batches(windows, min(default_batch_tokens(lm), affordable)):
         reading = lm.keys_and_logits(_padded(windows, numbers))
         for row, number in enumerate(numbers):
             window = windows[number]
             new = slice(window.context, window.positions)
-            targets = torch.from_numpy(window.targets).to(lm.device, torch.int64)
             log_probs, summaries, tops = [], [], []
-            for logits, of_logits in zip(
-                torch.split(reading.logits[row, new], _SOFTMAX_ROWS),
-                torch.split(targets, _SOFTMAX_ROWS),
-                strict=True,
+            for distribution, target_log_probs in log_softmax_slices(
+                reading.logits[row, new], torch.from_numpy(window.targets)
             ):
-                distribution = torch.log_softmax(logits, dim=-1)
-                log_probs.append(distribution.gather(1, of_logits[:, None])[:, 0])
+                log_probs.append(target_log_probs)
                 if summarize:
                     summaries.append(summarize_lm(distribution))
                 if likeliest:
@@ -276,8 +245,24 @@ def read_scores(
             )
 
 
+def log_softmax_slices(
+    logits: Float[Tensor, "new vocab"], targets: Int[Tensor, " new"]
+) -> Iterator[tuple[Float[Tensor, "slice vocab"], Float[Tensor, " slice"]]]:
+    """Yield (log p of the vocabulary, log p of the targets) for a few positions at a time.
+
+    In slices, because the softmax of many positions at once would double the memory of the logits.
+    """
+    for some_logits, some_targets in zip(
+        torch.split(logits, _SOFTMAX_ROWS),
+        torch.split(targets.to(logits.device, torch.int64), _SOFTMAX_ROWS),
+        strict=True,
+    ):
+        log_probs = torch.log_softmax(some_logits, dim=-1)
+        yield log_probs, log_probs.gather(1, some_targets[:, None])[:, 0]
+
+
 def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:
-    """Group windows of similar length, so that little of a padded batch is padding."""
+    """Group windows of similar length, so that batches hold little padding."""
     order = sorted(range(len(windows)), key=lambda number: -windows[number].positions)
     while order:
         count = max(1, batch_tokens // windows[order[0]].positions)
@@ -286,7 +271,7 @@ def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]
 
 
 def _padded(windows: Sequence[Window], numbers: Sequence[int]) -> Int[Tensor, "batch time"]:
-    # a causal model's real positions never see the padding on their right
+    # a causal model's real positions never attend to the padding on their right
     batch = np.zeros((len(numbers), windows[numbers[0]].positions), dtype=np.int64)
     for row, number in enumerate(numbers):
         batch[row, : windows[number].positions] = windows[number].inputs

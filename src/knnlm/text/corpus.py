@@ -1,6 +1,6 @@
 """Files, folders, globs and Hugging Face datasets → documents.
 
-Knows text, no tokens. Holds no more than a block or a row in memory.
+Knows text but no tokens. Holds no more than a block or a row in memory.
 """
 
 import codecs
@@ -9,7 +9,7 @@ import hashlib
 import importlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A named text; that of a file is read only when asked for."""
+    """A named text; a file's text is read only when it is needed."""
 
     name: str
     text: str | Path
@@ -74,14 +74,14 @@ class Document:
 
 
 class Documents:
-    """A corpus: iterate over it as often as you like, always in the same order."""
+    """A corpus, which can be iterated over repeatedly, always in the same order."""
 
     def __init__(
         self, readers: Sequence[Callable[[], Iterator[Document]]], total_bytes: int | None
     ) -> None:
         self._readers = readers
         self.total_bytes = total_bytes
-        """Size of the files as stored, for progress; None where a dataset is streamed."""
+        """Size of the files as stored, for progress; None if a dataset is streamed."""
 
     def __iter__(self) -> Iterator[Document]:
         for reader in self._readers:
@@ -131,6 +131,40 @@ def read_documents(*sources: str | Path, text_column: str = "text") -> Documents
             f"({len(binaries)} binary files skipped): name files with text"
         )
     return documents
+
+
+def as_documents(
+    given: Iterable[Document] | str | Path | Sequence[str | Path],
+) -> Iterable[Document]:
+    """Return documents unchanged, or read those of one or several text sources.
+
+    Raises InvalidArgumentError for anything else; an iterator is checked as it is consumed.
+    """
+    if isinstance(given, str | Path):
+        return read_documents(given)
+    if isinstance(given, Documents):
+        return given
+    if isinstance(given, Document) or not isinstance(given, Iterable):
+        raise _not_documents(given)
+    if not isinstance(given, Sequence):
+        return _checked(given)
+    if given and all(isinstance(source, str | Path) for source in given):
+        return read_documents(*map(str, given))
+    return list(_checked(given))
+
+
+def _checked(documents: Iterable[object]) -> Iterator[Document]:
+    for document in documents:
+        if not isinstance(document, Document):
+            raise _not_documents(document, " among others")
+        yield document
+
+
+def _not_documents(given: object, place: str = "") -> InvalidArgumentError:
+    return InvalidArgumentError(
+        "documents must be an iterable of Document objects, or paths of texts, got "
+        f"{type(given).__name__}{place}: see read_documents"
+    )
 
 
 def _check_name(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Tokens → windows: what the model reads at once, with every token new in exactly one of them.
+"""Tokens → windows, which a model reads at once; every token is new in exactly one of them.
 
 Knows token ids; neither text nor models. Holds no more than a window and a piece in memory.
 """
@@ -11,9 +11,70 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int32
 
+from knnlm.choices import Boundary, parse_choice
 from knnlm.errors import InvalidArgumentError
 
 Tokens = Int32[np.ndarray, " _"]  # any number of token ids
+
+DEFAULT_WINDOW = 1024
+DEFAULT_CONTEXT = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Windowing:
+    """How text is cut into windows.
+
+    window: positions that the model reads at once. context: how many of them the previous window
+    has already scored. boundary: "document" (each document starts afresh) or "stream" (all
+    documents are one stream, as in Khandelwal et al. 2020).
+
+    Raises InvalidArgumentError.
+    """
+
+    window: int = DEFAULT_WINDOW
+    context: int = DEFAULT_CONTEXT
+    boundary: str = Boundary.document
+
+    def __post_init__(self) -> None:
+        check_window(self.window, self.context)
+        parse_choice(Boundary, "boundary", self.boundary)
+
+    def check_positions(self, max_positions: int | None, model_name: str) -> None:
+        """Refuse windows longer than a model's positions (None: unlimited); InvalidArgumentError.
+
+        model_name: for the message.
+        """
+        if max_positions is not None and self.window > max_positions:
+            raise InvalidArgumentError(
+                f"window must be at most {max_positions} for {model_name}, got {self.window}: "
+                "the model has no more positions"
+            )
+
+
+def choose_windowing(
+    max_positions: int | None,
+    model_name: str,
+    *,
+    window: int | None = None,
+    context: int | None = None,
+    boundary: str | None = None,
+    default: Windowing | None = None,
+) -> Windowing:
+    """Complete the given settings from `default`, else 1,024 positions, a quarter of them context.
+
+    Default sizes shrink to fit the model's positions and a smaller window. Raises
+    InvalidArgumentError, also for a window longer than the model's positions (None: unlimited).
+    """
+    if default is None:
+        size = min(DEFAULT_WINDOW, max_positions or DEFAULT_WINDOW)
+        default = Windowing(size, size // 4)
+    if window is None:
+        window = default.window
+    if context is None:
+        context = min(default.context, window // 4)
+    chosen = Windowing(window, context, default.boundary if boundary is None else boundary)
+    chosen.check_positions(max_positions, model_name)
+    return chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +87,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """Tokens that the model reads at once; only positions[context:] are new."""
+    """Tokens that the model reads at once; the positions after the first `context` are new."""
 
     tokens: Tokens
     context: int
@@ -39,12 +100,12 @@ class Window:
 
     @property
     def new(self) -> int:
-        """How many of them were not scored before."""
+        """How many positions no earlier window has scored."""
         return self.positions - self.context
 
     @property
     def inputs(self) -> Tokens:
-        """The tokens read."""
+        """The tokens that the model reads."""
         return self.tokens[:-1]
 
     @property
@@ -62,7 +123,7 @@ class _Sequence:
         self.read_tokens = 0
 
     def slice(self, start: int, stop: int) -> Tokens:
-        """Return what there is of [start, stop), and forget all that lies left of it."""
+        """Return the tokens in [start, stop) that exist, and drop everything before `start`."""
         parts = [self._held[max(0, len(self._held) - (self.read_tokens - start)) :]]
         while self.read_tokens < stop and (piece := next(self._pieces, None)) is not None:
             self.read_tokens += len(piece)
@@ -89,12 +150,13 @@ def document_windows(
     start_token: int,
     window: int,
     context: int,
+    *,
     skip: int = 0,
 ) -> Iterator[Window]:
     """Yield windows in which each of the document's tokens is predicted as new exactly once.
 
-    The first window scores all its positions, each later one reads `context` again. `skip` tokens
-    are already scored: the windows are those that followed in the run that scored them.
+    The first window scores all its positions, each later one rereads `context` of them. The first
+    `skip` tokens are already scored: the windows continue as in the run that scored them.
     """
     check_window(window, context)
     sequence = _Sequence(itertools.chain([np.array([start_token], np.int32)], pieces))
@@ -125,10 +187,10 @@ def stream_windows(
 ) -> Iterator[Window]:
     """Yield the blocks of all documents as one stream, each with `window - context` new positions.
 
-    `history` precedes the stream; without it the stream's first token is read, never predicted.
+    `history` precedes the stream; if it is empty, the stream's first token is never predicted.
     """
     check_window(window, context)
-    arrived: deque[Span] = deque()  # the stream's tokens, by document, not yet in a window
+    arrived: deque[Span] = deque()  # tokens that no window has taken yet, by document
 
     def pieces() -> Iterator[Tokens]:
         yield history
@@ -155,7 +217,7 @@ def stream_windows(
 
 
 def _take(arrived: deque[Span], count: int) -> tuple[Span, ...]:
-    """Remove the first `count` tokens; return them with one span a document."""
+    """Remove the first `count` tokens; return them as one span per document."""
     taken: list[Span] = []
     while count:
         span = arrived.popleft()
@@ -170,7 +232,7 @@ def _take(arrived: deque[Span], count: int) -> tuple[Span, ...]:
 
 
 def limit_windows(windows: Iterable[Window], max_new: int | None) -> Iterator[Window]:
-    """Yield windows until they hold `max_new` new positions, the last one cut short."""
+    """Yield windows until they hold `max_new` new positions (None: all); the last is cut short."""
     if max_new is None:
         yield from windows
         return

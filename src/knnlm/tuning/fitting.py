@@ -17,9 +17,9 @@ from knnlm.mixture.gate import BucketedLambda, LearnedGate
 from knnlm.mixture.interpolation import neighbor_log_weights, target_knn_log_probs
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
-from knnlm.model.reading import Windowing
 from knnlm.progress import SILENT, Progress
 from knnlm.text.corpus import Document
+from knnlm.text.windows import Windowing
 from knnlm.tuning.gate_training import (
     fit_buckets,
     fit_gate,

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from knnlm.datastore.shards import writing
+from knnlm.datastore.files import writing
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning.tune import Sweep, Tuning
 

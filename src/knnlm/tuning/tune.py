@@ -15,9 +15,9 @@ from knnlm.knn_lm import KNNLM
 from knnlm.mixture.interpolation import neighbor_log_weights, target_knn_log_probs
 from knnlm.mixture.parameters import Parameters, as_plain
 from knnlm.mixture.stored import TunedMixture
-from knnlm.model.reading import Windowing
 from knnlm.progress import SILENT, Progress
 from knnlm.text.corpus import Document
+from knnlm.text.windows import Windowing
 from knnlm.tuning.fitting import (
     Fit,
     HeldOutText,

@@ -697,7 +697,7 @@ def test_an_interruption_exits_130_and_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("knnlm.datastore.build.read_keys", interrupted)
+        patch.setattr("knnlm.datastore.append.read_keys", interrupted)
         result = runner.invoke(app, arguments)
     assert result.exit_code == 130
     assert result.stdout == ""

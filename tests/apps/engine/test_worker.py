@@ -29,11 +29,11 @@ from knnlm.apps.engine.jobs import (
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.apps.engine.worker import Worker
-from knnlm.datastore.build import build
+from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import compact
 from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.mixture.gate import BucketedLambda
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.retriever import Retriever

@@ -15,11 +15,11 @@ from torch import Tensor
 import knnlm.tuning.fitting
 from knnlm.apps.explorer.analysis import LEAST_K, analyze, analyze_and_explain, read_passages
 from knnlm.apps.explorer.page import PAGE_PATHS, standalone_page
-from knnlm.datastore.build import build
+from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import compact
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.model.keyed_model import Reading
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document

@@ -14,10 +14,10 @@ from stores import distinct_documents
 
 from knnlm.apps.explorer.analysis import analyze
 from knnlm.apps.explorer.page import standalone_page
-from knnlm.datastore.build import build
 from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.explanation import sum_credits
 from knnlm.knn_lm import KNNLM
+from knnlm.maintenance import build
 from knnlm.text.corpus import Document
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

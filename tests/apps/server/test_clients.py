@@ -18,8 +18,8 @@ from schemathesis.specs.openapi.checks import (
 from serving import Served, opening, serving, tiny_store
 
 from knnlm.apps.engine.limits import Limits
-from knnlm.model.reading import Windowing
 from knnlm.text.corpus import Document
+from knnlm.text.windows import Windowing
 
 CHECKS = [
     not_a_server_error,

@@ -16,7 +16,7 @@ from conftest import PROSE, byte_tokenizer, tiny_llama
 from serving import wait_for
 from stores import distinct_documents
 
-from knnlm.datastore.build import build
+from knnlm.maintenance import build
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
 

@@ -9,8 +9,8 @@ import torch
 from index_contract import IndexContract, append, assert_neighbors, clustered, store_of
 from stores import small_disk
 
+from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import compact
 from knnlm.errors import (
     DatastoreChangedError,
     DatastoreCorruptError,

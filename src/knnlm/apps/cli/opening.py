@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from knnlm.datastore.datastore import Datastore
     from knnlm.knn_lm import KNNLM
     from knnlm.model.language_model import LanguageModel
-    from knnlm.model.reading import Windowing
+    from knnlm.text.windows import Windowing
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +80,16 @@ def choose_windowing(
     model: "KNNLM", window: int | None, context: int | None, boundary: Boundary | None
 ) -> "Windowing":
     """Return the windows asked for; what was not asked for is as in the (first) datastore."""
-    from knnlm.model.reading import choose_windowing
+    from knnlm.text.windows import choose_windowing
 
-    return choose_windowing(model.lm, window, context, boundary, model.windowing)
+    return choose_windowing(
+        model.lm.max_window,
+        model.lm.name,
+        window=window,
+        context=context,
+        boundary=boundary,
+        default=model.windowing,
+    )
 
 
 def check_writable(folder: Path) -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.apps.engine.text_stream import TextStream
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import Datastore, DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain_scores
 from knnlm.evaluation.explanation import Explanation
@@ -249,13 +249,9 @@ def stores_to_dicts(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
 
 def _documents_to_dicts(store: Datastore, rows: Int[Tensor, "token k"]) -> list[dict[str, Any]]:
     """Return the documents that hold some of the rows, in order."""
-    documents = store.documents()
-    starts = np.array([document.start for document in documents])
-    present = rows[rows >= 0].numpy()
-    numbers = np.unique(np.searchsorted(starts, present, side="right") - 1).tolist()
     return [
         {"name": document.name, "start": document.start, "stop": document.stop}
-        for document in (documents[number] for number in numbers)
+        for document in DocumentsByRow(store).holding(rows[rows >= 0])
     ]
 
 

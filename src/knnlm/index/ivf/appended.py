@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.shards import ASIDE, writing
+from knnlm.datastore.files import ASIDE, writing
 from knnlm.errors import DatastoreCorruptError
 from knnlm.index.ivf import lists as ivf_lists
 from knnlm.index.ivf.file import Part, PartWriter, part_of, read_part

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int, Int8
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from knnlm.datastore.shards import ASIDE, publish, writing
+from knnlm.datastore.files import ASIDE, publish, writing
 from knnlm.errors import DatastoreCorruptError
 from knnlm.index.measure import Measured
 

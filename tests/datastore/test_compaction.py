@@ -13,11 +13,12 @@ from conftest import refusal
 from stores import assert_same, contents, distinct_documents, stored_keys
 from torch import Tensor
 
-from knnlm.datastore.build import build
-from knnlm.datastore.catalog import FILE_NAME
-from knnlm.datastore.datastore import SHARDS, Datastore
-from knnlm.datastore.maintenance import Compaction, compact, verify
-from knnlm.datastore.shards import ShardFile, shard_problem, write_shard
+from knnlm.datastore.append import append_documents
+from knnlm.datastore.catalog import FILE_NAME, SHARDS, ShardFile
+from knnlm.datastore.compaction import Compaction, compact
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.shards import shard_problem, write_shard
+from knnlm.datastore.verification import verify
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.exact import ExactIndex
 from knnlm.model.language_model import LanguageModel
@@ -33,7 +34,7 @@ NAMES = [document.name for document in DOCUMENTS]
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory, llama_lm: LanguageModel) -> Path:
     path = tmp_path_factory.mktemp("built") / "store"
-    build(path, llama_lm, DOCUMENTS, window=64, context=16, shard_rows=150).close()
+    append_documents(path, llama_lm, DOCUMENTS, window=64, context=16, shard_rows=150).close()
     return path
 
 
@@ -80,7 +81,7 @@ def test_forget_by_name_and_pattern(
 
 
 def test_an_exact_name_is_no_pattern(path: Path, llama_lm: LanguageModel) -> None:
-    store = build(path, llama_lm, [Document("d[0]", "brackets"), Document("d0", "none")])
+    store = append_documents(path, llama_lm, [Document("d[0]", "brackets"), Document("d0", "none")])
     assert [d.name for d in store.forget(["d[0]"])] == ["d[0]"]
     assert [d.name for d in store.forget(["d[0]"])] == ["d0"]
 
@@ -208,7 +209,7 @@ def test_compact_of_everything_and_building_again(
     assert shard_files(store) == set()
     assert verify(store).problems == ()
     assert len(store) == store.rows == 0
-    assert_same(build(path, llama_lm, DOCUMENTS, shard_rows=150), Datastore(built))
+    assert_same(append_documents(path, llama_lm, DOCUMENTS, shard_rows=150), Datastore(built))
 
 
 def test_appending_after_compact(path: Path, built: Path, llama_lm: LanguageModel) -> None:
@@ -216,7 +217,7 @@ def test_appending_after_compact(path: Path, built: Path, llama_lm: LanguageMode
     store.forget(["tales/d1", "essays/d6"])
     compact(store)
     kept = contents(store)
-    again = build(path, llama_lm, DOCUMENTS, shard_rows=150)
+    again = append_documents(path, llama_lm, DOCUMENTS, shard_rows=150)
     assert verify(again).problems == ()
     assert torch.equal(stored_keys(again)[: len(kept[1])], kept[0])
     names = [d.name for d in again.documents()]
@@ -250,7 +251,7 @@ def test_a_build_goes_on_after_maintenance_of_its_unfinished_document(
     path = tmp_path / "part"
     documents = distinct_documents(6)
     arguments: dict[str, Any] = {"window": 64, "context": 16, "boundary": boundary}
-    part = build(path, llama_lm, documents, max_entries=450, shard_rows=150, **arguments)
+    part = append_documents(path, llama_lm, documents, max_entries=450, shard_rows=150, **arguments)
     unfinished = part.documents()[-1]
     assert not unfinished.complete
     for step in steps:
@@ -260,9 +261,9 @@ def test_a_build_goes_on_after_maintenance_of_its_unfinished_document(
             part.forget(["d0", "d1"])
         else:
             compact(part)
-    store = build(path, llama_lm, documents, shard_rows=150)
+    store = append_documents(path, llama_lm, documents, shard_rows=150)
     assert verify(store).problems == ()
-    whole = build(tmp_path / "whole", llama_lm, documents, shard_rows=150, **arguments)
+    whole = append_documents(tmp_path / "whole", llama_lm, documents, shard_rows=150, **arguments)
     compact(store)
     texts = {
         built.path: {d.name: built.values[d.start : d.stop].tolist() for d in built.documents()}
@@ -381,8 +382,8 @@ def test_keys_and_values_that_nobody_could_have_written_are_found(
         keys[0, 0] = torch.nan
         return write_shard(folder, name, keys, values)
 
-    monkeypatch.setattr("knnlm.datastore.build.write_shard", spoiled)
-    store = build(path, llama_lm, [Document("new", "A new document.")])
+    monkeypatch.setattr("knnlm.datastore.append.write_shard", spoiled)
+    store = append_documents(path, llama_lm, [Document("new", "A new document.")])
     (problem,) = verify(store).problems
     assert problem.endswith(": a key is not finite")
 
@@ -391,7 +392,7 @@ def test_verify_is_not_misled_by_a_writer(
     path: Path, store: Datastore, monkeypatch: pytest.MonkeyPatch, llama_lm: LanguageModel
 ) -> None:
     steps: list[Callable[[], object]] = [
-        lambda: build(path, llama_lm, [Document("new", "A new document.")]),
+        lambda: append_documents(path, llama_lm, [Document("new", "A new document.")]),
         lambda: (Datastore(path).forget(["tales/d1"]), compact(Datastore(path))),
     ]
 
@@ -400,8 +401,8 @@ def test_verify_is_not_misled_by_a_writer(
             steps.pop(0)()
         return shard_problem(folder, expected)
 
-    build(path, llama_lm, [Document("old", "An old document.")])
-    monkeypatch.setattr("knnlm.datastore.maintenance.shard_problem", writes_first)
+    append_documents(path, llama_lm, [Document("old", "An old document.")])
+    monkeypatch.setattr("knnlm.datastore.verification.shard_problem", writes_first)
     found = verify(store)
     assert steps == []
     assert found.problems == ()

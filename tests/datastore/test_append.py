@@ -10,9 +10,9 @@ import torch
 from conftest import PROSE, byte_tokenizer, documents_of, tiny_gpt2, tiny_llama
 from stores import assert_same
 
-from knnlm.datastore.build import build
+from knnlm.datastore.append import append_documents
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.maintenance import verify
+from knnlm.datastore.verification import verify
 from knnlm.errors import (
     DatastoreMismatchError,
     InvalidArgumentError,
@@ -27,7 +27,9 @@ def test_every_token_is_a_value_and_its_key_is_the_models(
     tmp_path: Path, tiny_lm: LanguageModel
 ) -> None:
     documents = documents_of(5)
-    store = build(tmp_path / "store", tiny_lm, documents, window=64, context=16, shard_rows=100)
+    store = append_documents(
+        tmp_path / "store", tiny_lm, documents, window=64, context=16, shard_rows=100
+    )
     assert verify(store).problems == ()
     tokens = tiny_lm.encode([PROSE * (1 + n % 3) for n in range(5)])
     assert store.rows == sum(map(len, tokens))
@@ -47,7 +49,7 @@ def test_every_token_is_a_value_and_its_key_is_the_models(
 
 
 def test_stream_stores_every_token_but_the_first(tmp_path: Path, llama_lm: LanguageModel) -> None:
-    store = build(
+    store = append_documents(
         tmp_path / "s", llama_lm, documents_of(4), window=32, context=0, boundary="stream"
     )
     stream = [
@@ -63,8 +65,8 @@ def test_stream_stores_every_token_but_the_first(tmp_path: Path, llama_lm: Langu
 
 def test_stream_with_context_drops_the_first_block(tmp_path: Path, llama_lm: LanguageModel) -> None:
     arguments: dict[str, Any] = {"boundary": "stream", "window": 48, "context": 16}
-    store = build(tmp_path / "s", llama_lm, documents_of(4), **arguments)
-    whole = build(
+    store = append_documents(tmp_path / "s", llama_lm, documents_of(4), **arguments)
+    whole = append_documents(
         tmp_path / "whole", llama_lm, documents_of(4), boundary="stream", window=48, context=0
     )
     assert store.rows == whole.rows - 32
@@ -86,7 +88,7 @@ def test_an_interrupted_build_equals_an_uninterrupted_one(
     tmp_path: Path, tiny_lm: LanguageModel, arguments: dict[str, Any], failures: int
 ) -> None:
     documents = documents_of(9)
-    whole = build(tmp_path / "whole", tiny_lm, documents, shard_rows=150, **arguments)
+    whole = append_documents(tmp_path / "whole", tiny_lm, documents, shard_rows=150, **arguments)
 
     chance = random.Random(failures)
     for _ in range(failures):
@@ -97,8 +99,10 @@ def test_an_interrupted_build_equals_an_uninterrupted_one(
             raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            build(tmp_path / "resumed", tiny_lm, stops(), shard_rows=150, **arguments)
-    resumed = build(tmp_path / "resumed", tiny_lm, documents, shard_rows=150, **arguments)
+            append_documents(tmp_path / "resumed", tiny_lm, stops(), shard_rows=150, **arguments)
+    resumed = append_documents(
+        tmp_path / "resumed", tiny_lm, documents, shard_rows=150, **arguments
+    )
     assert verify(resumed).problems == ()
     assert_same(resumed, whole)
 
@@ -115,12 +119,16 @@ def test_empty_documents_do_not_keep_a_build_from_going_on(
         "shard_rows": 64,
     }
     documents = [Document("empty", ""), *documents_of(3), Document("also empty", "")]
-    whole = build(tmp_path / "whole", llama_lm, documents, **arguments)
+    whole = append_documents(tmp_path / "whole", llama_lm, documents, **arguments)
     assert all(document.complete for document in whole.documents())
-    assert_same(build(tmp_path / "without", llama_lm, documents_of(3), **arguments), whole)
+    assert_same(
+        append_documents(tmp_path / "without", llama_lm, documents_of(3), **arguments), whole
+    )
     for max_entries in range(50, whole.rows, 100):
-        build(tmp_path / "part", llama_lm, documents, max_entries=max_entries, **arguments)
-    part = build(tmp_path / "part", llama_lm, documents, **arguments)
+        append_documents(
+            tmp_path / "part", llama_lm, documents, max_entries=max_entries, **arguments
+        )
+    part = append_documents(tmp_path / "part", llama_lm, documents, **arguments)
     assert part.forgotten_rows == 0
     assert torch.equal(part.values, whole.values)
     assert [d.complete for d in part.documents()] == [True] * 3
@@ -128,8 +136,10 @@ def test_empty_documents_do_not_keep_a_build_from_going_on(
 
 def test_max_entries_stops_and_goes_on(tmp_path: Path, tiny_lm: LanguageModel) -> None:
     documents = documents_of(9)
-    whole = build(tmp_path / "whole", tiny_lm, documents, window=64, context=16, shard_rows=150)
-    part = build(
+    whole = append_documents(
+        tmp_path / "whole", tiny_lm, documents, window=64, context=16, shard_rows=150
+    )
+    part = append_documents(
         tmp_path / "part",
         tiny_lm,
         documents,
@@ -140,9 +150,9 @@ def test_max_entries_stops_and_goes_on(tmp_path: Path, tiny_lm: LanguageModel) -
     )
     assert 700 - 64 < part.rows <= 700
     assert [d.complete for d in part.documents()].count(False) <= 1
-    again = build(tmp_path / "part", tiny_lm, documents, shard_rows=150, max_entries=700)
+    again = append_documents(tmp_path / "part", tiny_lm, documents, shard_rows=150, max_entries=700)
     assert again.generation == part.generation, "nothing to do, nothing done"
-    grown = build(tmp_path / "part", tiny_lm, documents, shard_rows=150)
+    grown = append_documents(tmp_path / "part", tiny_lm, documents, shard_rows=150)
     assert torch.equal(grown.values, whole.values)
     assert [d.name for d in grown.documents()] == [d.name for d in whole.documents()]
 
@@ -151,12 +161,12 @@ def test_appending_skips_what_is_there_and_replaces_what_changed(
     tmp_path: Path, tiny_lm: LanguageModel
 ) -> None:
     documents = documents_of(3)
-    store = build(tmp_path / "store", tiny_lm, documents, window=64, context=16)
+    store = append_documents(tmp_path / "store", tiny_lm, documents, window=64, context=16)
     rows, generation = store.rows, store.generation
-    assert build(tmp_path / "store", tiny_lm, documents).generation == generation
+    assert append_documents(tmp_path / "store", tiny_lm, documents).generation == generation
 
     changed = [Document("d1", "Something else entirely."), Document("new", "A new document.")]
-    store = build(tmp_path / "store", tiny_lm, [*documents[:1], *changed, documents[2]])
+    store = append_documents(tmp_path / "store", tiny_lm, [*documents[:1], *changed, documents[2]])
     assert [d.name for d in store.documents()] == ["d0", "d2", "d1", "new"]
     old = len(tiny_lm.encode([str(documents[1].text)])[0])
     assert store.forgotten_rows == old
@@ -170,9 +180,11 @@ def test_an_unfinished_document_with_a_changed_text_is_replaced(
     tmp_path: Path, llama_lm: LanguageModel
 ) -> None:
     long = Document("long", PROSE * 9)
-    part = build(tmp_path / "s", llama_lm, [long], window=64, context=16, max_entries=200)
+    part = append_documents(
+        tmp_path / "s", llama_lm, [long], window=64, context=16, max_entries=200
+    )
     assert not part.documents()[0].complete
-    store = build(tmp_path / "s", llama_lm, [Document("long", PROSE * 2)])
+    store = append_documents(tmp_path / "s", llama_lm, [Document("long", PROSE * 2)])
     (document,) = store.documents()
     assert document.complete
     assert len(store) == len(llama_lm.encode([PROSE * 2])[0])
@@ -180,13 +192,15 @@ def test_an_unfinished_document_with_a_changed_text_is_replaced(
 
 def test_the_same_document_twice_is_stored_once(tmp_path: Path, llama_lm: LanguageModel) -> None:
     documents = documents_of(2)
-    store = build(tmp_path / "s", llama_lm, [*documents, *documents], window=64, context=0)
+    store = append_documents(
+        tmp_path / "s", llama_lm, [*documents, *documents], window=64, context=0
+    )
     assert [d.name for d in store.documents()] == ["d0", "d1"]
 
 
 def test_documents_without_text_leave_no_trace(tmp_path: Path, llama_lm: LanguageModel) -> None:
     documents = [Document("empty", ""), *documents_of(2), Document("also empty", "")]
-    store = build(tmp_path / "s", llama_lm, documents, window=64, context=0)
+    store = append_documents(tmp_path / "s", llama_lm, documents, window=64, context=0)
     assert [d.name for d in store.documents()] == ["d0", "d1"]
 
 
@@ -195,7 +209,9 @@ def test_documents_without_text_leave_no_trace(tmp_path: Path, llama_lm: Languag
 )
 def test_key_dtypes(tmp_path: Path, llama_lm: LanguageModel, dtype: str, tolerance: float) -> None:
     documents = documents_of(1)
-    store = build(tmp_path / "s", llama_lm, documents, window=256, context=0, key_dtype=dtype)
+    store = append_documents(
+        tmp_path / "s", llama_lm, documents, window=256, context=0, key_dtype=dtype
+    )
     (_, keys), *_ = store.key_blocks(1 << 20)
     assert str(keys.dtype) == f"torch.{dtype}"
     tokens = llama_lm.encode([PROSE])[0].tolist()
@@ -213,14 +229,14 @@ def model_with_keys_times(factor: float) -> LanguageModel:
 def test_keys_beyond_float16_are_refused_and_nothing_stays(tmp_path: Path) -> None:
     large = model_with_keys_times(1e6)
     with pytest.raises(NonFiniteKeysError, match="key_dtype float16 cannot hold a key of d0"):
-        build(tmp_path / "s", large, documents_of(1), window=64, context=0)
+        append_documents(tmp_path / "s", large, documents_of(1), window=64, context=0)
     assert not (tmp_path / "s").exists()
-    assert len(build(tmp_path / "s", large, documents_of(1), key_dtype="bfloat16")) > 0
+    assert len(append_documents(tmp_path / "s", large, documents_of(1), key_dtype="bfloat16")) > 0
 
 
 def test_keys_that_are_not_finite_are_refused_and_nothing_stays(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteKeysError, match="a key of d0 is not finite: broken in"):
-        build(tmp_path / "s", model_with_keys_times(float("nan")), documents_of(1))
+        append_documents(tmp_path / "s", model_with_keys_times(float("nan")), documents_of(1))
     assert not (tmp_path / "s").exists()
 
 
@@ -234,14 +250,13 @@ def test_keys_that_are_not_finite_are_refused_and_nothing_stays(tmp_path: Path) 
         ({"key_dtype": "int8"}, "key_dtype must be one of float16, bfloat16, float32, got 'int8'"),
         ({"max_entries": 0}, "max_entries must be at least 1, got 0"),
         ({"shard_rows": 0}, "shard_rows must be at least 1, got 0"),
-        ({"batch_tokens": 0}, "batch_tokens must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments_leave_nothing_behind(
     tmp_path: Path, llama_lm: LanguageModel, arguments: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
-        build(tmp_path / "deep" / "s", llama_lm, documents_of(1), **arguments)
+        append_documents(tmp_path / "deep" / "s", llama_lm, documents_of(1), **arguments)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -250,7 +265,7 @@ def test_a_text_that_fails_before_the_first_commit_leaves_nothing_behind(
 ) -> None:
     (tmp_path / "bad.txt").write_bytes(b"good until \xff here")
     with pytest.raises(InvalidTextError, match=r"bad\.txt must be UTF-8, but byte 11 is not"):
-        build(tmp_path / "s", llama_lm, read_documents(tmp_path / "bad.txt"))
+        append_documents(tmp_path / "s", llama_lm, read_documents(tmp_path / "bad.txt"))
     assert not (tmp_path / "s").exists()
 
 
@@ -261,9 +276,9 @@ def test_a_text_that_fails_later_leaves_what_was_committed(
     documents = [*documents_of(6), Document("bad", tmp_path / "bad.txt")]
 
     # the tokenizer reads ahead, so the shards before it must be committed by an earlier run
-    build(tmp_path / "s", llama_lm, documents[:6], window=64, context=0, shard_rows=50)
+    append_documents(tmp_path / "s", llama_lm, documents[:6], window=64, context=0, shard_rows=50)
     with pytest.raises(InvalidTextError):
-        build(tmp_path / "s", llama_lm, documents)
+        append_documents(tmp_path / "s", llama_lm, documents)
     store = Datastore(tmp_path / "s")
     assert len(store.documents()) == 6
     assert verify(store).problems == ()
@@ -272,37 +287,37 @@ def test_a_text_that_fails_later_leaves_what_was_committed(
 def test_a_folder_with_other_files_is_refused(tmp_path: Path, llama_lm: LanguageModel) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     with pytest.raises(InvalidArgumentError, match="a folder with other files in it"):
-        build(tmp_path, llama_lm, documents_of(1))
+        append_documents(tmp_path, llama_lm, documents_of(1))
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
     with pytest.raises(InvalidArgumentError, match="is a file, not a folder"):
-        build(tmp_path / "precious.txt", llama_lm, documents_of(1))
+        append_documents(tmp_path / "precious.txt", llama_lm, documents_of(1))
     assert (tmp_path / "precious.txt").read_text() == "mine"
 
 
 def test_another_model_or_setting_is_refused(tmp_path: Path, llama_lm: LanguageModel) -> None:
-    store = build(tmp_path / "s", llama_lm, documents_of(1), window=64, context=0)
+    store = append_documents(tmp_path / "s", llama_lm, documents_of(1), window=64, context=0)
     other = LanguageModel(tiny_llama(seed=1), byte_tokenizer(), name="other")
     with pytest.raises(DatastoreMismatchError, match=r"built with tiny \(weights .*not with other"):
-        build(tmp_path / "s", other, documents_of(2))
+        append_documents(tmp_path / "s", other, documents_of(2))
     gpt2 = LanguageModel(tiny_gpt2(), byte_tokenizer(), name="gpt2")
     with pytest.raises(DatastoreMismatchError, match="not with gpt2"):
-        build(tmp_path / "s", gpt2, documents_of(2))
+        append_documents(tmp_path / "s", gpt2, documents_of(2))
     other_key = LanguageModel(tiny_llama(), byte_tokenizer(), name="tiny", key="output")
     with pytest.raises(
         DatastoreMismatchError, match=r"key ffn_input\), not with tiny \(key output"
     ):
-        build(tmp_path / "s", other_key, documents_of(2))
+        append_documents(tmp_path / "s", other_key, documents_of(2))
     with pytest.raises(DatastoreMismatchError, match="with window 64, not 32"):
-        build(tmp_path / "s", llama_lm, documents_of(2), window=32)
+        append_documents(tmp_path / "s", llama_lm, documents_of(2), window=32)
     with pytest.raises(DatastoreMismatchError, match="with key_dtype float16, not float32"):
-        build(tmp_path / "s", llama_lm, documents_of(2), key_dtype="float32")
+        append_documents(tmp_path / "s", llama_lm, documents_of(2), key_dtype="float32")
     assert Datastore(tmp_path / "s").generation == store.generation
 
 
 def test_another_vocabulary_is_refused(tmp_path: Path, llama_lm: LanguageModel) -> None:
-    build(tmp_path / "s", llama_lm, documents_of(1), window=64, context=0)
+    append_documents(tmp_path / "s", llama_lm, documents_of(1), window=64, context=0)
     small = tiny_llama()
     small.resize_token_embeddings(512)
     other = LanguageModel(small, byte_tokenizer(), name="larger")
     with pytest.raises(DatastoreMismatchError, match=r"vocabulary size 384\), not with larger"):
-        build(tmp_path / "s", other, documents_of(2))
+        append_documents(tmp_path / "s", other, documents_of(2))

@@ -1,8 +1,8 @@
-"""Corpus + language model → datastore: resumable, and equal however often it was killed.
+"""Storing documents in a datastore: resumable, with the same result however often it is killed.
 
 Windows are gathered until they fill a shard; the shard's file and its documents become visible in
 one transaction. How windows are gathered depends only on what is already committed, so that a
-resumed build reads the same batches as an uninterrupted one.
+resumed run reads the same batches as an uninterrupted one.
 """
 
 import shutil
@@ -16,27 +16,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.choices import Boundary, KeyDtype, parse_choice
-from knnlm.datastore.catalog import FILE_NAME, Catalog, Settings, StoredDocument, StoredShard
-from knnlm.datastore.datastore import LOCK_NAME, SHARDS, Datastore, writer_lock
-from knnlm.datastore.shards import ASIDE, write_shard, writing
-from knnlm.errors import (
-    DatastoreMismatchError,
-    DatastoreWriteError,
-    InvalidArgumentError,
-    NonFiniteKeysError,
-)
+from knnlm.choices import Boundary
+from knnlm.datastore.catalog import SHARDS, StoredDocument, StoredShard
+from knnlm.datastore.create import open_or_create
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.shards import write_shard
+from knnlm.errors import InvalidArgumentError, NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import (
-    EncodedDocument,
-    Windowing,
-    choose_windowing,
-    cut_windows,
-    default_batch_tokens,
-    encode_documents,
-    read_keys,
-    total_bytes,
-)
+from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Window
@@ -44,7 +31,7 @@ from knnlm.text.windows import Window
 _MIN_SHARD_ROWS, _MAX_SHARD_BYTES = 8192, 1 << 28
 
 
-def build(
+def append_documents(
     path: str | Path,
     lm: LanguageModel,
     documents: Iterable[Document],
@@ -55,117 +42,29 @@ def build(
     key_dtype: str | None = None,
     max_entries: int | None = None,
     shard_rows: int | None = None,
-    batch_tokens: int | None = None,
     progress: Progress = SILENT,
 ) -> Datastore:
-    """Store every token of `documents` with the key that preceded it; make, resume or extend.
+    """Store every token of `documents` with the key that preceded it; leaves the index as it is.
 
-    A document that is already stored with the same text is passed over, one whose text changed
-    takes the place of its old version, and a build that was killed goes on after its last
-    committed shard.
-
-    path: the datastore's folder; made if it is not there.
-    window, context, boundary: see `Windowing`; by default 1,024 positions (or all the model has),
-        256 of them context, "document"; for an existing datastore, its own.
-    key_dtype: of the keys on disk, "float16" (default), "bfloat16" or "float32".
-    max_entries: stop at the last whole window with which the datastore has at most so many rows.
-    shard_rows: rows committed at once; by default an eighth of what is stored, at least 8,192.
-    batch_tokens: positions that the model reads at once.
-
-    With boundary "stream" and context > 0 the first block, which has no context, is read but not
-    stored (Khandelwal et al. 2020's code). Raises InvalidArgumentError, DatastoreMismatchError,
-    DatastoreLockedError, DatastoreWriteError, NonFiniteKeysError and the corpus's own errors; an
-    error before the first commit leaves no datastore behind.
+    The arguments and errors are those of `knnlm.build`, which also keeps the index up to date.
+    shard_rows: rows committed at once; by default an eighth of the rows stored, at least 8,192.
+    An error before the first commit leaves no datastore behind.
     """
-    path = Path(path)
-    for name, number in [
-        ("max_entries", max_entries),
-        ("shard_rows", shard_rows),
-        ("batch_tokens", batch_tokens),
-    ]:
+    for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
         if number is not None and number < 1:
             raise InvalidArgumentError(f"{name} must be at least 1, got {number}")
-    if (path / FILE_NAME).exists():
-        store = Datastore(path)
-        _check_same(store, window, context, boundary, key_dtype)
-        store.check_model(lm)
-        store.windowing.check_model(lm)
-    else:
-        windowing = choose_windowing(lm, window, context, boundary)
-        settings = _new_settings(lm, windowing, key_dtype or KeyDtype.float16)
-        store = _create(path, settings)
-    with store.writer() as catalog, _removed_if_empty(store):
-        _Builder(store, catalog, lm, documents, shard_rows, batch_tokens, progress).run(max_entries)
+    store = open_or_create(
+        Path(path), lm, window=window, context=context, boundary=boundary, key_dtype=key_dtype
+    )
+    with store.writer(), _removed_if_empty(store):
+        _Appender(store, lm, documents, shard_rows, progress).run(max_entries)
     store.refresh()
     return store
 
 
-def _new_settings(lm: LanguageModel, windowing: Windowing, dtype: str) -> Settings:
-    parse_choice(KeyDtype, "key_dtype", dtype)
-    return Settings(
-        model=lm.name,
-        revision=lm.revision,
-        model_dtype=str(lm.dtype).removeprefix("torch."),
-        weights_fingerprint=lm.weights_fingerprint,
-        tokenizer_fingerprint=lm.tokenizer_fingerprint,
-        vocab_size=lm.vocab_size,
-        start_token=lm.start_token,
-        key=lm.key,
-        dimension=lm.dimension,
-        key_dtype=dtype,
-        window=windowing.window,
-        context=windowing.context,
-        boundary=windowing.boundary,
-    )
-
-
-def _check_same(
-    store: Datastore,
-    window: int | None,
-    context: int | None,
-    boundary: str | None,
-    key_dtype: str | None,
-) -> None:
-    settings = store.settings
-    for name, asked, stored in [
-        ("window", window, settings.window),
-        ("context", context, settings.context),
-        ("boundary", boundary, settings.boundary),
-        ("key_dtype", key_dtype, settings.key_dtype),
-    ]:
-        if asked is not None and asked != stored:
-            raise DatastoreMismatchError(
-                f"{store.path} was built with {name} {stored}, not {asked}; leave {name} out or "
-                "build another datastore"
-            )
-
-
-def _create(path: Path, settings: Settings) -> Datastore:
-    ours = {SHARDS, LOCK_NAME, FILE_NAME + ASIDE}
-    made = not path.exists()
-    with writing(path):
-        if path.exists() and not path.is_dir():
-            raise InvalidArgumentError(f"{path} is a file, not a folder; name a new folder")
-        if path.exists() and not {entry.name for entry in path.iterdir()} <= ours:
-            raise InvalidArgumentError(
-                f"{path} is a folder with other files in it, not a datastore; name a new folder"
-            )
-        path.mkdir(parents=True, exist_ok=True)
-        (path / SHARDS).mkdir(exist_ok=True)
-    with writer_lock(path):
-        try:
-            if not (path / FILE_NAME).exists():
-                Catalog.create(path, settings)
-        except DatastoreWriteError:
-            if made:
-                shutil.rmtree(path)
-            raise
-    return Datastore(path)
-
-
 @contextmanager
 def _removed_if_empty(store: Datastore) -> Iterator[None]:
-    """Leave no datastore behind where nothing was ever committed to it."""
+    """If an error comes before anything was ever committed to a datastore, remove its folder."""
     try:
         yield
     except BaseException:
@@ -177,9 +76,10 @@ def _removed_if_empty(store: Datastore) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Incoming:
-    """A document on its way to the disk.
+    """A document that is being stored.
 
-    id, start: of its record, once it has one. passed: how many of its tokens are behind us.
+    id, start: of its record, once it has one. passed: how many of its tokens were stored, or passed
+    over at the head of a stream.
     """
 
     encoded: EncodedDocument
@@ -189,47 +89,52 @@ class _Incoming:
     passed: int
 
 
-class _Builder:
+class _Appender:
+    """Reads the documents that a datastore lacks and commits them shard by shard."""
+
     def __init__(
         self,
         store: Datastore,
-        catalog: Catalog,
         lm: LanguageModel,
         documents: Iterable[Document],
         shard_rows: int | None,
-        batch_tokens: int | None,
         progress: Progress,
     ) -> None:
         self.store = store
-        self.catalog = catalog
+        self.catalog = store.catalog
         self.lm = lm
         self.documents = documents
         self.shard_rows = shard_rows
-        self.batch_tokens = batch_tokens or default_batch_tokens(lm)
         self.progress = progress
         self.rows = store.rows
         self.streaming = store.settings.boundary == Boundary.stream
-        self.history = np.array(catalog.get("stream_tail") or [], dtype=np.int32)
+        self.history = np.array(self.catalog.get("stream_tail") or [], dtype=np.int32)
         self.fresh_stream = self.streaming and len(self.history) == 0
         self.incoming: dict[int, _Incoming] = {}
         self.fingerprints: dict[int, str] = {}
         self.in_flight: dict[str, str] = {}
-        self.unfinished: StoredDocument | None = None
         self.total_bytes = total_bytes(documents)
-        self.bytes_read = self.tokens_read = 0
+        self.bytes_read = self.tokens_read = 0  # of the documents before `current`
+        self.current: EncodedDocument | None = None
 
     def run(self, max_entries: int | None) -> None:
-        """Read everything that is not stored yet and commit it shard by shard."""
+        """Store everything that is missing, up to `max_entries` rows in the datastore."""
         with self.progress.task("build", None, "tokens") as advance:
             shard: list[Window] = []
             shard_rows = 0
-            windows = self._windows()
+            windows = cut_documents(
+                self.lm,
+                self._missing(),
+                self.store.windowing,
+                on_document=self._begin,
+                history=self.history,
+            )
             passed_over: Window | None = None
             if self.fresh_stream and self.store.settings.context > 0:
                 passed_over = next(windows, None)
                 self._pass_over(passed_over)
-            # a shard is committed when the window after it is known: by then it is also known
-            # which documents ended in it
+            # A shard is committed once the next window is known, because only then is it known
+            # which documents ended in the shard.
             for window in windows:
                 if max_entries is not None and self.rows + shard_rows + window.new > max_entries:
                     break
@@ -248,7 +153,7 @@ class _Builder:
         return max(_MIN_SHARD_ROWS, min(self.rows // 8, _MAX_SHARD_BYTES // row_bytes))
 
     def _missing(self) -> Iterator[Document]:
-        """Yield the documents that are not stored whole."""
+        """Yield the documents that are not stored in full."""
         number = 0
         for document in self.documents:
             fingerprint = document.fingerprint()
@@ -265,49 +170,38 @@ class _Builder:
             number += 1
             yield document
 
-    def _encoded(self) -> Iterator[EncodedDocument]:
-        # documents without text come before it unseen, and are missing every time
-        first = True
-        for encoded in encode_documents(self.lm, self._missing(), self.store.settings.boundary):
-            if first:
-                self.unfinished = self._unfinished(encoded)
-            going_on = self.unfinished if first else None
-            self.incoming[encoded.number] = _Incoming(
-                encoded,
-                self.fingerprints.pop(encoded.number),
-                going_on.id if going_on else None,
-                going_on.start if going_on else 0,
-                going_on.tokens if going_on else int(self.fresh_stream and first),
-            )
-            first = False
-            yield encoded
-            self.bytes_read += encoded.size_bytes
-            self.tokens_read += encoded.tokens
+    def _begin(self, encoded: EncodedDocument) -> None:
+        """Prepare to store a document; the first one may continue an interrupted run."""
+        # documents without text never get here, and count as missing in every run
+        fingerprint = self.fingerprints.pop(encoded.number)
+        stored = None
+        if self.current is None:
+            stored = self._unfinished(encoded.name, fingerprint)
+        else:
+            self.bytes_read += self.current.size_bytes
+            self.tokens_read += self.current.tokens
+        incoming = _Incoming(encoded, fingerprint, None, 0, 0)
+        if stored is not None:
+            incoming.id, incoming.start, incoming.passed = stored.id, stored.start, stored.tokens
+            encoded.skip = stored.tokens
+        elif self.fresh_stream and self.current is None:
+            incoming.passed = 1  # a stream's first token is read, never predicted
+        self.incoming[encoded.number] = incoming
+        self.current = encoded
 
-    def _unfinished(self, encoded: EncodedDocument) -> StoredDocument | None:
-        stored = self.catalog.latest_document(encoded.name)
-        same = stored and stored.fingerprint == self.fingerprints[encoded.number]
-        return stored if stored and same and stored.stop == self.rows else None
-
-    def _windows(self) -> Iterator[Window]:
-        encoded = self._encoded()
-        first = next(encoded, None)
-        if first is None:
-            return
-        skip = self.unfinished.tokens if self.unfinished else 0
-
-        def all_encoded() -> Iterator[EncodedDocument]:
-            yield first
-            yield from encoded
-
-        yield from cut_windows(
-            all_encoded(), self.lm.start_token, self.store.windowing, skip, self.history
-        )
+    def _unfinished(self, name: str, fingerprint: str) -> StoredDocument | None:
+        """Return the record of a document that the last run was storing when it ended."""
+        stored = self.catalog.latest_document(name)
+        if stored and stored.fingerprint == fingerprint and stored.stop == self.rows:
+            return stored
+        return None
 
     def _estimated_tokens(self) -> float | None:
-        if self.total_bytes is None or not self.bytes_read:
+        assert self.current is not None
+        size_bytes = self.bytes_read + self.current.size_bytes
+        if self.total_bytes is None or not size_bytes:
             return None
-        return self.tokens_read * self.total_bytes / self.bytes_read
+        return (self.tokens_read + self.current.tokens) * self.total_bytes / size_bytes
 
     def _pass_over(self, window: Window | None) -> None:
         if window is not None:
@@ -323,11 +217,11 @@ class _Builder:
             self.history = tokens[-(self.store.settings.context + 1) :]
 
     def _read(self, windows: list[Window], advance: Advance) -> Float[Tensor, "rows dim"]:
-        """Return the keys of the windows' new positions in their order and the disk's dtype."""
+        """Return the keys of the windows' new positions, in order, in the dtype on disk."""
         starts = np.cumsum([0] + [window.new for window in windows]).tolist()
         settings = self.store.settings
         keys = torch.empty(starts[-1], settings.dimension, dtype=self.store.key_dtype)
-        for number, window_keys in read_keys(self.lm, windows, self.batch_tokens):
+        for number, window_keys in read_keys(self.lm, windows):
             stored = window_keys.to(self.store.key_dtype)
             if not bool(stored.isfinite().all()):
                 self._refuse(windows[number], window_keys)
@@ -371,12 +265,13 @@ class _Builder:
                     self._extend(document)
                 self._remember(window)
             for document in self.incoming.values():
-                if document.id is None and document.passed:  # all of it was passed over
+                if document.id is None and document.passed:  # all its tokens were passed over
                     self._add(document)
                     self._extend(document)
             if self.streaming:
                 catalog.set("stream_tail", self.history.tolist())
-        for number in [n for n, document in self.incoming.items() if _is_complete(document)]:
+        completed = [number for number, document in self.incoming.items() if _is_complete(document)]
+        for number in completed:
             self.in_flight.pop(self.incoming.pop(number).encoded.name, None)
 
     def _add(self, document: _Incoming) -> None:
@@ -388,7 +283,7 @@ class _Builder:
         assert document.id is not None
         complete = _is_complete(document)
         self.catalog.extend_document(document.id, self.rows, document.passed, complete)
-        if complete:  # its older versions leave as it enters
+        if complete:  # in the same transaction it replaces its older versions
             name = document.encoded.name
             for older in self.catalog.documents(
                 "name = ? AND id < ? AND NOT forgotten", name, document.id

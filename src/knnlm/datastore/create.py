@@ -1,0 +1,101 @@
+"""Opening a datastore to store documents with a language model, or creating it."""
+
+import shutil
+from pathlib import Path
+
+from knnlm.choices import KeyDtype, parse_choice
+from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog, Settings
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.files import ASIDE, LOCK_NAME, writer_lock, writing
+from knnlm.errors import DatastoreMismatchError, DatastoreWriteError, InvalidArgumentError
+from knnlm.model.language_model import LanguageModel
+from knnlm.text.windows import Windowing, choose_windowing
+
+
+def open_or_create(
+    path: Path,
+    lm: LanguageModel,
+    *,
+    window: int | None,
+    context: int | None,
+    boundary: str | None,
+    key_dtype: str | None,
+) -> Datastore:
+    """Open the datastore at `path`, checked against the model and the given settings, or create it.
+
+    Raises InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError.
+    """
+    if (path / FILE_NAME).exists():
+        store = Datastore(path)
+        _check_same(store, window, context, boundary, key_dtype)
+        store.check_model(lm)
+        store.windowing.check_positions(lm.max_window, lm.name)
+        return store
+    windowing = choose_windowing(
+        lm.max_window, lm.name, window=window, context=context, boundary=boundary
+    )
+    return _create(path, _new_settings(lm, windowing, key_dtype or KeyDtype.float16))
+
+
+def _new_settings(lm: LanguageModel, windowing: Windowing, dtype: str) -> Settings:
+    parse_choice(KeyDtype, "key_dtype", dtype)
+    return Settings(
+        model=lm.name,
+        revision=lm.revision,
+        model_dtype=str(lm.dtype).removeprefix("torch."),
+        weights_fingerprint=lm.weights_fingerprint,
+        tokenizer_fingerprint=lm.tokenizer_fingerprint,
+        vocab_size=lm.vocab_size,
+        start_token=lm.start_token,
+        key=lm.key,
+        dimension=lm.dimension,
+        key_dtype=dtype,
+        window=windowing.window,
+        context=windowing.context,
+        boundary=windowing.boundary,
+    )
+
+
+def _check_same(
+    store: Datastore,
+    window: int | None,
+    context: int | None,
+    boundary: str | None,
+    key_dtype: str | None,
+) -> None:
+    settings = store.settings
+    for name, asked, stored in [
+        ("window", window, settings.window),
+        ("context", context, settings.context),
+        ("boundary", boundary, settings.boundary),
+        ("key_dtype", key_dtype, settings.key_dtype),
+    ]:
+        if asked is not None and asked != stored:
+            raise DatastoreMismatchError(
+                f"{store.path} was built with {name} {stored}, not {asked}; leave {name} out or "
+                "build another datastore"
+            )
+
+
+def _create(path: Path, settings: Settings) -> Datastore:
+    """Create an empty datastore in a new folder, or in the leftovers of a killed build."""
+    leftovers = {SHARDS, LOCK_NAME, FILE_NAME + ASIDE}  # of a build that was killed early
+    is_new = not path.exists()
+    with writing(path):
+        if path.exists() and not path.is_dir():
+            raise InvalidArgumentError(f"{path} is a file, not a folder; name a new folder")
+        if path.exists() and not {entry.name for entry in path.iterdir()} <= leftovers:
+            raise InvalidArgumentError(
+                f"{path} is a folder with other files in it, not a datastore; name a new folder"
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        (path / SHARDS).mkdir(exist_ok=True)
+    with writer_lock(path):
+        try:
+            if not (path / FILE_NAME).exists():
+                Catalog.create(path, settings)
+        except DatastoreWriteError:
+            if is_new:
+                shutil.rmtree(path)
+            raise
+    return Datastore(path)

@@ -1,0 +1,110 @@
+"""Building and maintaining a datastore together with its index, as the command line does."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from knnlm.choices import IndexKind, parse_choice
+from knnlm.datastore import compaction, verification
+from knnlm.datastore.append import append_documents
+from knnlm.datastore.catalog import FILE_NAME
+from knnlm.datastore.compaction import Compaction
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.verification import Verification
+from knnlm.errors import InvalidArgumentError
+from knnlm.index.policy import build_index, keep_index
+from knnlm.model.language_model import LanguageModel
+from knnlm.progress import SILENT, Progress
+from knnlm.text.corpus import Document, as_documents
+
+
+def build(
+    path: str | Path,
+    lm: LanguageModel | str | Path,
+    documents: Iterable[Document] | str | Path | Sequence[str | Path],
+    *,
+    window: int | None = None,
+    context: int | None = None,
+    boundary: str | None = None,
+    key_dtype: str | None = None,
+    max_entries: int | None = None,
+    index: str | None = None,
+    progress: Progress = SILENT,
+) -> Datastore:
+    """Store every token of `documents` with the key that preceded it, and build the index.
+
+    Creates the datastore, extends it, or resumes an interrupted build after its last committed
+    shard. A document that is already stored with the same text is skipped; if its text changed, it
+    replaces its old version.
+
+    path: the datastore's folder; created if it does not exist.
+    lm: a language model, or the name or path to load it from (with an existing datastore's key and
+        dtype).
+    documents: documents, or sources for `read_documents`.
+    window, context, boundary: see `Windowing`; by default 1,024 positions (or all that the model
+        has), a quarter of them context, "document"; for an existing datastore, its own.
+    key_dtype: of the keys on disk, "float16" (default), "bfloat16" or "float32".
+    max_entries: stop at the last whole window with which the datastore has at most this many rows.
+    index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
+        factory: see `build_index`.
+
+    With boundary "stream" and context > 0 the first block, which has no context, is read but not
+    stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,
+    DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError, NonFiniteKeysError, and the
+    errors of reading text and of loading the model.
+    """
+    if index is not None and parse_choice(IndexKind, "index", index) is IndexKind.faiss:
+        raise InvalidArgumentError(
+            "index faiss needs a factory: build without it, then run build_index(store, 'faiss', "
+            "factory='IVF1024,Flat') or knnlm index --kind faiss --factory IVF1024,Flat"
+        )
+    given = as_documents(documents)
+    model = _load(lm, Path(path))
+    store = append_documents(
+        path,
+        model,
+        given,
+        window=window,
+        context=context,
+        boundary=boundary,
+        key_dtype=key_dtype,
+        max_entries=max_entries,
+        progress=progress,
+    )
+    if index is None:
+        keep_index(store, device=str(model.device), progress=progress)
+    else:
+        build_index(store, index, device=str(model.device), progress=progress)
+    return store
+
+
+def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compaction:
+    """Remove the entries of forgotten documents from the disk, and renew the index.
+
+    Raises DatastoreLockedError, DatastoreWriteError.
+    """
+    opened = _opened(store)
+    removed = compaction.compact(opened, progress)
+    keep_index(opened, progress=progress)
+    return removed
+
+
+def verify(store: Datastore | str | Path, progress: Progress = SILENT) -> Verification:
+    """Reread every byte against its checksum, and check that rows and documents fit together."""
+    return verification.verify(_opened(store), progress)
+
+
+def _load(lm: LanguageModel | str | Path, path: Path) -> LanguageModel:
+    if isinstance(lm, LanguageModel):
+        return lm
+    if not isinstance(lm, str | Path):
+        raise InvalidArgumentError(
+            "lm must be a LanguageModel, or the name or path of one, got "
+            f"{type(lm).__name__}: wrap a transformers model and its tokenizer in LanguageModel"
+        )
+    if (path / FILE_NAME).exists():
+        return Datastore(path).load_model(str(lm))
+    return LanguageModel.load(lm)
+
+
+def _opened(store: Datastore | str | Path) -> Datastore:
+    return store if isinstance(store, Datastore) else Datastore(store)
