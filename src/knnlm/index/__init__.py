@@ -1,1 +1,1 @@
-"""Who is near: one protocol, one file for each way to search."""
+"""Search for the nearest entries: one protocol, one file for each backend."""

@@ -1,19 +1,20 @@
-"""Exact search: every live key, one GEMM a block of keys; the reference of all other kinds."""
+"""Exact search: every live key, one GEMM for each block of keys; the reference for other kinds."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
+from knnlm.index.backend import IndexOptions
 from knnlm.index.protocol import Neighbors, check_search
 
 RESIDENT_BYTES = 2 << 30
 _SCORES = 1 << 25  # distances held at once
 _RESIDENT_QUERIES = 256
-_STREAMED_QUERIES = 4096  # many, so that the disk is read seldom
+_STREAMED_QUERIES = 4096  # many, so that the disk is read rarely
 
 
 class _Block(NamedTuple):
@@ -109,3 +110,24 @@ class ExactIndex:
         present = nearest.isfinite() & finite
         squared = (nearest + queries.square().sum(dim=1, keepdim=True)).clamp_min(0.0)
         return Neighbors(squared.masked_fill(~present, torch.inf), rows.masked_fill(~present, -1))
+
+
+class ExactBackend:
+    """Exact search as a backend: it has no file, so there is nothing to build or to keep."""
+
+    takes_factory = False
+
+    def build(self, store: Datastore, options: IndexOptions) -> ExactIndex:
+        """Return the index; exact search needs no file."""
+        return ExactIndex(store, options.device)
+
+    def open(self, store: Datastore, device: str) -> ExactIndex:
+        """Return the index."""
+        return ExactIndex(store, device)
+
+    def report(self, store: Datastore) -> dict[str, Any]:
+        """Return the recall, which is 1 by definition."""
+        return {"recall": 1.0}
+
+    def keep(self, store: Datastore, options: IndexOptions) -> None:
+        """Do nothing: the index follows every change of the datastore."""

@@ -1,13 +1,15 @@
 """Any FAISS index, by its factory string: for comparison, and for those who know which they want.
 
-Sets nprobe, k_factor and tombstones where each of FAISS's wrappers really reads them. Distances
-are FAISS's own: of the codes, where keys are coded, unless the factory string refines them.
+Sets nprobe, k_factor and the mask of live rows where each of FAISS's wrappers really reads them.
+Distances are FAISS's own: where keys are coded, those of the codes, unless the factory string
+refines them.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +23,12 @@ from knnlm.errors import (
     DatastoreCorruptError,
     DatastoreNotFoundError,
     InvalidArgumentError,
-    missing_dependency,
 )
+from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
-from knnlm.index.measure import Measured, choose_nprobe
+from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search, merge_neighbors
-from knnlm.progress import SILENT, Progress
+from knnlm.index.report import IndexReport, Measured
 
 FOLDER = "faiss"
 _REPORT = "report.json"
@@ -36,147 +38,100 @@ _FAISS_ABSENT = 3e38  # FAISS pads with the largest float32
 
 
 @dataclass(frozen=True, slots=True)
-class FaissReport:
-    """What a FAISS index is and what it was measured to give when it was built.
-
-    nprobe: 1 where it has no lists.
-    """
+class _Stored:
+    """The contents of report.json: the file of an index, how it is searched, and its report."""
 
     file: str
     factory: str
-    nprobe: int
     k_factor: float
-    rows: int
-    generation: int
-    numbering: int
-    bytes_per_entry: float
-    measured: Measured
+    report: IndexReport
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"file": self.file, "factory": self.factory, "k_factor": self.k_factor}
+        return own | self.report.to_dict()
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> "_Stored":
+        report = IndexReport.from_dict(plain)
+        return cls(plain["file"], plain["factory"], plain["k_factor"], report)
 
 
 class FaissIndex:
     """The FAISS index of a datastore as `build` wrote it; follows every change of `store`.
 
-    Rows appended since are searched exactly beside it, forgotten ones are masked, or left out of a
-    larger search where FAISS cannot mask. Raises DatastoreNotFoundError if there is none,
-    DatastoreCorruptError, DatastoreChangedError after a compaction, MissingDependencyError.
+    Rows appended since are searched exactly; forgotten ones are masked, or left out of a larger
+    search where FAISS cannot mask. Raises DatastoreNotFoundError if there is no such index,
+    DatastoreCorruptError, and DatastoreChangedError after a compaction.
     """
 
     exact_distances = False  # of codes, in most kinds
 
     def __init__(self, store: Datastore) -> None:
+        stored = _read_stored(store)
+        file = _folder(store) / stored.file
         faiss = _faiss()
-        self.report = self.stored_report(store)
-        file = store.path / "index" / FOLDER / self.report.file
         try:
             index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
             raise DatastoreCorruptError(
-                f"{file} cannot be read ({str(error).splitlines()[-1]}); run: knnlm index "
-                f"{store.path} --kind faiss --factory {self.report.factory}"
+                f"{file} cannot be read ({_reason(error)}); run: {_command(store, stored.factory)}"
             ) from error
-        self._open(store, index)
+        self._open(store, stored, index)
 
-    @staticmethod
-    def stored_report(store: Datastore) -> FaissReport:
-        """Read the report of a datastore's FAISS index; raises DatastoreNotFoundError."""
-        path = store.path / "index" / FOLDER / _REPORT
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise DatastoreNotFoundError(
-                f"{store.path} has no FAISS index; make one with: knnlm index {store.path} "
-                "--kind faiss --factory IVF1024,Flat"
-            ) from error
-        return FaissReport(**report | {"measured": Measured(**report["measured"])})
-
-    def _open(self, store: Datastore, index: Any) -> None:
+    def _open(self, store: Datastore, stored: _Stored, index: Any) -> None:
         self.store = store
-        self.nprobe = self.report.nprobe
+        self.nprobe = stored.report.nprobe
+        self._stored = stored
         self._index = index
         self._generation = -1
         self._follow()
 
     @classmethod
     def build(
-        cls,
-        store: Datastore,
-        factory: str,
-        *,
-        nprobe: int | None = None,
-        k_factor: float = 4.0,
-        recall: float = 0.95,
-        k: int = 1024,
-        queries: Float[Tensor, "query dim"] | None = None,
-        seed: int = 0,
-        progress: Progress = SILENT,
+        cls, store: Datastore, options: IndexOptions, *, k_factor: float = 4.0
     ) -> "FaissIndex":
-        """Train and fill an index, in place of any there was, and measure it.
+        """Train and fill an index, in place of an older one, and measure it.
 
-        factory: FAISS's, as "IVF1024,Flat" or "OPQ96_384,IVF1024,PQ96x4fs,RFlat". nprobe: lists
-        that a query looks into; None: the fewest that reach `recall` of the k nearest. k_factor:
-        how many candidates a refining index rescores for each neighbor.
+        options.factory: as "IVF1024,Flat" or "OPQ96_384,IVF1024,PQ96x4fs,RFlat". k_factor: how
+        many candidates a refining index rescores for each neighbor.
 
-        Raises InvalidArgumentError, MissingDependencyError, DatastoreWriteError.
+        Raises InvalidArgumentError and DatastoreWriteError.
         """
-        faiss = _faiss()
-        dimension = store.settings.dimension
-        try:
-            index = faiss.index_factory(dimension, factory)
-        except RuntimeError as error:
-            raise InvalidArgumentError(
-                f"factory {factory!r} is none of FAISS's for {dimension} dimensions "
-                f"({str(error).splitlines()[-1]}); try IVF1024,Flat"
-            ) from error
-        generator = torch.Generator().manual_seed(seed)
-        with progress.task("train the index", None, "keys"):
-            sample = torch.randperm(store.rows, generator=generator)[:_TRAINING_KEYS]
-            try:
-                if len(sample):
-                    index.train(store.keys_at(sample).float().numpy())
-            except RuntimeError as error:
-                raise InvalidArgumentError(
-                    f"factory {factory!r} cannot be trained on {len(sample)} keys "
-                    f"({str(error).splitlines()[-1]}); ask for fewer lists"
-                ) from error
-        with progress.task("add keys", store.rows, "keys") as advance:
+        assert options.factory is not None, "the policy checks it"
+        index = _trained(store, options.factory, options)
+        with options.progress.task("add keys", store.rows, "keys") as advance:
             for _, keys in store.key_blocks(_ADDED_AT_ONCE):
                 index.add(keys.float().numpy())
                 advance(len(keys))
-        folder = store.path / "index" / FOLDER
+        folder = _folder(store)
         file = folder / f"{store.generation:08d}.index"
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = file.with_name(file.name + ASIDE)
-            try:
-                faiss.write_index(index, str(aside))
-            except RuntimeError as error:
-                aside.unlink(missing_ok=True)
-                raise OSError(str(error).splitlines()[-1]) from error
-            publish(aside, file)
-        built = cls.__new__(cls)
-        lists = _lists(faiss, index)
-        built.report = FaissReport(
-            file=file.name,
-            factory=factory,
-            nprobe=nprobe or lists or 1,
-            k_factor=k_factor,
+        _write_index(index, file)
+        lists = _lists(index)
+        report = IndexReport(
             rows=store.rows,
             generation=store.generation,
             numbering=store.numbering,
+            nprobe=options.nprobe or lists or 1,
             bytes_per_entry=file.stat().st_size / max(1, store.rows),
-            measured=Measured(k, recall, 0.0, 0, 0.0),
+            measured=Measured(options.k, options.recall, 0.0, 0, 0.0),
         )
-        built._open(store, index)
-        measured = choose_nprobe(
-            built, store, k, recall, lists if nprobe is None else None, queries, seed, progress
-        )
-        report = built.report = replace(built.report, nprobe=built.nprobe, measured=measured)
+        built = cls.__new__(cls)
+        built._open(store, _Stored(file.name, options.factory, k_factor, report), index)
+        most = lists if options.nprobe is None else None
+        measured = choose_nprobe(built, store, options, most)
+        report = replace(report, nprobe=built.nprobe, measured=measured)
+        built._stored = replace(built._stored, report=report)
         with writing(folder):
             aside = folder / (_REPORT + ASIDE)
-            aside.write_text(json.dumps(asdict(report)), encoding="utf-8")
+            aside.write_text(json.dumps(built._stored.to_dict()), encoding="utf-8")
             publish(aside, folder / _REPORT)
         remove_files_except(folder, {file.name, _REPORT})
         return built
+
+    @property
+    def report(self) -> IndexReport:
+        """What the index was built from, and what was measured then."""
+        return self._stored.report
 
     def _follow(self) -> None:
         store = self.store
@@ -184,8 +139,8 @@ class FaissIndex:
             return
         if store.numbering != self.report.numbering:
             raise DatastoreChangedError(
-                f"{store.path} was compacted after its index was built; run: knnlm index "
-                f"{store.path} --kind faiss --factory {self.report.factory}"
+                f"{store.path} was compacted after its index was built; run: "
+                f"{_command(store, self._stored.factory)}"
             )
         alive = store.alive
         indexed = alive[: self.report.rows]
@@ -199,18 +154,20 @@ class FaissIndex:
         self._generation = store.generation
 
     def least_nprobe(self, k: int) -> int:
-        """Return how many lists a search for k looks into at least: FAISS asks for no more."""
+        """Return 1: FAISS looks into as few lists as it is told."""
         return 1
 
     def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
         """Return the k nearest that FAISS finds; see `Index.search`."""
         check_search(queries, k, self.store.settings.dimension)
         self._follow()
-        there = queries.detach().to("cpu", torch.float32).contiguous()
-        found = self._search(there, k)
+        vectors = queries.detach().to("cpu", torch.float32).contiguous()
+        neighbors = self._search(vectors, k)
         if self._appended is not None:
-            found = merge_neighbors(found, self._appended.search(there, k), k)
-        return Neighbors(found.squared_distances.to(queries.device), found.rows.to(queries.device))
+            neighbors = merge_neighbors(neighbors, self._appended.search(vectors, k), k)
+        return Neighbors(
+            neighbors.squared_distances.to(queries.device), neighbors.rows.to(queries.device)
+        )
 
     def _search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
         finite = queries.isfinite().all(dim=1, keepdim=True)
@@ -221,23 +178,23 @@ class FaissIndex:
         if len(queries) == 0 or self.report.rows == 0 or not self._has_live():
             return absent
         try:
-            found = self._ask(vectors, k, self._selector)
+            neighbors = self._ask(vectors, k, self._selector)
         except RuntimeError:  # this kind cannot mask
             if self._selector is None:
                 raise
-            found = self._ask_more(vectors, k)
-        present = finite & (found.rows >= 0)
+            neighbors = self._ask_more(vectors, k)
+        present = finite & neighbors.present
         return Neighbors(
-            found.squared_distances.masked_fill(~present, torch.inf).clamp_min(0.0),
-            found.rows.masked_fill(~present, -1),
+            neighbors.squared_distances.masked_fill(~present, torch.inf).clamp_min(0.0),
+            neighbors.rows.masked_fill(~present, -1),
         )
 
     def _has_live(self) -> bool:
         return self._dead is None or not bool(self._dead.all())
 
     def _ask(self, vectors: np.ndarray, k: int, selector: Any) -> Neighbors:
-        faiss = _faiss()
-        parameters = _parameters(faiss, self._index, self.nprobe, self.report.k_factor, selector, k)
+        wanted = _Wanted(self.nprobe, self._stored.k_factor, selector, k)
+        parameters = _parameters(self._index, wanted)
         distances, rows = self._index.search(vectors, k, params=parameters)
         absent = (rows < 0) | (distances > _FAISS_ABSENT)
         return Neighbors(
@@ -246,18 +203,18 @@ class FaissIndex:
         )
 
     def _ask_more(self, vectors: np.ndarray, k: int) -> Neighbors:
-        """Ask for more neighbors until k of each query are live, and leave the dead out."""
+        """Ask for more neighbors until k of each query are live, and drop the forgotten ones."""
         assert self._dead is not None
         wanted = k
         while True:
             wanted = min(2 * wanted, self.report.rows)
-            found = self._ask(vectors, wanted, None)
-            live = (found.rows >= 0) & ~self._dead[found.rows.clamp_min(0)]
+            neighbors = self._ask(vectors, wanted, None)
+            live = neighbors.present & ~self._dead[neighbors.rows.clamp_min(0)]
             if wanted == self.report.rows or bool((live.sum(dim=1) >= k).all()):
                 break
-        distances = found.squared_distances.masked_fill(~live, torch.inf)
+        distances = neighbors.squared_distances.masked_fill(~live, torch.inf)
         nearest, columns = distances.sort(dim=1, stable=True)
-        rows = found.rows.masked_fill(~live, -1).gather(1, columns)
+        rows = neighbors.rows.masked_fill(~live, -1).gather(1, columns)
         padding = max(0, k - wanted)
         return Neighbors(
             torch.nn.functional.pad(nearest[:, :k], (0, padding), value=torch.inf),
@@ -265,11 +222,92 @@ class FaissIndex:
         )
 
 
-def _faiss() -> ModuleType:
+class FaissBackend:
+    """FAISS as a backend; an index is built again only after a compaction."""
+
+    takes_factory = True
+
+    def build(self, store: Datastore, options: IndexOptions) -> FaissIndex:
+        """See `FaissIndex.build`."""
+        return FaissIndex.build(store, options)
+
+    def open(self, store: Datastore, device: str) -> FaissIndex:
+        """Open the index; FAISS computes on the CPU, whatever the device."""
+        return FaissIndex(store)
+
+    def report(self, store: Datastore) -> dict[str, Any]:
+        """Return the facts in the index's own report."""
+        return _read_stored(store).report.facts()
+
+    def keep(self, store: Datastore, options: IndexOptions) -> None:
+        """Build the index again, from the same factory string, if rows were renumbered."""
+        stored = _read_stored(store)
+        if stored.report.numbering != store.numbering:
+            self.build(store, replace(options, factory=stored.factory))
+
+
+def _folder(store: Datastore) -> Path:
+    return store.path / "index" / FOLDER
+
+
+def _command(store: Datastore, factory: str) -> str:
+    return f"knnlm index {store.path} --kind faiss --factory {factory}"
+
+
+def _reason(error: RuntimeError) -> str:
+    """Return the last line of FAISS's message; the others name its source files."""
+    return str(error).splitlines()[-1]
+
+
+def _read_stored(store: Datastore) -> _Stored:
+    path = _folder(store) / _REPORT
     try:
-        import faiss  # after torch, so that both share one thread pool
-    except ImportError as error:
-        raise missing_dependency("faiss-cpu", "a FAISS index", "faiss") from error
+        return _Stored.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise DatastoreNotFoundError(
+            f"{store.path} has no FAISS index; make one with: {_command(store, 'IVF1024,Flat')}"
+        ) from error
+
+
+def _trained(store: Datastore, factory: str, options: IndexOptions) -> Any:
+    """Return an empty FAISS index, trained on a sample of the keys."""
+    dimension = store.settings.dimension
+    try:
+        index = _faiss().index_factory(dimension, factory)
+    except RuntimeError as error:
+        raise InvalidArgumentError(
+            f"factory {factory!r} is none of FAISS's for {dimension} dimensions "
+            f"({_reason(error)}); try IVF1024,Flat"
+        ) from error
+    generator = torch.Generator().manual_seed(options.seed)
+    with options.progress.task("train the index", None, "keys"):
+        sample = torch.randperm(store.rows, generator=generator)[:_TRAINING_KEYS]
+        try:
+            if len(sample):
+                index.train(store.keys_at(sample).float().numpy())
+        except RuntimeError as error:
+            raise InvalidArgumentError(
+                f"factory {factory!r} cannot be trained on {len(sample)} keys "
+                f"({_reason(error)}); ask for fewer lists"
+            ) from error
+    return index
+
+
+def _write_index(index: Any, file: Path) -> None:
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(file.name + ASIDE)
+        try:
+            _faiss().write_index(index, str(aside))
+        except RuntimeError as error:
+            aside.unlink(missing_ok=True)
+            raise OSError(_reason(error)) from error
+        publish(aside, file)
+
+
+def _faiss() -> ModuleType:
+    import faiss  # after torch, so that both share one thread pool
+
     module: ModuleType = faiss
     return module
 
@@ -281,31 +319,41 @@ def _selector(alive: Bool[Tensor, " rows"]) -> Any:
     return selector
 
 
-def _lists(faiss: ModuleType, index: Any) -> int | None:
+def _lists(index: Any) -> int | None:
+    """Return how many lists an index has, or the one that it wraps."""
+    faiss = _faiss()
     inner = faiss.downcast_index(index)
     if isinstance(inner, faiss.IndexRefine):
-        return _lists(faiss, inner.base_index)
+        return _lists(inner.base_index)
     if isinstance(inner, faiss.IndexPreTransform):
-        return _lists(faiss, inner.index)
+        return _lists(inner.index)
     return int(inner.nlist) if isinstance(inner, faiss.IndexIVF) else None
 
 
-def _parameters(
-    faiss: ModuleType, index: Any, nprobe: int, k_factor: float, selector: Any, k: int
-) -> Any:
+class _Wanted(NamedTuple):
+    """What a search asks of every wrapper. selector: the live rows; None for all."""
+
+    nprobe: int
+    k_factor: float
+    selector: Any
+    k: int
+
+
+def _parameters(index: Any, wanted: _Wanted) -> Any:
     """Return search parameters for an index and everything it wraps."""
+    faiss = _faiss()
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = _parameters(faiss, index.index, nprobe, k_factor, selector, k)
+        inner = _parameters(index.index, wanted)
         parameters = faiss.SearchParametersPreTransform()
         parameters.index_params = inner
         parameters.inner_kept = inner
         return parameters
     if isinstance(index, faiss.IndexRefine):
-        inner = _parameters(faiss, index.base_index, nprobe, k_factor, selector, k)
-        return faiss.IndexRefineSearchParameters(k_factor=k_factor, base_index_params=inner)
+        inner = _parameters(index.base_index, wanted)
+        return faiss.IndexRefineSearchParameters(k_factor=wanted.k_factor, base_index_params=inner)
     if isinstance(index, faiss.IndexIVF):
-        return faiss.SearchParametersIVF(sel=selector, nprobe=nprobe)
+        return faiss.SearchParametersIVF(sel=wanted.selector, nprobe=wanted.nprobe)
     if isinstance(index, faiss.IndexHNSW):
-        return faiss.SearchParametersHNSW(sel=selector, efSearch=max(k, 64))
-    return None if selector is None else faiss.SearchParameters(sel=selector)
+        return faiss.SearchParametersHNSW(sel=wanted.selector, efSearch=max(wanted.k, 64))
+    return None if wanted.selector is None else faiss.SearchParameters(sel=wanted.selector)

@@ -1,4 +1,4 @@
-"""What a search backend gives, whatever it is built of; knows no datastore."""
+"""`Index` and `Neighbors`: what every search answers with. Knows no datastore."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -23,7 +23,7 @@ class Neighbors:
 
     @property
     def present(self) -> Bool[Tensor, "query k"]:
-        """Where there is a neighbor at all."""
+        """True where there is a neighbor at all."""
         return self.rows >= 0
 
 
@@ -40,11 +40,11 @@ class Index(Protocol):
         ...
 
 
-def merge_neighbors(one: Neighbors, other: Neighbors, k: int) -> Neighbors:
-    """Return the k nearest among those of two searches over different rows."""
-    distances = torch.cat([one.squared_distances, other.squared_distances], dim=1)
+def merge_neighbors(left: Neighbors, right: Neighbors, k: int) -> Neighbors:
+    """Return the k nearest neighbors in the results of two searches over different rows."""
+    distances = torch.cat([left.squared_distances, right.squared_distances], dim=1)
     nearest, columns = distances.topk(k, dim=1, largest=False)
-    return Neighbors(nearest, torch.cat([one.rows, other.rows], dim=1).gather(1, columns))
+    return Neighbors(nearest, torch.cat([left.rows, right.rows], dim=1).gather(1, columns))
 
 
 def check_search(queries: Float[Tensor, "query dim"], k: int, dimension: int) -> None:

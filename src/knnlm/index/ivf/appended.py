@@ -1,8 +1,9 @@
-"""Rows appended since an index was built, in files of their own beside it.
+"""Rows appended since an index was built, in files of their own next to the index.
 
-So opening an index encodes nothing again. A file holds a run of rows, list by list, coded as the
-index's own are; its name says which rows. It is written aside and published before those that it
-replaces are removed, and a reader takes the longest that fits: whatever a crash leaves is correct.
+So opening an index encodes nothing again. A file holds a run of rows, list by list, coded like the
+index's own; its name says which rows. It is written under a temporary name and published before the
+files that it replaces are removed, and a reader takes the longest file that fits: whatever a crash
+leaves is correct.
 """
 
 import hashlib
@@ -10,41 +11,39 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import ASIDE, writing
 from knnlm.errors import DatastoreCorruptError
-from knnlm.index.ivf import lists as ivf_lists
-from knnlm.index.ivf.file import Part, PartWriter, part_of, read_part
+from knnlm.index.ivf.file import ArrayWriter, read_arrays
+from knnlm.index.ivf.lists import Lists, place_rows
+from knnlm.index.ivf.parts import Part, planned_part, write_part
 from knnlm.progress import Progress
 
 _NAME = re.compile(r"ivf-(\d+)-(\d+)\.safetensors")
-_GATHERED = 8  # a run is written again once as much as an eighth of it comes after it
+_GATHERED = 8  # a run is written again once the rows after it are an eighth of its own
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Rows first … stop − 1, coded."""
+    """The rows first … stop − 1, coded."""
 
     first: int
     stop: int
     part: Part
 
 
-def identity(lists: ivf_lists.Lists, key_dtype: torch.dtype | None, numbering: int) -> str:
-    """Return what two files share if, and only if, their codes and rows go together."""
-    digest = hashlib.sha256(f"{key_dtype} {numbering}".encode())
-    coder = lists.coder
-    for array in (lists.centroids, coder.center, coder.projection, coder.rest):
+def identity(lists: Lists, numbering: int) -> str:
+    """Return a digest that two files share if, and only if, their codes and rows go together."""
+    digest = hashlib.sha256(f"{lists.key_dtype} {numbering}".encode())
+    for array in lists.arrays().values():
         digest.update(array.numpy().tobytes())
     return digest.hexdigest()
 
 
 def read_runs(folder: Path, wanted: str, first: int, rows: int) -> list[Run]:
-    """Map the files that hold the rows from `first` on, as far as `rows`; ascending, no gaps.
+    """Map the files that hold the rows from `first` to at most `rows`; ascending, without gaps.
 
-    Raises DatastoreCorruptError.
+    wanted: the identity that they must have. Raises DatastoreCorruptError.
     """
     runs: list[Run] = []
     passed_over: set[Path] = set()
@@ -59,53 +58,47 @@ def read_runs(folder: Path, wanted: str, first: int, rows: int) -> list[Run]:
             return runs
         path = stops[max(stops)]
         try:
-            metadata, arrays = read_part(path)
+            metadata, arrays = read_arrays(path)
         except DatastoreCorruptError:
             if path.exists():
                 raise
             continue  # replaced by a longer one since the folder was listed
         if metadata.get("identity") == wanted:
-            runs.append(Run(start, max(stops), part_of(arrays)))
+            runs.append(Run(start, max(stops), Part.from_arrays(arrays)))
         else:
             passed_over.add(path)
 
 
-def write_run(
-    store: Datastore,
-    folder: Path,
-    lists: ivf_lists.Lists,
-    key_dtype: torch.dtype | None,
-    first: int,
-    progress: Progress,
-) -> None:
+def write_run(store: Datastore, folder: Path, lists: Lists, first: int, progress: Progress) -> None:
     """Write the rows that no file holds yet, together with the last runs where those are short.
 
     first: the first row that the index itself does not hold. Raises DatastoreWriteError.
     """
-    mark = identity(lists, key_dtype, store.numbering)
-    runs = [(run.first, run.stop) for run in read_runs(folder, mark, first, store.rows)]
+    own_identity = identity(lists, store.numbering)
+    written = read_runs(folder, own_identity, first, store.rows)
+    runs = [(run.first, run.stop) for run in written]
     start = runs[-1][1] if runs else first
     if start < store.rows:
         while runs and start - runs[-1][0] <= _GATHERED * (store.rows - start):
             start = runs.pop()[0]
-        placement = ivf_lists.place_rows(store, lists, start, progress)
+        placement = place_rows(store, lists, start, progress)
         name = f"ivf-{start:012d}-{store.rows:012d}.safetensors"
-        arrays = ivf_lists.part_arrays(len(placement.rows), lists, key_dtype)
-        with PartWriter(folder / name, arrays) as writer:
-            ivf_lists.fill(writer, store, lists, placement, key_dtype, progress)
-            writer.describe({"identity": mark})
+        planned = planned_part(len(placement.rows), lists)
+        with ArrayWriter(folder / name, planned.arrays()) as writer:
+            write_part(writer, store, lists, placement, progress)
+            writer.write_header({"identity": own_identity})
             writer.publish()
         runs.append((start, store.rows))
     _remove(folder, set(runs))
 
 
 def remove_runs(folder: Path) -> None:
-    """Remove all files of appended rows: the index holds them itself now."""
+    """Remove all files of appended rows, once the index itself holds those rows."""
     _remove(folder, set())
 
 
 def _remove(folder: Path, kept: set[tuple[int, int]]) -> None:
-    """Remove the files of other rows, and what a killed writer left."""
+    """Remove the files of other rows, and temporary files that a killed writer left."""
     with writing(folder):
         for path, rows in _files(folder).items():
             if rows not in kept:
@@ -115,5 +108,6 @@ def _remove(folder: Path, kept: set[tuple[int, int]]) -> None:
 
 
 def _files(folder: Path) -> dict[Path, tuple[int, int]]:
-    found = ((path, _NAME.fullmatch(path.name)) for path in folder.glob("ivf-*"))
-    return {path: (int(match[1]), int(match[2])) for path, match in found if match}
+    """Return the first row and the stop of every file, by its name."""
+    matches = ((path, _NAME.fullmatch(path.name)) for path in folder.glob("ivf-*"))
+    return {path: (int(match[1]), int(match[2])) for path, match in matches if match}

@@ -1,42 +1,92 @@
-"""Building an inverted file: centroids, the lists of all keys, the file; in bounded memory.
+"""The lists of an inverted file: their centroids, and which rows belong to each.
 
-Knows the datastore it reads and the file it writes; searches nothing.
+Reads the datastore in bounded memory; writes and searches nothing.
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import missing_dependency
 from knnlm.index.ivf.codes import Coder, Codes
-from knnlm.index.ivf.file import Part, PartWriter, Shape
-from knnlm.progress import SILENT, Progress
+from knnlm.progress import Progress
 from knnlm.threads import workers
 
 _BLOCK_ROWS = 8192
 _TRAINING_KEYS_PER_LIST = 64
 _LEAST_TRAINING_KEYS = 65_536
 _KMEANS_ROUNDS = 10
-_GATHERED_BYTES = 1 << 30
+
+
+class ProbingQueries(NamedTuple):
+    """Queries, with the lists that they probe and their codes.
+
+    vectors: float32, zero where a query is not finite.
+    """
+
+    vectors: Float[Tensor, "query dim"]
+    finite: Bool[Tensor, " query"]
+    probes: Int[Tensor, "query probe"]
+    codes: Codes
+
+    def take(self, chosen: Int[Tensor, " n"]) -> "ProbingQueries":
+        """Return some of the queries."""
+        codes = Codes(*(getattr(self.codes, field.name)[chosen] for field in fields(Codes)))
+        return ProbingQueries(self.vectors[chosen], self.finite[chosen], self.probes[chosen], codes)
+
+    @classmethod
+    def joined(cls, parts: list["ProbingQueries"]) -> "ProbingQueries":
+        """Return the queries of several parts, in their order."""
+        if len(parts) == 1:
+            return parts[0]
+        vectors, finite, probes, codes = zip(*parts, strict=True)
+        arrays = ([getattr(part, field.name) for part in codes] for field in fields(Codes))
+        return cls(
+            torch.cat(vectors), torch.cat(finite), torch.cat(probes), Codes(*map(torch.cat, arrays))
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Lists:
-    """Where the lists are, and how their members are coded: what all parts of an index share."""
+    """The lists' centroids and how their members are stored: the same for all parts of an index.
+
+    key_dtype: of the copied keys; None for a compressed index, which copies none.
+    """
 
     centroids: Float[Tensor, "list dim"]
     squared_norms: Float[Tensor, " list"]
     coder: Coder
+    key_dtype: torch.dtype | None
 
     @classmethod
-    def around(cls, centroids: Float[Tensor, "list dim"], coder: Coder) -> "Lists":
-        """Return the lists of some centroids."""
-        return cls(centroids, centroids.square().sum(dim=1), coder)
+    def around(
+        cls,
+        centroids: Float[Tensor, "list dim"],
+        coder: Coder,
+        key_dtype: torch.dtype | None = None,
+    ) -> "Lists":
+        """Return the lists with given centroids."""
+        return cls(centroids, centroids.square().sum(dim=1), coder, key_dtype)
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, Tensor], key_dtype: torch.dtype | None) -> "Lists":
+        """Pick the lists out of a file's arrays."""
+        coder = Coder(**{field.name: arrays[field.name] for field in fields(Coder)})
+        return cls.around(arrays["centroids"], coder, key_dtype)
+
+    def arrays(self) -> dict[str, Tensor]:
+        """Return the arrays to store, by name."""
+        coder = {field.name: getattr(self.coder, field.name) for field in fields(Coder)}
+        return {"centroids": self.centroids, **coder}
+
+    def to(self, device: torch.device) -> "Lists":
+        """Return the lists on a device."""
+        arrays = {name: array.to(device) for name, array in self.arrays().items()}
+        return Lists.from_arrays(arrays, self.key_dtype)
 
     def nearest_lists(
         self, vectors: Float[Tensor, "n dim"], count: int
@@ -46,6 +96,15 @@ class Lists:
         if count == 1:
             return scores.argmin(dim=1, keepdim=True)
         return scores.topk(count, dim=1, largest=False, sorted=False).indices
+
+    def prepare(self, queries: Float[Tensor, "query dim"], nprobe: int) -> ProbingQueries:
+        """Return queries with the `nprobe` nearest lists and the codes of each."""
+        queries = queries.float()
+        finite = queries.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            queries = queries.where(finite[:, None], torch.zeros_like(queries))
+        probes, codes = self.nearest_lists(queries, nprobe), self.coder.encode(queries)
+        return ProbingQueries(queries, finite, probes, codes)
 
 
 def default_nlist(rows: int) -> int:
@@ -57,7 +116,7 @@ def default_nlist(rows: int) -> int:
 def train_lists(
     store: Datastore, nlist: int, code_dim: int | None, seed: int, progress: Progress
 ) -> Lists:
-    """Place the centroids by k-means on a sample, and fit the coder to it; reproducible."""
+    """Place the centroids by k-means on a sample of the keys, and fit the coder to the sample."""
     generator = torch.Generator().manual_seed(seed)
     wanted = max(_LEAST_TRAINING_KEYS, _TRAINING_KEYS_PER_LIST * nlist)
     with progress.task("train the index", None, "keys"):
@@ -70,10 +129,8 @@ def train_lists(
 
 
 def _kmeans(sample: Float[Tensor, "n dim"], nlist: int, seed: int) -> Float[Tensor, "{nlist} dim"]:
-    try:
-        import faiss  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError as error:
-        raise missing_dependency("faiss-cpu", "building an ivf index", "faiss") from error
+    import faiss  # after torch, so that both share one thread pool
+
     kmeans = faiss.Kmeans(
         sample.shape[1],
         nlist,
@@ -86,7 +143,7 @@ def _kmeans(sample: Float[Tensor, "n dim"], nlist: int, seed: int) -> Float[Tens
     return torch.from_numpy(kmeans.centroids).clone()
 
 
-def assign(store: Datastore, lists: Lists, first: int, progress: Progress) -> Int[Tensor, " n"]:
+def _assign(store: Datastore, lists: Lists, first: int, progress: Progress) -> Int[Tensor, " n"]:
     """Return the list of every row from `first` on."""
     numbers = torch.empty(store.rows - first, dtype=torch.int64)
     with progress.task("assign keys to lists", store.rows - first, "keys") as advance:
@@ -94,25 +151,25 @@ def assign(store: Datastore, lists: Lists, first: int, progress: Progress) -> In
             skipped = max(0, first - start)
             keys, begin = keys[skipped:], start + skipped - first
 
-            def nearest(chunk: range, keys: Tensor = keys, begin: int = begin) -> None:
+            def assign_chunk(chunk: range, keys: Tensor = keys, begin: int = begin) -> None:
                 block = keys[chunk.start : chunk.stop].float()
-                found = lists.nearest_lists(block, 1)[:, 0]
-                numbers[begin + chunk.start : begin + chunk.stop] = found
+                nearest_list = lists.nearest_lists(block, 1)[:, 0]
+                numbers[begin + chunk.start : begin + chunk.stop] = nearest_list
 
-            workers().map(nearest, workers().chunks(len(keys), _BLOCK_ROWS))
+            workers().map(assign_chunk, workers().chunks(len(keys), _BLOCK_ROWS))
             advance(len(keys))
     return numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Which rows lie where: `rows[starts[l] : starts[l + 1]]` are list l, in random order."""
+    """The rows of each list: `rows[starts[l] : starts[l + 1]]` is list l, in random order."""
 
     starts: Int[Tensor, " lists_plus_1"]
     rows: Int[Tensor, " n"]
 
 
-def place(numbers: Int[Tensor, " n"], nlist: int, first: int, seed: int) -> Placement:
+def _place(numbers: Int[Tensor, " n"], nlist: int, first: int, seed: int) -> Placement:
     """Group rows by list. The order within a list is random, so that its head is a sample."""
     shuffled = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed + 1))
     order = shuffled[numbers[shuffled].argsort(stable=True)]
@@ -121,105 +178,9 @@ def place(numbers: Int[Tensor, " n"], nlist: int, first: int, seed: int) -> Plac
     return Placement(starts, order + first)
 
 
-def place_rows(store: Datastore, lists: Lists, first: int, progress: Progress) -> Placement:
+def place_rows(
+    store: Datastore, lists: Lists, first: int, progress: Progress, *, seed: int = 0
+) -> Placement:
     """Put the rows from `first` on into lists."""
-    numbers = assign(store, lists, first, progress)
-    return place(numbers, len(lists.centroids), first, seed=0)
-
-
-def placed_keys(
-    store: Datastore, lists: Lists, placement: Placement, progress: Progress
-) -> Iterator[tuple[int, Float[Tensor, "n dim"], Codes]]:
-    """Yield (first position, keys, codes) over a placement, a bounded number of keys at a time."""
-    rows = placement.rows
-    size = max(1, _GATHERED_BYTES // (store.key_dtype.itemsize * store.settings.dimension))
-    with progress.task("write the index", len(rows), "keys") as advance:
-        for start in range(0, len(rows), size):
-            keys = store.keys_at(rows[start : start + size])
-            chunks = workers().chunks(len(keys), _BLOCK_ROWS)
-
-            def encode(chunk: range, keys: Tensor = keys) -> Codes:
-                return lists.coder.encode(keys[chunk.start : chunk.stop].float())
-
-            for chunk, codes in zip(chunks, workers().map(encode, chunks), strict=True):
-                yield start + chunk.start, keys[chunk.start : chunk.stop], codes
-                advance(len(chunk))
-
-
-def part_arrays(rows: int, lists: Lists, key_dtype: torch.dtype | None) -> dict[str, Shape]:
-    """Return the arrays of a part's file. key_dtype: None for a part without keys."""
-    nlist, dim = lists.centroids.shape
-    code_dim = lists.coder.code_dim
-    arrays: dict[str, Shape] = {
-        "starts": (torch.int64, (nlist + 1,)),
-        "rows": (torch.int64, (rows,)),
-        "steps": (torch.float32, (rows,)),
-        "half_norms": (torch.float32, (rows,)),
-        "codes": (torch.int8, (rows, code_dim)),
-    }
-    if key_dtype is not None:
-        arrays["keys"] = (key_dtype, (rows, dim))
-    return arrays
-
-
-def list_arrays(lists: Lists) -> dict[str, Shape]:
-    """Return the arrays that say where the lists are."""
-    nlist, dim = lists.centroids.shape
-    code_dim = lists.coder.code_dim
-    return {
-        "centroids": (torch.float32, (nlist, dim)),
-        "center": (torch.float32, (dim,)),
-        "projection": (torch.float32, (code_dim, dim)),
-        "rest": (torch.float32, (code_dim,)),
-    }
-
-
-def lists_of(arrays: dict[str, Tensor]) -> Lists:
-    """Pick the lists out of a file's arrays."""
-    coder = Coder(arrays["center"], arrays["projection"], arrays["rest"])
-    return Lists.around(arrays["centroids"], coder)
-
-
-def write_lists(writer: PartWriter, lists: Lists) -> None:
-    """Write where the lists are; raises DatastoreWriteError."""
-    writer.write("centroids", 0, lists.centroids)
-    writer.write("center", 0, lists.coder.center)
-    writer.write("projection", 0, lists.coder.projection)
-    writer.write("rest", 0, lists.coder.rest)
-
-
-def fill(
-    writer: PartWriter,
-    store: Datastore,
-    lists: Lists,
-    placement: Placement,
-    key_dtype: torch.dtype | None,
-    progress: Progress,
-) -> None:
-    """Write all arrays of a part; raises DatastoreWriteError."""
-    writer.write("starts", 0, placement.starts)
-    writer.write("rows", 0, placement.rows)
-    for first, keys, codes in placed_keys(store, lists, placement, progress):
-        writer.write("codes", first, codes.codes)
-        writer.write("steps", first, codes.steps)
-        writer.write("half_norms", first, codes.half_norms)
-        if key_dtype is not None:
-            writer.write("keys", first, keys.to(key_dtype))
-
-
-def part_in_memory(
-    store: Datastore, lists: Lists, placement: Placement, key_dtype: torch.dtype | None
-) -> Part:
-    """Return a part that is written nowhere: for the few rows appended since the build."""
-    placed = [
-        (codes, keys if key_dtype is None else keys.to(key_dtype))
-        for _, keys, codes in placed_keys(store, lists, placement, SILENT)
-    ]
-    return Part(
-        placement.starts,
-        placement.rows,
-        torch.cat([codes.codes for codes, _ in placed]),
-        torch.cat([codes.steps for codes, _ in placed]),
-        torch.cat([codes.half_norms for codes, _ in placed]),
-        None if key_dtype is None else torch.cat([keys for _, keys in placed]),
-    )
+    numbers = _assign(store, lists, first, progress)
+    return _place(numbers, len(lists.centroids), first, seed)

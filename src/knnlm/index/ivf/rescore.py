@@ -23,7 +23,10 @@ def rescore(
     k: int,
     compiled: bool,
 ) -> Neighbors:
-    """Return the k nearest of candidates, whose distances are estimates. compiled: by numba."""
+    """Return the k nearest of candidates, whose distances are estimates.
+
+    compiled: with the kernels, on the CPU, instead of tensor operations.
+    """
     measure = _distances if compiled else _distances_in_tensors
     distances = measure(store, queries, candidates)
     nearest, columns = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
@@ -33,7 +36,7 @@ def rescore(
 def _distances(
     store: Datastore, queries: Float[Tensor, "query dim"], candidates: Neighbors
 ) -> Float[Tensor, "query candidate"]:
-    from knnlm.index.ivf import kernels
+    from knnlm.index.ivf import kernels  # numba takes half a second to import
 
     distances = torch.full_like(candidates.squared_distances, torch.inf)
     out, rows = distances.numpy(), candidates.rows.numpy()
@@ -44,7 +47,7 @@ def _distances(
 
         def measure(chunk: range, first_row: int = first_row, keys: object = bits) -> None:
             part = slice(chunk.start, chunk.stop)
-            kernels.exact_in_block(vectors, chunk.start, rows[part], keys, first_row, out[part])
+            kernels.exact_in_block(vectors[part], rows[part], keys, first_row, out[part])
 
         chunks = workers().chunks(len(queries), _QUERIES_AT_ONCE)
         if len(chunks) == 1:

@@ -1,62 +1,40 @@
 """Searching inverted lists for many queries at once, list by list, on the CPU.
 
-The queries that probe a list are scored against all of it by one product of codes. What a query
-keeps is bounded beforehand: every list lies in random order, so that its head is a sample; the
-right rank among the scores of the probed heads bounds the score of the k-th nearest. The few
+The queries that probe a list are scored against all of it by one product of codes. The scores that
+a query keeps are bounded beforehand: every list lies in random order, so that its head is a sample;
+the right rank among the scores of the probed heads bounds the score of the k-th nearest. The few
 candidates within the bound get exact distances while their list is in the cache. A query whose
-bound was too tight, one in some thousand, is searched again without.
+bound was too tight, about one in a thousand, is searched again without a bound.
 """
 
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.index.ivf import kernels
-from knnlm.index.ivf.codes import Codes, Effort
-from knnlm.index.ivf.file import Part
+from knnlm.index.ivf.candidates import (
+    UNBOUNDED,
+    Candidates,
+    Floats,
+    Integers,
+    PartArrays,
+    nearest_of,
+)
+from knnlm.index.ivf.codes import Effort
+from knnlm.index.ivf.kernels import Kept
+from knnlm.index.ivf.lists import ProbingQueries
 from knnlm.index.ivf.products import products
 from knnlm.index.protocol import Neighbors
 from knnlm.threads import workers
 
-Floats = NDArray[np.float32]
-Integers = NDArray[np.int64]
-
-UNBOUNDED = float(np.finfo(np.float32).max)  # not +inf: that is the score of what is forgotten
 _LISTS_AT_ONCE = 16
 _QUERIES_AT_ONCE = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Candidates:
-    """Candidates of all queries in one array; `starts`, `counts` [query, run] say whose."""
-
-    distances: Floats
-    positions: Integers
-    starts: Integers
-    counts: Integers
-
-
-class PartArrays:
-    """A part as the kernels want it. first: the position of its first row among all parts'."""
-
-    def __init__(self, part: Part, first: int) -> None:
-        self.first = first
-        self.starts = part.starts.numpy()
-        self.codes = part.codes
-        self.codes_array = part.codes.numpy()
-        self.steps = part.steps.numpy()
-        self.half_norms = part.half_norms.numpy()
-        keys = part.keys
-        self.keys: NDArray[Any] | None = None
-        if keys is not None:
-            self.keys = (keys.view(torch.uint16) if keys.dtype == torch.float16 else keys).numpy()
 
 
 class _Scratch(threading.local):
@@ -67,7 +45,7 @@ class _Scratch(threading.local):
     def reserve(self, size: int) -> None:
         if size > self.size:
             self.size = size + size // 2
-            self.scores = np.empty(self.size, np.float32)
+            self.distances = np.empty(self.size, np.float32)
             self.positions = np.empty(self.size, np.int64)
 
 
@@ -77,18 +55,12 @@ _scratch = _Scratch()
 class _Batch:
     """Queries grouped by the lists they probe. A *pair* is a query and a list it probes."""
 
-    def __init__(
-        self,
-        queries: Float[Tensor, "query dim"],
-        codes: Codes,
-        probes: Int[Tensor, "query probe"],
-        parts: list[PartArrays],
-    ) -> None:
-        self.queries, self.codes, self.parts = queries.numpy(), codes, parts
-        self.steps, self.half_norms = codes.steps.numpy(), codes.half_norms.numpy()
-        self.margins = codes.margins().numpy()
-        self.probes = probes.numpy()
-        self.nprobe = probes.shape[1]
+    def __init__(self, queries: ProbingQueries, parts: list[PartArrays]) -> None:
+        self.queries, self.codes, self.parts = queries.vectors.numpy(), queries.codes, parts
+        self.steps, self.half_norms = self.codes.steps.numpy(), self.codes.half_norms.numpy()
+        self.margins = self.codes.margins().numpy()
+        self.probes = queries.probes.numpy()
+        self.nprobe = self.probes.shape[1]
         nlist = len(parts[0].starts) - 1
         lists = self.probes.reshape(-1)
         narrow = lists.astype(np.uint16) if nlist < 1 << 16 else lists  # sorts by radix
@@ -119,26 +91,23 @@ class _Batch:
 
 
 def search_batch(
-    queries: Float[Tensor, "query dim"],
-    codes: Codes,
-    probes: Int[Tensor, "query probe"],
+    queries: ProbingQueries,
     parts: list[PartArrays],
     rows: Int[Tensor, " n"],
     k: int,
     effort: Effort,
 ) -> Neighbors:
     """Return the k nearest in the probed lists. rows: the datastore's, by position."""
-    batch = _Batch(queries, codes, probes, parts)
+    batch = _Batch(queries, parts)
     bounds = _bounds(batch, k, effort)
-    runs = _candidates(batch, bounds)
-    nearest = nearest_of(runs, rows, k)
-    found = runs.counts.sum(axis=1)
+    candidates = _candidates(batch, bounds)
+    nearest = nearest_of(candidates, rows, k)
+    counts = candidates.counts.sum(axis=1)
     available = batch.lengths.sum(axis=0)[batch.probes].sum(axis=1)
-    short = np.flatnonzero((found < np.minimum(k, available)) & (bounds < UNBOUNDED))
+    short = np.flatnonzero((counts < np.minimum(k, available)) & (bounds < UNBOUNDED))
     for start in range(0, len(short), _QUERIES_AT_ONCE):
         again = torch.from_numpy(short[start : start + _QUERIES_AT_ONCE])
-        chosen = Codes(codes.codes[again], codes.steps[again], codes.half_norms[again])
-        batch = _Batch(queries[again], chosen, probes[again], parts)
+        batch = _Batch(queries.take(again), parts)
         unbounded = np.full(len(again), UNBOUNDED, np.float32)
         better = nearest_of(_candidates(batch, unbounded), rows, k)
         nearest.squared_distances[again] = better.squared_distances
@@ -163,8 +132,7 @@ def _bounds(batch: _Batch, k: int, effort: Effort) -> Floats:
             kernels.write_scores(
                 batch.products(part, number, length),
                 batch.steps[batch.query_of_pair[pairs]],
-                part.steps[rows],
-                part.half_norms[rows],
+                part.scales(rows),
                 offsets.reshape(-1, len(batch.parts))[batch.pairs[pairs], which],
                 scores,
             )
@@ -178,13 +146,14 @@ def _bounds(batch: _Batch, k: int, effort: Effort) -> Floats:
     ranks = np.ceil(wanted + effort.deviations * deviation).astype(np.int64)
     ranks[(ranks >= sizes) | (available <= 2 * k)] = -1
     starts = np.concatenate([offsets[:, 0, 0], ends[-1:]])
-    bounds = np.empty(len(sizes), np.float32)
+    bounds = np.full(len(sizes), UNBOUNDED, np.float32)
 
     def select(chunk: range) -> None:
-        kernels.thresholds(
-            scores, starts, ranks, np.float32(UNBOUNDED), chunk.start,
-            bounds[chunk.start : chunk.stop],
-        )  # fmt: skip
+        for query in chunk:
+            rank = ranks[query]
+            if rank >= 0:
+                own_scores = scores[starts[query] : starts[query + 1]]
+                bounds[query] = np.partition(own_scores, rank)[rank]
 
     workers().map(select, workers().chunks(len(bounds), _QUERIES_AT_ONCE))
     bounds += batch.margins
@@ -205,25 +174,21 @@ def _candidates(batch: _Batch, bounds: Floats) -> Candidates:
             rows = slice(start, start + length)
             query_of_pair = batch.query_of_pair[pairs]
             _scratch.reserve(length * len(query_of_pair))
+            found = Kept(_scratch.distances, _scratch.positions, counts[which, pairs])
             total = kernels.keep(
                 batch.products(part, number, length),
                 batch.steps[query_of_pair],
                 bounds[query_of_pair],
-                part.steps[rows],
-                part.half_norms[rows],
-                _scratch.scores,
-                _scratch.positions,
-                counts[which, pairs],
+                part.scales(rows),
+                found,
             )
-            distances, positions = _scratch.scores[:total].copy(), _scratch.positions[:total].copy()
+            distances, positions = found.distances[:total].copy(), found.positions[:total].copy()
             if part.keys is not None:
-                kernels.exact(
-                    batch.queries, query_of_pair, part.keys[rows], positions,
-                    counts[which, pairs], distances,
-                )  # fmt: skip
+                near = Kept(distances, positions, found.counts)
+                kernels.exact(batch.queries, query_of_pair, part.keys[rows], near)
             else:
-                of_query = np.repeat(batch.half_norms[query_of_pair], counts[which, pairs])
-                distances = np.maximum(2 * (distances + of_query), 0)
+                half_norms = np.repeat(batch.half_norms[query_of_pair], found.counts)
+                distances = np.maximum(2 * (distances + half_norms), 0)
             positions += part.first + start
             kept.append((distances, positions))
         return kept
@@ -239,27 +204,3 @@ def _candidates(batch: _Batch, bounds: Floats) -> Candidates:
         starts_of.reshape(shape[0], -1),
         counts_of.reshape(shape[0], -1),
     )
-
-
-def nearest_of(runs: Candidates, rows: Int[Tensor, " n"], k: int) -> Neighbors:
-    """Pick the k nearest of each query's candidates. rows: the datastore's, by position."""
-    distances = np.empty((len(runs.counts), k), np.float32)
-    nearest_rows = np.empty((len(runs.counts), k), np.int64)
-    row_of_position = rows.numpy()
-
-    def select(chunk: range) -> None:
-        part = slice(chunk.start, chunk.stop)
-        nearest_in(runs, row_of_position, chunk.start, distances[part], nearest_rows[part])
-
-    workers().map(select, workers().chunks(len(distances), _QUERIES_AT_ONCE))
-    return Neighbors(torch.from_numpy(distances), torch.from_numpy(nearest_rows))
-
-
-def nearest_in(
-    runs: Candidates, row_of_position: Integers, first: int, distances: Floats, rows: Integers
-) -> None:
-    """Write the nearest candidates of the queries from `first` on; +inf and −1 where too few."""
-    kernels.nearest(
-        runs.distances, runs.positions, runs.starts, runs.counts, row_of_position, first,
-        distances, rows,
-    )  # fmt: skip

@@ -1,30 +1,21 @@
 """Searching inverted lists for one or a few queries, on the CPU: reading memory is what it costs.
 
 Every code of the probed lists is read once; exact distances are computed only for the candidates
-with the best scores. One thread answers a query, in a handful of compiled calls: to wake another
-takes longer than the half that it would do.
+with the best scores. One thread answers a query, in a handful of calls: waking another takes longer
+than the half of the work that it would do.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from knnlm.index.ivf import kernels
-from knnlm.index.ivf import kernels_few as few_kernels
-from knnlm.index.ivf.codes import (
-    ALIKENESS_OF_RESTS,
-    LARGEST_CODE,
-    LEAST_STEP,
-    MARGIN,
-    Effort,
-)
-from knnlm.index.ivf.lists import Lists
-from knnlm.index.ivf.search_batch import (
+from knnlm.index.ivf import kernels, kernels_few
+from knnlm.index.ivf.candidates import (
     UNBOUNDED,
     Candidates,
     Floats,
@@ -32,6 +23,10 @@ from knnlm.index.ivf.search_batch import (
     PartArrays,
     nearest_in,
 )
+from knnlm.index.ivf.codes import MARGIN, Effort
+from knnlm.index.ivf.kernels import Kept
+from knnlm.index.ivf.kernels_few import CodedKeys, CoderArrays
+from knnlm.index.ivf.lists import Lists
 from knnlm.index.protocol import Neighbors
 from knnlm.threads import workers
 
@@ -49,21 +44,19 @@ class QueryCode:
     half_norm: np.float32
 
     def candidates(
-        self,
-        wanted: int,
-        bound: float,
-        lists: Integers,
-        starts: Integers,
-        codes: NDArray[np.int8],
-        steps: Floats,
-        half_norms: Floats,
+        self, wanted: int, bound: float, lists: Integers, keys: CodedKeys
     ) -> tuple[float, Integers, Floats]:
-        """Return the positions and scores of the best keys of some lists, and a smaller bound."""
-        margin = MARGIN * self.step * np.sqrt(self.half_norm)
-        found: tuple[float, Integers, Floats] = few_kernels.candidates(
-            self.code, self.step, wanted, margin, bound, lists, starts, codes, steps, half_norms
-        )  # fmt: skip
-        return found
+        """Return the positions and scores of the best keys of some lists, and a smaller bound.
+
+        That is the `wanted` best, those that may be as good (their scores are within the margin of
+        rounding), and none beyond the bound.
+        """
+        positions, scores = kernels_few.score(self.code, self.step, lists, keys)
+        if wanted < len(scores):
+            margin = MARGIN * self.step * np.sqrt(self.half_norm)
+            bound = min(bound, np.partition(scores, wanted - 1)[wanted - 1] + margin)
+        near = np.flatnonzero(scores <= bound)
+        return bound, positions[near], scores[near]
 
 
 class ListArrays:
@@ -71,55 +64,55 @@ class ListArrays:
 
     def __init__(self, lists: Lists) -> None:
         self.centroids = lists.centroids.numpy()
-        self.center = lists.coder.center.numpy()
-        self.projection = lists.coder.projection.numpy()
-        self.rest = lists.coder.rest.numpy()
-        codes = lists.coder.encode(lists.centroids)
-        self._codes = codes.codes.numpy()
-        self._steps, self._half_norms = codes.steps.numpy(), codes.half_norms.numpy()
-        self._all = np.array([0, len(self.centroids)])
+        coder = lists.coder
+        self._coder = CoderArrays(
+            coder.center.numpy(), coder.projection.numpy(), coder.rest.numpy()
+        )
+        codes = coder.encode(lists.centroids)
+        self._coded_centroids = CodedKeys(
+            np.array([0, len(self.centroids)]),
+            codes.codes.numpy(),
+            codes.steps.numpy(),
+            codes.half_norms.numpy(),
+        )
 
     def encode(self, query: Floats) -> QueryCode:
         """Return the code of a query, as `Coder.encode` does."""
-        code = np.empty(len(self.projection), np.int8)
-        step, squared_norm = few_kernels.encode(
-            query, self.center, self.projection, self.rest, np.float32(ALIKENESS_OF_RESTS),
-            LARGEST_CODE, np.float32(LEAST_STEP), code,
-        )  # fmt: skip
+        code = np.empty(len(self._coder.projection), np.int8)
+        step, squared_norm = kernels_few.encode(query, self._coder, code)
         return QueryCode(code, np.float32(step), np.float32(squared_norm / 2))
 
     def nearest_lists(self, query: Floats, code: QueryCode, count: int) -> Integers:
         """Return the numbers of the lists with the nearest centroids, ascending."""
-        _, numbers, _ = code.candidates(
-            count + count // 4 + _SPARE_LISTS, UNBOUNDED, _ONLY, self._all, self._codes,
-            self._steps, self._half_norms,
-        )  # fmt: skip
+        wanted = count + count // 4 + _SPARE_LISTS
+        _, numbers, _ = code.candidates(wanted, UNBOUNDED, _ONLY, self._coded_centroids)
         if len(numbers) > count:
             distances = _exact(query, self.centroids, numbers)
             numbers = numbers[np.argpartition(distances, count - 1)[:count]]
         return np.sort(numbers)
 
 
+class IndexArrays(NamedTuple):
+    """An index as the kernels want it. rows: the datastore's, by position."""
+
+    lists: ListArrays
+    parts: list[PartArrays]
+    rows: Integers
+
+
 def search_few(
-    queries: Float[Tensor, "query dim"],
-    lists: ListArrays,
-    nprobe: int,
-    parts: list[PartArrays],
-    rows: Int[Tensor, " n"],
-    k: int,
-    effort: Effort,
+    queries: Float[Tensor, "query dim"], index: IndexArrays, nprobe: int, k: int, effort: Effort
 ) -> Neighbors:
-    """Return the k nearest in the `nprobe` nearest lists. rows: the datastore's, by position."""
+    """Return the k nearest in the `nprobe` nearest lists."""
     distances = np.empty((len(queries), k), np.float32)
     nearest_rows = np.empty((len(queries), k), np.int64)
-    arrays, row_of_position = queries.float().contiguous().numpy(), rows.numpy()
+    vectors = queries.float().contiguous().numpy()
 
     def search(number: int) -> None:
-        query = arrays[number]
-        if np.isfinite(query).all():
-            found = slice(number, number + 1)
-            runs = _candidates(query, lists, nprobe, parts, k, effort)
-            nearest_in(runs, row_of_position, 0, distances[found], nearest_rows[found])
+        if np.isfinite(vectors[number]).all():
+            candidates = _candidates(vectors[number], index, nprobe, k, effort)
+            one = slice(number, number + 1)
+            distances[one], nearest_rows[one] = nearest_in(candidates, index.rows, k)
         else:
             distances[number], nearest_rows[number] = np.inf, -1
 
@@ -131,38 +124,31 @@ def search_few(
 
 
 def _candidates(
-    query: Floats,
-    lists: ListArrays,
-    nprobe: int,
-    parts: list[PartArrays],
-    k: int,
-    effort: Effort,
+    query: Floats, index: IndexArrays, nprobe: int, k: int, effort: Effort
 ) -> Candidates:
     """Return exact distances of the candidates with the best scores."""
-    code = lists.encode(query)
-    probes = lists.nearest_lists(query, code, nprobe)
+    code = index.lists.encode(query)
+    probes = index.lists.nearest_lists(query, code, nprobe)
     wanted = int(effort.oversampling * k) + _SPARE_CANDIDATES
     bound = UNBOUNDED
-    found = []
-    for part in parts:
-        bound, positions, scores = code.candidates(
-            wanted, bound, probes, part.starts, part.codes_array, part.steps, part.half_norms
-        )
+    pieces = []
+    for part in index.parts:
+        bound, positions, scores = code.candidates(wanted, bound, probes, part.coded_keys)
         if part.keys is None:
             distances = np.maximum(2 * (scores + code.half_norm), 0)
         else:
             distances = _exact(query, part.keys, positions)
         positions += part.first
-        found.append((distances, positions))
-    if len(found) == 1:
-        distances, positions = found[0]
+        pieces.append((distances, positions))
+    if len(pieces) == 1:
+        distances, positions = pieces[0]
     else:
-        distances = np.concatenate([distances for distances, _ in found])
-        positions = np.concatenate([positions for _, positions in found])
+        distances = np.concatenate([distances for distances, _ in pieces])
+        positions = np.concatenate([positions for _, positions in pieces])
     return Candidates(distances, positions, _ONLY[None], np.array([[len(positions)]]))
 
 
 def _exact(query: Floats, keys: NDArray[Any], positions: Integers) -> Floats:
     distances = np.empty(len(positions), np.float32)
-    kernels.exact(query[None], _ONLY, keys, positions, np.array([len(positions)]), distances)
+    kernels.exact(query[None], _ONLY, keys, Kept(distances, positions, np.array([len(positions)])))
     return distances

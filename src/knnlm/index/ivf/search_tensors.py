@@ -1,36 +1,30 @@
-"""Searching inverted lists in tensor operations alone: on a GPU, or where numba is missing.
+"""Searching inverted lists in tensor operations alone: for a GPU.
 
-The same steps as `ivf_batch`, and the same neighbors.
+The same steps as in `search_batch`, and the same neighbors.
 """
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knnlm.index.ivf.codes import Codes, Effort
-from knnlm.index.ivf.file import Part
+from knnlm.index.ivf.codes import Effort
+from knnlm.index.ivf.lists import ProbingQueries
+from knnlm.index.ivf.parts import Part
 from knnlm.index.protocol import Neighbors
 
 _ELEMENTS_AT_ONCE = 1 << 24
 
 
 def search_tensors(
-    queries: Float[Tensor, "query dim"],
-    codes: Codes,
-    probes: Int[Tensor, "query probe"],
-    parts: list[Part],
-    rows: Int[Tensor, " n"],
-    k: int,
-    effort: Effort,
+    queries: ProbingQueries, parts: list[Part], rows: Int[Tensor, " n"], k: int, effort: Effort
 ) -> Neighbors:
     """Return the k nearest in the probed lists. rows: the datastore's, by position."""
-    search = _Search(queries, codes, probes, parts)
+    search = _Search(queries, parts)
     bounds = search.bounds(k, effort)
-    nearest, found = search.nearest(bounds, rows, k)
-    short = ((found < search.available.clamp_max(k)) & bounds.isfinite()).nonzero()[:, 0]
+    nearest, counts = search.nearest(bounds, rows, k)
+    short = ((counts < search.available.clamp_max(k)) & bounds.isfinite()).nonzero()[:, 0]
     if len(short):
-        chosen = Codes(codes.codes[short], codes.steps[short], codes.half_norms[short])
-        again = _Search(queries[short], chosen, probes[short], parts)
+        again = _Search(queries.take(short), parts)
         unbounded = torch.full_like(bounds[short], torch.inf)
         better, _ = again.nearest(unbounded, rows, k)
         nearest.squared_distances[short] = better.squared_distances
@@ -39,16 +33,11 @@ def search_tensors(
 
 
 class _Search:
-    """Queries grouped by the lists they probe."""
+    """Queries grouped by the lists that they probe."""
 
-    def __init__(
-        self,
-        queries: Float[Tensor, "query dim"],
-        codes: Codes,
-        probes: Int[Tensor, "query probe"],
-        parts: list[Part],
-    ) -> None:
-        self.queries, self.codes, self.parts = queries, codes, parts
+    def __init__(self, queries: ProbingQueries, parts: list[Part]) -> None:
+        self.queries, _, probes, self.codes = queries
+        self.parts = parts
         self.nprobe = probes.shape[1]
         lists, pairs = probes.reshape(-1).sort(stable=True)
         self.pairs = pairs
@@ -94,7 +83,7 @@ class _Search:
     def nearest(
         self, bounds: Float[Tensor, " query"], rows: Int[Tensor, " n"], k: int
     ) -> tuple[Neighbors, Int[Tensor, " query"]]:
-        """Return each query's nearest within its bound, and how many candidates were within."""
+        """Return each query's nearest, and how many candidates were within its bound."""
         queries, distances, positions = [], [], []
         for number, first, stop in self.groups:
             members = self.pairs[first:stop] // self.nprobe
@@ -115,8 +104,8 @@ class _Search:
         ascending = distance.argsort(stable=True)
         order = ascending[query[ascending].argsort(stable=True)]
         query, distance, position = query[order], distance[order], position[order]
-        found = torch.bincount(query, minlength=len(self.queries))
-        rank = torch.arange(len(query), device=query.device) - (found.cumsum(0) - found)[query]
+        counts = torch.bincount(query, minlength=len(self.queries))
+        rank = torch.arange(len(query), device=query.device) - (counts.cumsum(0) - counts)[query]
         kept = rank < k
         shape = len(self.queries), k
         nearest = Neighbors(
@@ -125,7 +114,7 @@ class _Search:
         )
         nearest.squared_distances[query[kept], rank[kept]] = distance[kept]
         nearest.rows[query[kept], rank[kept]] = rows[position[kept]]
-        return nearest, found
+        return nearest, counts
 
     def _distances(
         self,
