@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 import knnlm
-from knnlm.index.policy import describe_index
+from knnlm.index.report import describe_index
 from knnlm.mixture.parameters import Parameters
 from knnlm.provenance import write_results
 
@@ -104,7 +104,7 @@ def main() -> None:
         {
             "entries": len(store),
             "device": str(lm.device),
-            "index": describe_index(store),
+            "index": describe_index(store.catalog),
             "prompt_tokens": arguments.prompt_tokens,
             "new_tokens": arguments.new_tokens,
             "measured": measured,

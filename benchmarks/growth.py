@@ -35,7 +35,8 @@ from numpy.typing import NDArray
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
-from knnlm.index.policy import build_index, describe_index, open_index
+from knnlm.index.policy import build_index, open_index
+from knnlm.index.report import describe_index
 from knnlm.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
@@ -99,11 +100,11 @@ def build(path: Path, kind: str, *, indexed: bool) -> dict[str, Any]:
     """Index a datastore, or use its existing index."""
     store = Datastore(path)
     if indexed:
-        return {"build_seconds": None, "index": describe_index(store)}
+        return {"build_seconds": None, "index": describe_index(store.catalog)}
     started = time.perf_counter()
     build_index(store, kind)
     seconds = time.perf_counter() - started
-    return {"build_seconds": seconds, "index": describe_index(store), **own_memory()}
+    return {"build_seconds": seconds, "index": describe_index(store.catalog), **own_memory()}
 
 
 def search(path: Path, queries: NDArray[np.float32], k: int, repetitions: int) -> dict[str, Any]:

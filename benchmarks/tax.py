@@ -26,7 +26,8 @@ from made_store import write_store
 
 import knnlm
 from knnlm.index.exact import ExactIndex
-from knnlm.index.policy import build_index, describe_index
+from knnlm.index.policy import build_index
+from knnlm.index.report import describe_index
 from knnlm.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results" / "tax.json"
@@ -108,7 +109,7 @@ class Tax:
             )
         return {
             "entries": len(store),
-            "index": describe_index(store),
+            "index": describe_index(store.catalog),
             "lm_alone": [report.to_dict() for report in alone],
             "exact": exact.to_dict(),
             "settings": settings,

@@ -14,6 +14,7 @@ from knnlm.errors import (
     DatastoreNotFoundError,
     InvalidArgumentError,
 )
+from knnlm.index.backend import IndexOptions
 from knnlm.index.faiss import FaissIndex
 
 pytest.importorskip("faiss")
@@ -21,13 +22,13 @@ pytest.importorskip("faiss")
 
 class TestFlat(IndexContract):
     def make_index(self, store: Datastore) -> FaissIndex:
-        return FaissIndex.build(store, "Flat")
+        return FaissIndex.build(store, IndexOptions(factory="Flat"))
 
 
 class TestIVFFlatProbingAll(IndexContract):
     def make_index(self, store: Datastore) -> FaissIndex:
         lists = max(1, min(16, store.rows // 39))
-        return FaissIndex.build(store, f"IVF{lists},Flat", nprobe=lists)
+        return FaissIndex.build(store, IndexOptions(factory=f"IVF{lists},Flat", nprobe=lists))
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def store(tmp_path: Path) -> Datastore:
     ],
 )
 def test_tombstones_and_nprobe_reach_every_wrapper(store: Datastore, factory: str) -> None:
-    index = FaissIndex.build(store, factory, k_factor=60.0, k=64)
+    index = FaissIndex.build(store, IndexOptions(factory=factory, k=64), k_factor=60.0)
     if "IVF" in factory:
         index.nprobe = 16
     queries = clustered(40, seed=1)
@@ -69,7 +70,7 @@ def test_tombstones_and_nprobe_reach_every_wrapper(store: Datastore, factory: st
     "factory", ["IVF64,SQ8", "OPQ8_24,IVF64,PQ8x4fs,RFlat", "PCA16,IVF64,Flat"]
 )
 def test_a_larger_nprobe_finds_more(store: Datastore, factory: str) -> None:
-    index = FaissIndex.build(store, factory, nprobe=1)
+    index = FaissIndex.build(store, IndexOptions(factory=factory, nprobe=1))
     queries = clustered(100, seed=2)
     few = index.search(queries, 500).present.sum()
     index.nprobe = 64
@@ -77,14 +78,14 @@ def test_a_larger_nprobe_finds_more(store: Datastore, factory: str) -> None:
 
 
 def test_nprobe_is_the_smallest_that_reaches_the_recall(store: Datastore) -> None:
-    index = FaissIndex.build(store, "IVF64,Flat", recall=0.9, k=50)
+    index = FaissIndex.build(store, IndexOptions(factory="IVF64,Flat", recall=0.9, k=50))
     assert 0.9 <= index.report.measured.recall <= 1.0
     assert index.report.nprobe is not None
     assert index.report.nprobe < 64
 
 
 def test_it_is_read_back_and_follows_the_datastore(store: Datastore) -> None:
-    built = FaissIndex.build(store, "IVF16,Flat", nprobe=16)
+    built = FaissIndex.build(store, IndexOptions(factory="IVF16,Flat", nprobe=16))
     index = FaissIndex(Datastore(store.path))
     assert index.report == built.report
     queries = clustered(20, seed=3)
@@ -105,8 +106,8 @@ def test_refusals(store: Datastore) -> None:
     with pytest.raises(DatastoreNotFoundError, match="has no FAISS index; make one with"):
         FaissIndex(store)
     with pytest.raises(InvalidArgumentError, match="factory 'Nonsense' is none of FAISS's"):
-        FaissIndex.build(store, "Nonsense")
-    FaissIndex.build(store, "Flat")
+        FaissIndex.build(store, IndexOptions(factory="Nonsense"))
+    FaissIndex.build(store, IndexOptions(factory="Flat"))
     (file,) = (store.path / "index" / "faiss").glob("*.index")
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(DatastoreCorruptError, match=r"cannot be read .*; run: knnlm index"):
@@ -115,6 +116,8 @@ def test_refusals(store: Datastore) -> None:
 
 def test_the_same_seed_gives_the_same_index(store: Datastore) -> None:
     queries = clustered(50, seed=5)
-    one = FaissIndex.build(store, "IVF32,Flat", nprobe=2).search(queries, 10)
-    other = FaissIndex.build(store, "IVF32,Flat", nprobe=2).search(queries, 10)
+    one = FaissIndex.build(store, IndexOptions(factory="IVF32,Flat", nprobe=2)).search(queries, 10)
+    other = FaissIndex.build(store, IndexOptions(factory="IVF32,Flat", nprobe=2)).search(
+        queries, 10
+    )
     assert torch.equal(one.rows, other.rows)

@@ -14,6 +14,7 @@ from knnlm.index.available_memory import memory_bytes
 from knnlm.index.exact import ExactIndex
 from knnlm.index.faiss import FaissIndex
 from knnlm.index.ivf.index import IVFIndex
+from knnlm.index.report import describe_index
 
 pytest.importorskip("faiss")
 
@@ -81,7 +82,7 @@ def test_what_was_built_is_opened(
     assert isinstance(index, expected)
     queries = clustered(100, seed=1)
     assert_neighbors(store, queries, 32, index.search(queries, 32), 0.9)
-    facts = policy.describe_index(store)
+    facts = describe_index(store.catalog)
     assert facts["kind"] == {"auto": "ivf"}.get(kind, kind)
     assert 0.95 <= facts["recall"] <= 1.0
     policy.build_index(store, "exact")
@@ -90,15 +91,15 @@ def test_what_was_built_is_opened(
 
 def test_an_index_is_kept_while_it_fits(store: Datastore) -> None:
     policy.keep_index(store)
-    assert policy.describe_index(store)["entries"] == 6000
+    assert describe_index(store.catalog)["entries"] == 6000
     append(store.path, clustered(600, seed=2).half(), 1, "few")
     store.refresh()
     policy.keep_index(store)
-    assert policy.describe_index(store)["entries"] == 6000, "appended rows are searched beside it"
+    assert describe_index(store.catalog)["entries"] == 6000, "appended rows are searched beside it"
     append(store.path, clustered(1000, seed=3).half(), 1, "many")
     store.refresh()
     policy.keep_index(store)
-    assert policy.describe_index(store)["entries"] == 7600
+    assert describe_index(store.catalog)["entries"] == 7600
 
 
 @pytest.mark.parametrize(("kind", "factory"), [("auto", None), ("faiss", "IVF16,Flat")])
@@ -111,7 +112,7 @@ def test_a_compaction_leaves_an_index_behind_until_it_is_built_anew(
     with pytest.raises(DatastoreChangedError, match="was compacted after its index was built; run"):
         policy.open_index(store)
     policy.keep_index(store)
-    assert policy.describe_index(store)["entries"] == 5400
+    assert describe_index(store.catalog)["entries"] == 5400
     queries = clustered(50, seed=4)
     found = policy.open_index(store).search(queries, 16)
     assert_neighbors(store, queries, 16, found, 0.9)
@@ -120,7 +121,7 @@ def test_a_compaction_leaves_an_index_behind_until_it_is_built_anew(
 def test_a_small_datastore_gets_no_index(store: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "EXACT_UP_TO", 10_000)
     policy.keep_index(store)
-    assert policy.describe_index(store) == {"kind": "exact", "recall": 1.0}
+    assert describe_index(store.catalog) == {"kind": "exact", "recall": 1.0}
     assert not (store.path / "index").exists()
 
 

@@ -3,13 +3,14 @@
 Plain values only: importing this file loads neither torch nor any search library.
 """
 
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from knnlm.choices import IndexKind
-
-if TYPE_CHECKING:
-    from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.facts import read_facts
 
 SETTING = "index"
 _NEVER_BUILT = {"kind": IndexKind.exact, "asked": IndexKind.auto, "report": {"recall": 1.0}}
@@ -70,13 +71,13 @@ class IndexReport:
         }
 
 
-def index_setting(catalog: "Catalog") -> dict[str, Any]:
+def index_setting(catalog: Catalog) -> dict[str, Any]:
     """Return the kind of index that was built, the kind that was asked for, and the report."""
     setting: dict[str, Any] = catalog.get(SETTING) or _NEVER_BUILT
     return setting
 
 
-def describe_index(catalog: "Catalog") -> dict[str, Any]:
+def describe_index(catalog: Catalog) -> dict[str, Any]:
     """Return the kind of a datastore's index and the facts about it, as plain values.
 
     recall: the share of the k true nearest found, measured when the index was built; None where
@@ -84,3 +85,13 @@ def describe_index(catalog: "Catalog") -> dict[str, Any]:
     """
     setting = index_setting(catalog)
     return {"kind": setting["kind"], **setting.get("report", _UNKNOWN)}
+
+
+def describe_datastore(path: str | Path, list_documents: bool = False) -> dict[str, Any]:
+    """Return what `knnlm info --json` prints: the facts about a datastore and its index.
+
+    See `read_facts`. Raises DatastoreNotFoundError and DatastoreCorruptError.
+    """
+    facts = read_facts(path, list_documents)
+    with closing(Catalog(Path(path))) as catalog:
+        return facts | {"index": describe_index(catalog)}

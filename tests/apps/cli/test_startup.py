@@ -51,7 +51,6 @@ def test_help_and_version_load_nothing_heavy(arguments: tuple[str, ...]) -> None
     assert loaded & {*HEAVY, "rich.progress", "knnlm.datastore.datastore"} == set()
 
 
-@pytest.mark.xfail(strict=True, reason="info still opens the datastore with torch")
 @pytest.mark.parametrize("options", [(), ("--json",), ("--documents",)], ids=" ".join)
 def test_info_loads_nothing_heavy(tmp_path: Path, options: tuple[str, ...]) -> None:
     path = tiny_store(tmp_path / "docs.store")

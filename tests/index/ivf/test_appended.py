@@ -11,10 +11,12 @@ from stores import small_disk
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreCorruptError, DatastoreWriteError
+from knnlm.index.backend import IndexOptions
 from knnlm.index.ivf import appended as ivf_appended
-from knnlm.index.ivf import lists as ivf_lists
+from knnlm.index.ivf import parts as ivf_parts
 from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
 from knnlm.index.policy import build_index, keep_index
+from knnlm.index.report import index_setting
 
 QUERIES = clustered(60, seed=1)
 
@@ -45,7 +47,7 @@ def refuse_coding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*arguments: object) -> None:
             raise AssertionError("rows were coded")
 
-        monkeypatch.setattr(ivf_lists, "placed_keys", fail)
+        monkeypatch.setattr(ivf_parts, "_placed_keys", fail)
 
     return refuse
 
@@ -157,8 +159,8 @@ def test_a_crash_before_the_replaced_files_are_gone(
 def test_a_file_of_another_index_is_not_taken(store: Datastore, tmp_path: Path) -> None:
     """As after a kill between building an index anew and removing what belonged to the old one."""
     other = store_of(tmp_path / "other", clustered(6000).half())
-    kind = IVFIndex.stored_report(store).kind
-    IVFIndex.build(other, kind=kind, recall=0.99, k=32, seed=5)
+    compressed = index_setting(store.catalog)["kind"] == "compressed"
+    IVFIndex.build(other, IndexOptions(recall=0.99, k=32, seed=5), compressed=compressed)
     grow(store, 500, "new")
     keep_index(store)
     foreign = (store.path / FOLDER / run_name(6000, 6500)).read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from knnlm.errors import (
     DatastoreWriteError,
     InvalidArgumentError,
 )
+from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
+from knnlm.index.ivf import index as ivf_index
 from knnlm.index.ivf import lists as ivf_lists
 from knnlm.index.ivf.codes import Coder
 from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
@@ -32,30 +35,23 @@ class TestIVF(IndexContract):
     recall = RECALL
 
     def make_index(self, store: Datastore) -> Index:
-        return IVFIndex.build(store, recall=0.99, k=128)
+        return IVFIndex.build(store, IndexOptions(recall=0.99, k=128))
 
 
 class TestCompressedIVF(IndexContract):
     recall = 0.9
 
     def make_index(self, store: Datastore) -> Index:
-        return IVFIndex.build(store, kind="compressed", recall=0.99, k=128, code_dim=16)
-
-
-class TestFloat32IVF(IndexContract):
-    recall = RECALL
-
-    def make_index(self, store: Datastore) -> Index:
-        return IVFIndex.build(store, kind="float32", recall=0.99, k=128)
+        return IVFIndex.build(store, IndexOptions(recall=0.99, k=128), compressed=True, code_dim=16)
 
 
 class TestIVFInTensors(IndexContract):
-    """Without numba."""
+    """In the way of a GPU, on the CPU."""
 
     recall = RECALL
 
     def make_index(self, store: Datastore) -> Index:
-        index = IVFIndex.build(store, recall=0.99, k=128)
+        index = IVFIndex.build(store, IndexOptions(recall=0.99, k=128))
         index._compiled = False
         return index
 
@@ -66,7 +62,18 @@ class TestIVFOnGPU(IndexContract):
     recall = RECALL
 
     def make_index(self, store: Datastore) -> Index:
-        return IVFIndex.build(store, recall=0.99, k=128, device="cuda")
+        return IVFIndex.build(store, IndexOptions(recall=0.99, k=128, device="cuda"))
+
+
+def test_keys_of_every_dtype_are_copied_exactly(tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        keys = clustered(3000).to(dtype)
+        index = IVFIndex.build(store_of(tmp_path / str(dtype), keys), IndexOptions(nprobe=8, k=16))
+        nearest = index.search(keys[:50].float(), 1)
+        assert index._base.keys is not None
+        assert index._base.keys.dtype == torch.float32
+        assert torch.equal(nearest.rows[:, 0], torch.arange(50))
+        assert not nearest.squared_distances.any()
 
 
 @pytest.fixture
@@ -81,7 +88,7 @@ def assert_same(one: Neighbors, other: Neighbors) -> None:
 
 @pytest.mark.parametrize("k", [3, 300])
 def test_every_way_to_search_finds_the_same(store: Datastore, k: int) -> None:
-    index = IVFIndex.build(store, nprobe=8)
+    index = IVFIndex.build(store, IndexOptions(nprobe=8))
     queries = clustered(120, seed=1)
     batch = index.search(queries, k)
     few = [index.search(part, k) for part in torch.split(queries, 7)]
@@ -97,17 +104,17 @@ def test_every_way_to_search_finds_the_same(store: Datastore, k: int) -> None:
 
 
 def test_all_lists_give_exact_search(store: Datastore) -> None:
-    index = IVFIndex.build(store, nlist=16, nprobe=16)
+    index = IVFIndex.build(store, IndexOptions(nprobe=16), nlist=16)
     queries = clustered(200, seed=1)
     assert_same(ExactIndex(store).search(queries, 50), index.search(queries, 50))
 
 
 def test_report_says_what_was_measured(store: Datastore) -> None:
     queries = clustered(500, seed=1)
-    index = IVFIndex.build(store, recall=0.9, k=64, queries=queries)
+    index = IVFIndex.build(store, IndexOptions(recall=0.9, k=64, queries=queries))
     report = index.report
     assert report.rows == 6000
-    assert report.nprobe < report.nlist
+    assert report.nprobe < index.nlist
     assert report.measured.recall >= 0.9
     assert IVFIndex(store).report == report
     truth = ExactIndex(store).search(queries, 64).rows
@@ -119,7 +126,8 @@ def test_report_says_what_was_measured(store: Datastore) -> None:
 
 def test_a_higher_recall_takes_more_lists(store: Datastore) -> None:
     low, high = (
-        IVFIndex.build(store, nlist=64, recall=recall, k=16).nprobe for recall in (0.6, 0.99)
+        IVFIndex.build(store, IndexOptions(recall=recall, k=16), nlist=64).nprobe
+        for recall in (0.6, 0.99)
     )
     assert low < high
 
@@ -127,24 +135,23 @@ def test_a_higher_recall_takes_more_lists(store: Datastore) -> None:
 def test_the_same_keys_give_the_same_file(tmp_path: Path) -> None:
     paths = [tmp_path / name for name in ("one", "other")]
     for path in paths:
-        IVFIndex.build(store_of(path, clustered(6000).half()), nprobe=4)
+        IVFIndex.build(store_of(path, clustered(6000).half()), IndexOptions(nprobe=4))
     one, other = ((path / FOLDER / FILE_NAME).read_bytes() for path in paths)
     header = 8 + int.from_bytes(one[:8], "little")
     assert one[header:] == other[header:]
 
 
 def test_appended_rows_are_found_and_compaction_is_refused(store: Datastore) -> None:
-    index = IVFIndex.build(store, recall=0.99, k=128)
+    index = IVFIndex.build(store, IndexOptions(recall=0.99, k=128))
     queries = clustered(100, seed=1)
     for prefix in ("new", "newer"):
         append(store.path, clustered(900, seed=8).half() + 0.25, 3, prefix)
-        assert index.refresh()
+        assert store.refresh()
         found = index.search(queries, 40)
         assert bool((found.rows >= 6000).any())
         assert_neighbors(store, queries, 40, found, 0.97)
     opened = IVFIndex(Datastore(store.path))
     assert_same(found, opened.search(queries, 40))
-    assert not index.refresh()
     store.forget(["new1", "d3"])
     assert_neighbors(store, queries, 40, index.search(queries, 40), 0.97)
     compact(store)
@@ -153,22 +160,26 @@ def test_appended_rows_are_found_and_compaction_is_refused(store: Datastore) -> 
     with pytest.raises(DatastoreChangedError, match="knnlm index"):
         IVFIndex(store)
     assert_neighbors(
-        store, queries, 40, IVFIndex.build(store, recall=0.99).search(queries, 40), 0.97
+        store,
+        queries,
+        40,
+        IVFIndex.build(store, IndexOptions(recall=0.99)).search(queries, 40),
+        0.97,
     )
 
 
 def test_a_build_that_fails_leaves_the_old_index(
     store: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    IVFIndex.build(store, nprobe=4)
+    IVFIndex.build(store, IndexOptions(nprobe=4))
     before = (store.path / FOLDER / FILE_NAME).read_bytes()
 
     def die(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ivf_lists, "fill", die)
+    monkeypatch.setattr(ivf_index, "write_part", die)
     with pytest.raises(KeyboardInterrupt):
-        IVFIndex.build(store, nprobe=2)
+        IVFIndex.build(store, IndexOptions(nprobe=2))
     assert [path.name for path in (store.path / FOLDER).iterdir()] == [FILE_NAME]
     assert (store.path / FOLDER / FILE_NAME).read_bytes() == before
 
@@ -177,14 +188,14 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", 800) as disk:
         store = store_of(disk.path / "store", clustered(6000).half())
         with pytest.raises(DatastoreWriteError, match="the disk is full"):
-            IVFIndex.build(store, nprobe=4)
+            IVFIndex.build(store, IndexOptions(nprobe=4))
         assert list((store.path / FOLDER).iterdir()) == []
 
 
 def test_a_damaged_or_missing_file_is_reported(store: Datastore) -> None:
     with pytest.raises(DatastoreNotFoundError, match="knnlm index"):
         IVFIndex(store)
-    IVFIndex.build(store, nprobe=4)
+    IVFIndex.build(store, IndexOptions(nprobe=4))
     path = store.path / FOLDER / FILE_NAME
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DatastoreCorruptError, match="knnlm index"):
@@ -194,26 +205,30 @@ def test_a_damaged_or_missing_file_is_reported(store: Datastore) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "int3"}, "kind must be one of"),
         ({"nlist": 0}, "nlist must be"),
         ({"nlist": 7000}, "nlist must be"),
-        ({"nlist": 8, "nprobe": 9}, "nprobe must be"),
+        ({"nlist": 8}, "nprobe must be"),
         ({"code_dim": 25}, "code_dim must be"),
-        ({"recall": 0.0}, "recall must be"),
-        ({"k": 0}, "k must be"),
     ],
 )
 def test_bad_arguments_are_refused(
-    store: Datastore, arguments: dict[str, object], message: str
+    store: Datastore, arguments: dict[str, int], message: str
 ) -> None:
+    options = IndexOptions(nprobe=9 if message == "nprobe must be" else None)
     with pytest.raises(InvalidArgumentError, match=message):
-        IVFIndex.build(store, **arguments)  # type: ignore[arg-type]
+        IVFIndex.build(store, options, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [{"recall": 0.0}, {"recall": 1.5}, {"k": 0}])
+def test_bad_options_are_refused(given: dict[str, Any]) -> None:
+    with pytest.raises(InvalidArgumentError, match=f"{next(iter(given))} must be"):
+        IndexOptions(**given)
 
 
 def test_the_file_is_safetensors_with_a_readable_report(store: Datastore) -> None:
     from safetensors import safe_open
 
-    IVFIndex.build(store, nprobe=4)
+    IVFIndex.build(store, IndexOptions(nprobe=4))
     with safe_open(store.path / FOLDER / FILE_NAME, "pt") as file:
         assert json.loads(file.metadata()["report"])["nprobe"] == 4
         keys, rows = file.get_tensor("keys"), file.get_tensor("rows")
@@ -244,25 +259,11 @@ def test_codes_estimate_distances() -> None:
     assert (error < query_codes.margins()[:, None]).double().mean() > 0.98
 
 
-@pytest.mark.parametrize("size", [1, 2, 15, 16, 17, 1000, 5000])
-@pytest.mark.parametrize("kinds", [1, 3, 10**9])
-def test_kernels_select_and_sort(size: int, kinds: int) -> None:
-    kernels = pytest.importorskip("knnlm.index.ivf.kernels")
-    generator = np.random.default_rng(size)
-    values = generator.integers(0, kinds, size).astype(np.float32)
-    ascending = np.sort(values)
-    for rank in {0, size // 3, size - 1}:
-        assert kernels.select(values.copy(), rank) == ascending[rank]
-    positions = np.arange(size)
-    kept = values.copy()
-    kernels.sort(kept, positions, np.empty(size, np.float32), np.empty(size, np.int64))
-    assert np.array_equal(kept, ascending)
-    assert np.array_equal(values[positions], ascending)
-
-
 def test_copies_of_a_key_do_not_lower_the_recall(tmp_path: Path) -> None:
     keys = clustered(300).half().repeat(20, 1)
-    index = IVFIndex.build(store_of(tmp_path / "copies", keys), nlist=32, recall=0.95, k=8)
+    index = IVFIndex.build(
+        store_of(tmp_path / "copies", keys), IndexOptions(recall=0.95, k=8), nlist=32
+    )
     assert index.report.measured.recall >= 0.95
     assert index.nprobe <= 4, "eight of twenty copies are found in the first list"
 

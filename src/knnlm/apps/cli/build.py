@@ -14,9 +14,7 @@ from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
-    from knnlm.datastore.datastore import Datastore
     from knnlm.model.language_model import LanguageModel
-    from knnlm.progress import Progress
 
 _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M"
 
@@ -82,12 +80,11 @@ def build(
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """
     import knnlm
-    from knnlm.apps.cli.facts import read_facts
     from knnlm.apps.cli.progress_bar import RichProgress
+    from knnlm.index.report import describe_datastore
 
     documents = knnlm.read_documents(*text, text_column=text_column)
     lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
-    progress = RichProgress()
     started = time.perf_counter()
     built = knnlm.build(
         store,
@@ -98,12 +95,12 @@ def build(
         boundary=boundary,
         key_dtype=key_dtype,
         max_entries=max_entries,
-        progress=progress,
+        index=index,
+        progress=RichProgress(),
     )
     seconds = time.perf_counter() - started
-    _update_index(built, index, str(lm.device), progress)
     added = built.rows - rows_before
-    facts = read_facts(store)
+    facts = describe_datastore(store)
     if as_json:
         print_json(facts | {"added": added, "seconds": seconds})
         return
@@ -131,15 +128,3 @@ def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[Lang
             "build another datastore"
         )
     return load_model(existing, model), existing.rows
-
-
-def _update_index(
-    store: "Datastore", kind: IndexKind | None, device: str, progress: "Progress"
-) -> None:
-    """Build the index asked for, or bring the datastore's own up to date."""
-    from knnlm.index.policy import build_index, keep_index
-
-    if kind is None:
-        keep_index(store, device, progress)
-    else:
-        build_index(store, kind.value, device=device, progress=progress)

@@ -62,10 +62,10 @@ def index(
 
         knnlm index docs.store --kind ivf --recall 0.98 --queries held-out/tune
     """
-    from knnlm.apps.cli.facts import read_facts
     from knnlm.apps.cli.progress_bar import RichProgress
     from knnlm.datastore.datastore import Datastore
     from knnlm.index.policy import build_index
+    from knnlm.index.report import describe_datastore
 
     opened = Datastore(store)
     keys = None
@@ -82,7 +82,7 @@ def index(
         device=device,
         progress=RichProgress(),
     )
-    facts = read_facts(store)
+    facts = describe_datastore(store)
     if as_json:
         print_json(facts["index"])
     else:

@@ -52,7 +52,7 @@ def open_model(
     """Open datastores and language model; bad parameters are refused before the model is loaded."""
     from knnlm.apps.cli.reports import warn_of_poor_recall
     from knnlm.datastore.datastore import Datastore
-    from knnlm.index.policy import describe_index
+    from knnlm.index.report import describe_index
     from knnlm.knn_lm import KNNLM
     from knnlm.retrieval.retriever import choose_parameters
 
@@ -64,7 +64,7 @@ def open_model(
     }
     choose_parameters(stores, **given)
     for store in stores:
-        warn_of_poor_recall(store.path, describe_index(store))
+        warn_of_poor_recall(store.path, describe_index(store.catalog))
     lm = load_model(stores[0], model)
     return KNNLM(lm, stores, **given, cache=mixture.cache, weights=mixture.weights)
 

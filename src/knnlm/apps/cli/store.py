@@ -1,6 +1,5 @@
 """The commands that look after a datastore: info, forget, compact, verify."""
 
-from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -24,24 +23,17 @@ def info(
     store: options.Store, *, documents: _Documents = False, as_json: options.Json = False
 ) -> None:
     """Show what a datastore holds and how it was made."""
-    from knnlm.apps.cli.facts import read_facts
-    from knnlm.datastore.catalog import Catalog
+    from knnlm.index.report import describe_datastore
 
-    facts = read_facts(store)
-    listed = []
-    if documents:
-        with closing(Catalog(store)) as catalog:
-            listed = catalog.documents("NOT forgotten")
-        facts["document_list"] = [
-            {"name": d.name, "start": d.start, "stop": d.stop, "complete": d.complete}
-            for d in listed
-        ]
+    facts = describe_datastore(store, list_documents=documents)
     if as_json:
         print_json(facts)
         return
     print_store(facts)
-    for document in listed:
-        OUT.print(f"{document.stop - document.start:>10,}  {document.name}", soft_wrap=True)
+    for document in facts.get("document_list", []):
+        OUT.print(
+            f"{document['stop'] - document['start']:>10,}  {document['name']}", soft_wrap=True
+        )
 
 
 def forget(store: options.Store, document: _Names, *, as_json: options.Json = False) -> None:
@@ -68,11 +60,8 @@ def compact(store: options.Store, *, as_json: options.Json = False) -> None:
     """Remove forgotten documents from the disk and renew the index."""
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
-    from knnlm.index.policy import keep_index
 
-    opened = knnlm.Datastore(store)
-    removed = knnlm.compact(opened, RichProgress())
-    keep_index(opened, progress=RichProgress())
+    removed = knnlm.compact(store, RichProgress())
     if as_json:
         print_json(
             {
@@ -93,7 +82,7 @@ def verify(store: options.Store, *, as_json: options.Json = False) -> None:
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
 
-    verified = knnlm.verify(knnlm.Datastore(store), RichProgress())
+    verified = knnlm.verify(store, RichProgress())
     if as_json:
         print_json(
             {

@@ -19,8 +19,8 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain_scores
 from knnlm.evaluation.explanation import Explanation
 from knnlm.evaluation.scoring import ScoreRequest, Scores, mixed_log_probs, score_text
-from knnlm.index.policy import describe_index
 from knnlm.index.protocol import Neighbors
+from knnlm.index.report import describe_index
 from knnlm.knn_lm import KNNLM
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import Likeliest
@@ -233,7 +233,7 @@ def stores_to_dicts(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
                 "entries": len(store),
                 "forgotten_entries": store.forgotten_rows,
                 "size_bytes": sum(shard.file.size_bytes for shard in store.shards),
-                "index": describe_index(store),
+                "index": describe_index(store.catalog),
                 "parameters": asdict(retriever.parameters),
                 "is_tuned": store.parameters is not None,
                 "is_learned": store.is_learned,

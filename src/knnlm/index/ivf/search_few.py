@@ -54,7 +54,7 @@ class QueryCode:
         positions, scores = kernels_few.score(self.code, self.step, lists, keys)
         if wanted < len(scores):
             margin = MARGIN * self.step * np.sqrt(self.half_norm)
-            bound = min(bound, np.partition(scores, wanted - 1)[wanted - 1] + margin)
+            bound = min(bound, float(np.partition(scores, wanted - 1)[wanted - 1] + margin))
         near = np.flatnonzero(scores <= bound)
         return bound, positions[near], scores[near]
 
