@@ -19,7 +19,8 @@ from texts import Domain
 
 from knnlm.mixture.interpolation import interpolate
 from knnlm.model.language_model import LanguageModel
-from knnlm.tuning.tune import fit_lmbdas, sweep
+from knnlm.tuning.sweep import sweep
+from knnlm.tuning.weights import fit_lmbdas
 
 WAYS = ("tuned", "learned")
 PAPER = {"lm": 34.84, "knn": 20.47, "change": 20.47 / 34.84 - 1, "lmbda": 0.65}

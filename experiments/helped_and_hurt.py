@@ -21,7 +21,7 @@ from torch import Tensor
 
 from knnlm.evaluation.tally import HURT_NATS
 from knnlm.model.language_model import LanguageModel
-from knnlm.tuning.tune import sweep
+from knnlm.tuning.sweep import sweep
 
 SURE = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 SHOWN = 12

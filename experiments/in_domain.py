@@ -39,11 +39,13 @@ from torch import Tensor
 from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.tally import share_hurt
 from knnlm.mixture.continuous_cache import ContinuousCache, join_cache_neighbors
-from knnlm.mixture.features import GateInput, Voters
-from knnlm.mixture.interpolation import interpolate
+from knnlm.mixture.features import GateInput
+from knnlm.mixture.interpolation import Voters, interpolate
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning.gate_training import fit_gate, make_examples
-from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas, sweep
+from knnlm.tuning.held_out import TargetNeighbors
+from knnlm.tuning.sweep import sweep
+from knnlm.tuning.weights import fit_lmbdas
 
 PAPER = {"LM": 18.65, "+ kNN": 16.12, "+ cache": 18.27, "+ kNN + cache": 15.79}
 FIRST_TOKENS = 8_192
@@ -145,7 +147,7 @@ def describe(
     domain: Domain,
     store: Datastore,
     test: HeldOut,
-    neighbors: CachedNeighbors,
+    neighbors: TargetNeighbors,
     recipe: Parameters,
 ) -> dict[str, Any]:
     """Return how good the neighbors are under the paper's recipe, and which tokens gain."""
@@ -193,7 +195,7 @@ def remember(held_out: HeldOut, size: int) -> Voters:
     parts = []
     columns = torch.split(held_out.inputs, 1024), torch.split(held_out.keys, 1024)
     for inputs, keys in zip(*columns, strict=True):
-        parts.append(cache.recall(inputs.long()[None], keys[None]).nearest(CACHE_K))
+        parts.append(cache.read(inputs.long()[None], keys[None]).nearest(CACHE_K))
     cache_neighbors = join_cache_neighbors(parts)
     return cache_neighbors.voters
 

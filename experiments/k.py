@@ -14,7 +14,8 @@ from experiment import Experiment
 from measuring import cached, measure, mixed
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import fit_lmbdas, sweep
+from knnlm.tuning.sweep import sweep
+from knnlm.tuning.weights import fit_lmbdas
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,11 +20,11 @@ from measuring import cached, measure, mixed, papers_recipe, percent
 from torch import Tensor
 
 from knnlm.choices import Key
-from knnlm.mixture.features import Voters
+from knnlm.mixture.interpolation import Voters
 from knnlm.model.key_places import capture_keys, find_key_places
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.windows import Window
-from knnlm.tuning.tune import sweep
+from knnlm.tuning.sweep import sweep
 
 PAPER = {
     "LM": 17.96,

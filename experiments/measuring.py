@@ -13,15 +13,17 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.tally import BLOCK, FEWEST_DOCUMENTS, bootstrap, perplexity_of
-from knnlm.mixture.features import LMSummary, Voters
 from knnlm.mixture.interpolation import (
-    Component,
+    TargetVotes,
+    Voters,
     interpolate,
     neighbor_log_weights,
     target_knn_log_probs,
 )
+from knnlm.mixture.lm_summary import LMSummary
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas
+from knnlm.tuning.held_out import TargetNeighbors
+from knnlm.tuning.weights import fit_lmbdas
 
 PAPERS_RECIPE = Parameters(k=1024, lmbda=0.25, temperature=1.0)
 
@@ -49,26 +51,26 @@ class HeldOut:
         return len(self.targets)
 
 
-def cached(held_out: HeldOut, voters: Voters) -> CachedNeighbors:
+def cached(held_out: HeldOut, voters: Voters) -> TargetNeighbors:
     """Return what a sweep needs."""
     votes = voters.tokens == held_out.targets[:, None]
-    return CachedNeighbors(held_out.lm_log_probs, voters.squared_distances, votes)
+    return TargetNeighbors(held_out.lm_log_probs, voters.squared_distances, votes)
 
 
-def component(neighbors: CachedNeighbors, parameters: Parameters) -> Component:
+def component(neighbors: TargetNeighbors, parameters: Parameters) -> TargetVotes:
     """Return what the k nearest neighbors give to the true tokens."""
     distances = neighbors.squared_distances[:, : parameters.k]
     log_weights = neighbor_log_weights(distances, parameters.temperature)
     log_probs = target_knn_log_probs(log_weights, neighbors.votes[:, : parameters.k])
-    return Component(log_probs, parameters.lmbda, distances[:, 0].isfinite())
+    return TargetVotes(log_probs, parameters.lmbda, distances[:, 0].isfinite())
 
 
-def mixed(neighbors: CachedNeighbors, parameters: Parameters) -> Float[Tensor, " token"]:
+def mixed(neighbors: TargetNeighbors, parameters: Parameters) -> Float[Tensor, " token"]:
     """Return the true tokens' log p under the mixture of the LM and one datastore."""
     return interpolate(neighbors.lm_log_probs, [component(neighbors, parameters)])
 
 
-def papers_recipe(valid: CachedNeighbors) -> Parameters:
+def papers_recipe(valid: TargetNeighbors) -> Parameters:
     """Return k 1024, T 1 and the λ that suits validation text, as Khandelwal et al. 2020 do."""
     given = replace(PAPERS_RECIPE, k=min(PAPERS_RECIPE.k, valid.squared_distances.shape[1]))
     return fit_lmbdas([valid], [given])[0][0]

@@ -17,8 +17,8 @@ from jaxtyping import Float
 from measuring import HeldOut, cached, component, measure, papers_recipe, percent
 from torch import Tensor
 
-from knnlm.mixture.interpolation import Component, interpolate
-from knnlm.tuning.fitting import fit_weights, relative_probs
+from knnlm.mixture.interpolation import TargetVotes, interpolate
+from knnlm.tuning.weights import fit_weights, relative_probs
 
 MAX_ORDER = 5
 
@@ -94,8 +94,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     recipe = papers_recipe(neighbors)
     everywhere = torch.ones(len(valid), dtype=torch.bool)
-    of_ngrams = Component(ngrams.log_probs(valid), 0.0, everywhere)
-    test_ngrams = Component(ngrams.log_probs(test), 0.0, everywhere.new_ones(len(test)))
+    of_ngrams = TargetVotes(ngrams.log_probs(valid), 0.0, everywhere)
+    test_ngrams = TargetVotes(ngrams.log_probs(test), 0.0, everywhere.new_ones(len(test)))
     of_neighbors, test_knn = component(neighbors, recipe), component(test_neighbors, recipe)
 
     measured = {

@@ -17,8 +17,7 @@ from measuring import HeldOut, cached, measure, mixed, papers_recipe, percent
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.mixture.features import Voters
-from knnlm.mixture.interpolation import neighbor_log_weights
+from knnlm.mixture.interpolation import Voters, neighbor_log_weights
 
 PAPER = {"LM": 17.96, "PQ, its distances": 16.5, "PQ, exact distances": 16.06}
 LISTS, PROBES, CODE_BYTES = 1024, 32, 64

@@ -15,8 +15,9 @@ from experiment import Experiment
 from measuring import cached, mixed, perplexity
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas
-from knnlm.tuning.tune import sweep as sweep_neighbors
+from knnlm.tuning.held_out import TargetNeighbors
+from knnlm.tuning.sweep import sweep as sweep_neighbors
+from knnlm.tuning.weights import fit_lmbdas
 
 QUERIES = 10_000
 TEMPERATURES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = experiment.store()
     texts = [experiment.valid(), experiment.test()]
     parts = [cached(text, experiment.voters(store, text)) for text in texts]
-    neighbors = CachedNeighbors(
+    neighbors = TargetNeighbors(
         torch.cat([part.lm_log_probs for part in parts])[:QUERIES],
         torch.cat([part.squared_distances for part in parts])[:QUERIES],
         torch.cat([part.votes for part in parts])[:QUERIES],

@@ -12,7 +12,7 @@ from experiment import Experiment
 from measuring import cached, measure, mixed
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import fit_lmbdas
+from knnlm.tuning.weights import fit_lmbdas
 
 TEMPERATURES = [m * 10.0**e for e in range(-1, 3) for m in (1, 1.5, 2, 3, 5, 7)] + [1000.0]
 KS = (16, 128, 1024)

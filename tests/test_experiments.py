@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import PROSE, byte_tokenizer, tiny_llama
 
-from knnlm.mixture.features import Voters
+from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.parameters import Parameters
 
 FOLDER = Path(__file__).parents[1] / "experiments"

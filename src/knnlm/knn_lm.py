@@ -99,7 +99,7 @@ class KNNLM:
         cache_neighbors = None
         if self.mixer.uses_cache:
             cache = self.mixer.new_cache(reading.keys)
-            cache_view = cache.recall(tokens.to(reading.keys.device), reading.keys)
+            cache_view = cache.read(tokens.to(reading.keys.device), reading.keys)
             cache_neighbors = self.mixer.nearest(cache_view)
         asked = self.mixer.ask(reading.keys.flatten(0, 1))
         mixed = self.mixer.mix_vocabulary(asked, cache_neighbors, log_probs.flatten(0, 1))

@@ -162,8 +162,8 @@ def test_what_is_stored_comes_back_and_is_for_these_datastores_only(
         ours, theirs = getattr(tuning.mixture, name), getattr(stored, name)
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            assert ours.sources == theirs.sources
-            for one, other in zip(ours.parameters, theirs.parameters, strict=True):
+            assert ours.inputs == theirs.inputs
+            for one, other in zip(ours.network, theirs.network, strict=True):
                 assert torch.equal(one, other)
     assert tuning.mixture.by_distance is not None
     assert stored.by_distance is not None
@@ -178,8 +178,8 @@ def test_what_is_stored_comes_back_and_is_for_these_datastores_only(
 
 
 def test_a_damaged_mixture_is_refused(tuned: tuple[Datastore, Tuning]) -> None:
-    plain = tuned[1].mixture.to_plain()
-    assert TunedMixture.from_plain(plain).lmbdas == tuned[1].mixture.lmbdas
+    plain = tuned[1].mixture.to_dict()
+    assert TunedMixture.from_dict(plain).lmbdas == tuned[1].mixture.lmbdas
     for damage in (
         {"sha256": "0" * 64},
         {"tensors": plain["tensors"][:-8]},
@@ -188,7 +188,7 @@ def test_a_damaged_mixture_is_refused(tuned: tuple[Datastore, Tuning]) -> None:
     ):
         damaged = copy.deepcopy(plain) | damage
         with refusal(DatastoreCorruptError, "the stored mixture cannot be read", "tune"):
-            TunedMixture.from_plain(damaged)
+            TunedMixture.from_dict(damaged)
 
 
 def test_gates_of_two_datastores(short: None, llama_lm: LanguageModel, tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ class SequenceCaches:
         real = None
         if mask is not None and mask.dim() == 2:
             real = mask[:, read : read + time].to(keys.device, torch.bool)
-        return cache.recall(inputs.to(keys.device), keys, real)
+        return cache.read(inputs.to(keys.device), keys, real)
 
     def _of(self, past: Any, read: int, keys: Float[Tensor, "batch time dim"]) -> ContinuousCache:
         """Return the cache of the sequences that `past` holds, rewound to what was read."""

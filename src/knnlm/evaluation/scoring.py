@@ -17,8 +17,8 @@ from torch import Tensor
 from knnlm.choices import Boundary, Similarity
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
-from knnlm.mixture.features import LMSummary
 from knnlm.mixture.interpolation import interpolate
+from knnlm.mixture.lm_summary import LMSummary
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import default_batch_tokens, read_scores
 from knnlm.retrieval.mixer import Mixer
@@ -158,7 +158,7 @@ class _Scorer:
                 )
             self._document = document
             inputs = torch.from_numpy(window.inputs[window.context :]).long()
-            cache_view = self._cache.recall(inputs[None], of_window[None])
+            cache_view = self._cache.read(inputs[None], of_window[None])
             for parts, size in zip(found, recall.sizes, strict=True):
                 parts.append(cache_view.nearest(recall.k, size))
         return tuple(join_cache_neighbors(parts) for parts in found)

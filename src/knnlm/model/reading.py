@@ -16,7 +16,7 @@ from torch import Tensor
 
 from knnlm.choices import Boundary, parse_choice
 from knnlm.errors import InvalidArgumentError
-from knnlm.mixture.features import LMSummary, summarize_lm
+from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document, Documents
 from knnlm.text.windows import Window, check_window, document_windows, stream_windows

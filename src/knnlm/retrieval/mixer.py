@@ -20,7 +20,7 @@ from knnlm.mixture.continuous_cache import (
     CacheView,
     ContinuousCache,
 )
-from knnlm.mixture.features import LMSummary, Weighed, summarize_lm, weigh
+from knnlm.mixture.features import Weighed, weigh
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import (
     TokenSums,
@@ -30,6 +30,7 @@ from knnlm.mixture.interpolation import (
     neighbor_log_weights,
     sum_by_token,
 )
+from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.retrieval.retriever import (
     ForEach,
@@ -105,7 +106,7 @@ class Mixer:
             votes = [retriever.vote(of_one).by_token() for retriever, of_one in found]
             return Asked(neighbors, votes, [], [])
         voters = [retriever.voters(of_one) for retriever, of_one in found]
-        sources = self.gate.sources
+        sources = self.gate.inputs
         weighed = [weigh(*of_source) for of_source in zip(sources, voters, strict=False)]
         return Asked(neighbors, [], weighed, [_sums(one) for one in weighed])
 
@@ -133,7 +134,8 @@ class Mixer:
         ]
         if cache_neighbors is not None:
             voters.append(cache_neighbors.voters)
-        return self.gate.to(lm.entropy.device)(lm, voters)
+        chosen: list[Votes] = self.gate.on(lm.entropy.device)(lm, voters)
+        return chosen
 
     def _cache_votes(self, cache_neighbors: CacheNeighbors | None) -> list[Votes]:
         """Return the continuous cache's fixed vote, if it has one."""
@@ -165,10 +167,10 @@ class Mixer:
         else:
             weighed, sums = asked.weighed, asked.sums
             if cache_neighbors is not None:
-                of_cache = weigh(self.gate.sources[-1], cache_neighbors.voters)
+                of_cache = weigh(self.gate.inputs[-1], cache_neighbors.voters)
                 weighed, sums = [*weighed, of_cache], [*sums, _sums(of_cache)]
             lm = summarize_lm(lm_log_probs.detach())
-            by_token = self.gate.to(lm.entropy.device).choose_by_token(lm, weighed, sums)
+            by_token = self.gate.on(lm.entropy.device).choose_by_token(lm, weighed, sums)
         return interpolate_vocabulary(lm_log_probs, by_token)
 
 

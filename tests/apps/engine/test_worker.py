@@ -22,7 +22,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.maintenance import compact
 from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
-from knnlm.mixture.gate import BucketedLambda
+from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.model.language_model import LanguageModel
 
 TEXTS = [

@@ -15,7 +15,7 @@ from knnlm.apps.engine.decoding import Step
 from knnlm.evaluation.explain import Explanation, explain_scores
 from knnlm.evaluation.scoring import Scores
 from knnlm.index.protocol import Neighbors
-from knnlm.mixture.features import summarize_lm
+from knnlm.mixture.lm_summary import summarize_lm
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.mixer import Mixer, override_mixer
 from knnlm.retrieval.retriever import for_each

@@ -21,7 +21,7 @@ from knnlm.evaluation.scoring import Scores, mixed_log_probs
 from knnlm.index.policy import describe_index
 from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
-from knnlm.mixture.features import LMSummary, summarize_lm
+from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
