@@ -24,7 +24,6 @@ from experiment import Experiment
 from jaxtyping import Float
 from measuring import (
     HeldOut,
-    cached,
     component,
     frequencies,
     groups,
@@ -32,11 +31,11 @@ from measuring import (
     papers_recipe,
     percent,
     perplexity,
+    target_neighbors,
 )
 from texts import Domain
 from torch import Tensor
 
-from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.tally import share_hurt
 from knnlm.mixture.continuous_cache import ContinuousCache, join_cache_neighbors
 from knnlm.mixture.features import GateInput
@@ -67,18 +66,21 @@ def every_mixture(
 ) -> dict[str, Any]:
     """Measure every mixture on a collection; print them beside the paper's.
 
-    chosen: the one that is best on validation text, which gates that did not learn from it predict,
-    as in `knnlm tune`. first: of the first tokens alone, those that reference.py measures.
+    chosen: the mixture that is best on validation text, where gates predict only tokens that they
+    did not learn from, as in `knnlm tune`. first: perplexity of the first tokens alone, those that
+    reference.py measures.
     """
     store = experiment.store(domain)
     valid, test = experiment.valid(domain), experiment.test(domain)
     remembered = {size: remember(valid, size) for size in CACHE_SIZES}
-    of_sizes = {size: sweep(cached(valid, remembered[size])) for size in CACHE_SIZES}
+    of_sizes = {size: sweep(target_neighbors(valid, remembered[size])) for size in CACHE_SIZES}
     size = min(CACHE_SIZES, key=lambda size: of_sizes[size].knn_perplexity)
     voters = {"kNN": experiment.voters(store, valid), "cache": remembered[size]}
     test_voters = {"kNN": experiment.voters(store, test), "cache": remember(test, size)}
-    neighbors = {source: cached(valid, found) for source, found in voters.items()}
-    test_neighbors = {source: cached(test, found) for source, found in test_voters.items()}
+    neighbors = {source: target_neighbors(valid, found) for source, found in voters.items()}
+    test_neighbors = {
+        source: target_neighbors(test, found) for source, found in test_voters.items()
+    }
 
     recipe, cache = papers_recipe(neighbors["kNN"]), of_sizes[size].parameters
     tuned = sweep(neighbors["kNN"]).parameters
@@ -138,14 +140,13 @@ def every_mixture(
         "cache_size": size,
         "chosen": chosen,
         "measured": measured,
-        "recipe": describe(experiment, domain, store, test, test_neighbors["kNN"], recipe),
+        "recipe": recipe_details(experiment, domain, test, test_neighbors["kNN"], recipe),
     }
 
 
-def describe(
+def recipe_details(
     experiment: Experiment,
     domain: Domain,
-    store: Datastore,
     test: HeldOut,
     neighbors: TargetNeighbors,
     recipe: Parameters,
@@ -158,7 +159,7 @@ def describe(
         "nearest_is_right": float(neighbors.votes[:, 0].double().mean()),
         "mean_p_knn": float(knn.log_probs.double().exp().mean()),
         "mean_p_lm": float(test.lm_log_probs.double().exp().mean()),
-        "by_frequency": groups(test, log_probs, frequencies(store, test)),
+        "by_frequency": groups(test, log_probs, frequencies(experiment.store(domain), test)),
         "by_document": groups(
             test,
             log_probs,
@@ -209,22 +210,16 @@ def learned(
 ) -> tuple[Float[Tensor, " token"], Float[Tensor, " test_token"]]:
     """Fit a gate to validation text; return log p of that text's tokens and of the test text's.
 
-    Of validation text, each block as networks predict it that learned from the others.
+    The validation text is predicted block by block, by networks that learned from the other blocks.
     """
-    sources = [GateInput(p.k, p.temperature) for p in parameters]
-    voters = [nearest(v, s.k) for v, s in zip(voters, sources, strict=True)]
-    test_voters = [nearest(v, s.k) for v, s in zip(test_voters, sources, strict=True)]
-    examples = make_examples(sources, valid.lm, valid.lm_log_probs, voters, valid.targets)
-    fitted = fit_gate(sources, examples)
-    with torch.no_grad():
-        votes = fitted.gate(test.lm, test_voters)
+    inputs = [GateInput(p.k, p.temperature) for p in parameters]
+    voters = [own.nearest(p.k) for own, p in zip(voters, parameters, strict=True)]
+    test_voters = [own.nearest(p.k) for own, p in zip(test_voters, parameters, strict=True)]
+    examples = make_examples(inputs, valid.lm, valid.lm_log_probs, voters, valid.targets)
+    fitted = fit_gate(inputs, examples)
+    votes = fitted.gate(test.lm, test_voters)
     components = [one.for_targets(test.targets) for one in votes]
     return fitted.held_out_log_probs, interpolate(test.lm_log_probs, components)
-
-
-def nearest(voters: Voters, k: int) -> Voters:
-    """Return the k nearest of each query."""
-    return Voters(voters.squared_distances[:, :k], voters.tokens[:, :k])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import faiss
 import torch
 from experiment import Experiment, digest_of
 from jaxtyping import Float
-from measuring import cached, measure, mixed, papers_recipe, percent
+from measuring import measure, mixed, papers_recipe, percent, target_neighbors
 from torch import Tensor
 
 from knnlm.choices import Key
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured: dict[str, dict[str, dict[str, Any]]] = {}
     for key in [key for key in Key if key in stored]:
         neighbors, test_neighbors = (
-            cached(text, search(stored[key], stored["targets"], keys[key]))
+            target_neighbors(text, search(stored[key], stored["targets"], keys[key]))
             for text, keys in ((valid, valid_keys), (test, test_keys))
         )
         recipe, tuned = papers_recipe(neighbors), sweep(neighbors).parameters

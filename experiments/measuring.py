@@ -1,4 +1,4 @@
-"""What a held-out text's tokens get from the LM, from neighbors, and from a mixture of them."""
+"""How well the LM, the neighbors and their mixture predict the tokens of a held-out text."""
 
 import math
 from collections.abc import Sequence
@@ -30,11 +30,11 @@ PAPERS_RECIPE = Parameters(k=1024, lmbda=0.25, temperature=1.0)
 
 @dataclass(frozen=True, slots=True)
 class HeldOut:
-    """What the language model says of each token of a text, in order.
+    """Each token of a held-out text as the language model reads and predicts it, in order.
 
     keys: what a datastore is searched with. inputs: the token that each position reads. documents:
     the number of each token's document. words: separated by white space. size_bytes: of the text in
-    UTF-8. digest: of all that made it.
+    UTF-8. digest: of everything that this was computed from.
     """
 
     keys: Float[Tensor, "token dim"]
@@ -51,18 +51,18 @@ class HeldOut:
         return len(self.targets)
 
 
-def cached(held_out: HeldOut, voters: Voters) -> TargetNeighbors:
-    """Return what a sweep needs."""
+def target_neighbors(held_out: HeldOut, voters: Voters) -> TargetNeighbors:
+    """Return a datastore's neighbors as a sweep needs them."""
     votes = voters.tokens == held_out.targets[:, None]
     return TargetNeighbors(held_out.lm_log_probs, voters.squared_distances, votes)
 
 
 def component(neighbors: TargetNeighbors, parameters: Parameters) -> TargetVotes:
-    """Return what the k nearest neighbors give to the true tokens."""
-    distances = neighbors.squared_distances[:, : parameters.k]
-    log_weights = neighbor_log_weights(distances, parameters.temperature)
-    log_probs = target_knn_log_probs(log_weights, neighbors.votes[:, : parameters.k])
-    return TargetVotes(log_probs, parameters.lmbda, distances[:, 0].isfinite())
+    """Return the votes of the k nearest neighbors for the true tokens."""
+    nearest = neighbors.nearest(parameters.k)
+    log_weights = neighbor_log_weights(nearest.squared_distances, parameters.temperature)
+    log_probs = target_knn_log_probs(log_weights, nearest.votes)
+    return TargetVotes(log_probs, parameters.lmbda, nearest.squared_distances[:, 0].isfinite())
 
 
 def mixed(neighbors: TargetNeighbors, parameters: Parameters) -> Float[Tensor, " token"]:
@@ -78,7 +78,7 @@ def papers_recipe(valid: TargetNeighbors) -> Parameters:
 
 def perplexity(log_probs: Float[Tensor, " token"]) -> float:
     """Return the perplexity of tokens."""
-    return math.exp(-float(log_probs.double().mean()))
+    return perplexity_of(-float(log_probs.double().mean()))
 
 
 def measure(held_out: HeldOut, log_probs: Float[Tensor, " token"]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from experiment import Experiment
 from jaxtyping import Float
-from measuring import HeldOut, cached, component, measure, papers_recipe, percent
+from measuring import HeldOut, component, measure, papers_recipe, percent, target_neighbors
 from torch import Tensor
 
 from knnlm.mixture.interpolation import TargetVotes, interpolate
@@ -88,8 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
-    neighbors = cached(valid, experiment.voters(store, valid))
-    test_neighbors = cached(test, experiment.voters(store, test))
+    neighbors = target_neighbors(valid, experiment.voters(store, valid))
+    test_neighbors = target_neighbors(test, experiment.voters(store, test))
     ngrams = KneserNey(store.values.tolist(), experiment.lm.vocab_size)
 
     recipe = papers_recipe(neighbors)

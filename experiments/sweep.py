@@ -12,7 +12,7 @@ from dataclasses import asdict
 
 import torch
 from experiment import Experiment
-from measuring import cached, mixed, perplexity
+from measuring import mixed, perplexity, target_neighbors
 
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning.held_out import TargetNeighbors
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     texts = [experiment.valid(), experiment.test()]
-    parts = [cached(text, experiment.voters(store, text)) for text in texts]
+    parts = [target_neighbors(text, experiment.voters(store, text)) for text in texts]
     neighbors = TargetNeighbors(
         torch.cat([part.lm_log_probs for part in parts])[:QUERIES],
         torch.cat([part.squared_distances for part in parts])[:QUERIES],

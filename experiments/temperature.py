@@ -9,7 +9,7 @@ model). Here each T has the λ that suits it on validation text, at k 16, 128 an
 from collections.abc import Sequence
 
 from experiment import Experiment
-from measuring import cached, measure, mixed
+from measuring import measure, mixed, target_neighbors
 
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning.weights import fit_lmbdas
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
-    neighbors = cached(valid, experiment.voters(store, valid))
-    test_neighbors = cached(test, experiment.voters(store, test))
+    neighbors = target_neighbors(valid, experiment.voters(store, valid))
+    test_neighbors = target_neighbors(test, experiment.voters(store, test))
     lm = measure(test, test.lm_log_probs)["perplexity"]
     curves: dict[str, list[dict[str, float]]] = {}
     for k in KS:

@@ -43,18 +43,14 @@ class CacheParameters:
     similarity: str = Similarity.distance
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
-        _check_similarity(self.similarity)
+        _check(self.size, self.similarity)
 
 
-def _check_size(size: int) -> None:
+def _check(size: int, similarity: str) -> None:
     if size < 1:
         raise InvalidArgumentError(
             f"size must be at least 1, got {size}: leave the cache out to remember nothing"
         )
-
-
-def _check_similarity(similarity: str) -> None:
     parse_choice(Similarity, "similarity", similarity)
 
 
@@ -126,8 +122,7 @@ class ContinuousCache:
         device: torch.device | str = "cpu",
         position: int = 0,
     ) -> None:
-        _check_size(size)
-        _check_similarity(similarity)
+        _check(size, similarity)
         self.size = size
         self.similarity = similarity
         self._center: Float[Tensor, "batch 1 dim"] | None = None

@@ -70,13 +70,8 @@ class HeldOutText:
             torch.cat([part.targets for part in parts]),
             torch.cat([part.lm_log_probs for part in parts]),
             LMSummary.join([part.lm for part in parts]),
-            tuple(map(Voters.join, zip(*(part.voters for part in parts), strict=True))),
-            tuple(
-                map(
-                    join_cache_neighbors,
-                    zip(*(part.cache_neighbors for part in parts), strict=True),
-                )
-            ),
+            tuple(map(Voters.join, zip(*(p.voters for p in parts), strict=True))),
+            tuple(map(join_cache_neighbors, zip(*(p.cache_neighbors for p in parts), strict=True))),
         )
 
 
@@ -95,8 +90,8 @@ def read_held_out(
     datastore. Returns None for a text without tokens.
     """
     retrievers = tuple(
-        replace(retriever, parameters=replace(retriever.parameters, k=min(k, len(retriever.store))))
-        for retriever in model.retrievers
+        replace(r, parameters=replace(r.parameters, k=min(k, len(r.store))))
+        for r in model.retrievers
     )
     wanted = Wanted(
         retrievers, CacheRequest(CACHE_SIZES, CACHE_K, boundary=windowing.boundary), summary=True
