@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from experiment import Experiment
-from measuring import cached, component, measure, mixed, papers_recipe, percent
+from measuring import component, measure, mixed, papers_recipe, percent, target_neighbors
 from texts import Domain
 from torch import Tensor
 
@@ -44,8 +44,8 @@ def measure_sizes(experiment: Experiment, domain: Domain) -> list[dict[str, Any]
     for part in PARTS:
         rows = store.rows // part
         kept = None if part == 1 else rows
-        recipe = papers_recipe(cached(valid, experiment.voters(store, valid, kept)))
-        neighbors = cached(test, experiment.voters(store, test, kept))
+        recipe = papers_recipe(target_neighbors(valid, experiment.voters(store, valid, kept)))
+        neighbors = target_neighbors(test, experiment.voters(store, test, kept))
         votes = component(neighbors, recipe)
         point = {
             "entries": rows,

@@ -14,12 +14,13 @@ from typing import Any
 
 from experiment import Experiment
 from in_domain import learned
-from measuring import cached, component, measure, mixed, papers_recipe, percent
+from measuring import component, measure, mixed, papers_recipe, percent, target_neighbors
 from texts import Domain
 
 from knnlm.mixture.interpolation import interpolate
 from knnlm.model.language_model import LanguageModel
-from knnlm.tuning.tune import fit_lmbdas, sweep
+from knnlm.tuning.sweep import sweep
+from knnlm.tuning.weights import fit_lmbdas
 
 WAYS = ("tuned", "learned")
 PAPER = {"lm": 34.84, "knn": 20.47, "change": 20.47 / 34.84 - 1, "lmbda": 0.65}
@@ -59,8 +60,8 @@ def adapt(
         valid, test = experiment.valid(domain, lm), experiment.test(domain, lm)
         voters = [experiment.voters(store, valid) for store in stores]
         test_voters = [experiment.voters(store, test) for store in stores]
-        tuned_on = [cached(valid, of_store) for of_store in voters]
-        tested_on = [cached(test, of_store) for of_store in test_voters]
+        tuned_on = [target_neighbors(valid, of_store) for of_store in voters]
+        tested_on = [target_neighbors(test, of_store) for of_store in test_voters]
         of_domain = {"LM": measure(test, test.lm_log_probs)}
         for number, other in enumerate(domains):
             valid_neighbors, test_neighbors = tuned_on[number], tested_on[number]

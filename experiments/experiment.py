@@ -25,7 +25,8 @@ import knnlm
 from knnlm.apps.cli.progress_bar import RichProgress
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
-from knnlm.mixture.features import LMSummary, Voters
+from knnlm.mixture.interpolation import Voters
+from knnlm.mixture.lm_summary import LMSummary
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import cut_documents, read_scores
 from knnlm.provenance import write_results

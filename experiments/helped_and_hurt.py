@@ -16,12 +16,12 @@ import torch
 from experiment import Experiment
 from in_domain import learned
 from jaxtyping import Float
-from measuring import HeldOut, cached, groups, measure, mixed, papers_recipe
+from measuring import HeldOut, groups, measure, mixed, papers_recipe, target_neighbors
 from torch import Tensor
 
 from knnlm.evaluation.tally import HURT_NATS
 from knnlm.model.language_model import LanguageModel
-from knnlm.tuning.tune import sweep
+from knnlm.tuning.sweep import sweep
 
 SURE = (0.0, 0.01, 0.1, 0.5, 0.9, 1.0)
 SHOWN = 12
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
     voters, test_voters = experiment.voters(store, valid), experiment.voters(store, test)
-    neighbors, test_neighbors = cached(valid, voters), cached(test, test_voters)
+    neighbors, test_neighbors = target_neighbors(valid, voters), target_neighbors(test, test_voters)
     recipe, tuned = papers_recipe(neighbors), sweep(neighbors).parameters
     mixtures = {
         "the paper's recipe": mixed(test_neighbors, recipe),

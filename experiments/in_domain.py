@@ -24,7 +24,6 @@ from experiment import Experiment
 from jaxtyping import Float
 from measuring import (
     HeldOut,
-    cached,
     component,
     frequencies,
     groups,
@@ -32,18 +31,20 @@ from measuring import (
     papers_recipe,
     percent,
     perplexity,
+    target_neighbors,
 )
 from texts import Domain
 from torch import Tensor
 
-from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.tally import share_hurt
 from knnlm.mixture.continuous_cache import ContinuousCache, join_cache_neighbors
-from knnlm.mixture.features import GateInput, Voters
-from knnlm.mixture.interpolation import interpolate
+from knnlm.mixture.features import GateInput
+from knnlm.mixture.interpolation import Voters, interpolate
 from knnlm.mixture.parameters import Parameters
 from knnlm.tuning.gate_training import fit_gate, make_examples
-from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas, sweep
+from knnlm.tuning.held_out import TargetNeighbors
+from knnlm.tuning.sweep import sweep
+from knnlm.tuning.weights import fit_lmbdas
 
 PAPER = {"LM": 18.65, "+ kNN": 16.12, "+ cache": 18.27, "+ kNN + cache": 15.79}
 FIRST_TOKENS = 8_192
@@ -71,12 +72,14 @@ def every_mixture(
     store = experiment.store(domain)
     valid, test = experiment.valid(domain), experiment.test(domain)
     remembered = {size: remember(valid, size) for size in CACHE_SIZES}
-    of_sizes = {size: sweep(cached(valid, remembered[size])) for size in CACHE_SIZES}
+    of_sizes = {size: sweep(target_neighbors(valid, remembered[size])) for size in CACHE_SIZES}
     size = min(CACHE_SIZES, key=lambda size: of_sizes[size].knn_perplexity)
     voters = {"kNN": experiment.voters(store, valid), "cache": remembered[size]}
     test_voters = {"kNN": experiment.voters(store, test), "cache": remember(test, size)}
-    neighbors = {source: cached(valid, found) for source, found in voters.items()}
-    test_neighbors = {source: cached(test, found) for source, found in test_voters.items()}
+    neighbors = {source: target_neighbors(valid, found) for source, found in voters.items()}
+    test_neighbors = {
+        source: target_neighbors(test, found) for source, found in test_voters.items()
+    }
 
     recipe, cache = papers_recipe(neighbors["kNN"]), of_sizes[size].parameters
     tuned = sweep(neighbors["kNN"]).parameters
@@ -136,16 +139,15 @@ def every_mixture(
         "cache_size": size,
         "chosen": chosen,
         "measured": measured,
-        "recipe": describe(experiment, domain, store, test, test_neighbors["kNN"], recipe),
+        "recipe": recipe_details(experiment, domain, test, test_neighbors["kNN"], recipe),
     }
 
 
-def describe(
+def recipe_details(
     experiment: Experiment,
     domain: Domain,
-    store: Datastore,
     test: HeldOut,
-    neighbors: CachedNeighbors,
+    neighbors: TargetNeighbors,
     recipe: Parameters,
 ) -> dict[str, Any]:
     """Return the quality of the neighbors under the paper's recipe, and which tokens gain."""
@@ -156,7 +158,7 @@ def describe(
         "nearest_is_right": float(neighbors.votes[:, 0].double().mean()),
         "mean_p_knn": float(knn.log_probs.double().exp().mean()),
         "mean_p_lm": float(test.lm_log_probs.double().exp().mean()),
-        "by_frequency": groups(test, log_probs, frequencies(store, test)),
+        "by_frequency": groups(test, log_probs, frequencies(experiment.store(domain), test)),
         "by_document": groups(
             test,
             log_probs,
@@ -193,7 +195,7 @@ def remember(held_out: HeldOut, size: int) -> Voters:
     parts = []
     columns = torch.split(held_out.inputs, 1024), torch.split(held_out.keys, 1024)
     for inputs, keys in zip(*columns, strict=True):
-        parts.append(cache.recall(inputs.long()[None], keys[None]).nearest(CACHE_K))
+        parts.append(cache.read(inputs.long()[None], keys[None]).nearest(CACHE_K))
     cache_neighbors = join_cache_neighbors(parts)
     return cache_neighbors.voters
 
@@ -209,20 +211,14 @@ def learned(
 
     Each block of validation text is predicted by networks trained on the other blocks.
     """
-    sources = [GateInput(p.k, p.temperature) for p in parameters]
-    voters = [nearest(v, s.k) for v, s in zip(voters, sources, strict=True)]
-    test_voters = [nearest(v, s.k) for v, s in zip(test_voters, sources, strict=True)]
-    examples = make_examples(sources, valid.lm, valid.lm_log_probs, voters, valid.targets)
-    fitted = fit_gate(sources, examples)
-    with torch.no_grad():
-        votes = fitted.gate(test.lm, test_voters)
+    inputs = [GateInput(p.k, p.temperature) for p in parameters]
+    voters = [own.nearest(p.k) for own, p in zip(voters, parameters, strict=True)]
+    test_voters = [own.nearest(p.k) for own, p in zip(test_voters, parameters, strict=True)]
+    examples = make_examples(inputs, valid.lm, valid.lm_log_probs, voters, valid.targets)
+    fitted = fit_gate(inputs, examples)
+    votes = fitted.gate(test.lm, test_voters)
     components = [one.for_targets(test.targets) for one in votes]
     return fitted.held_out_log_probs, interpolate(test.lm_log_probs, components)
-
-
-def nearest(voters: Voters, k: int) -> Voters:
-    """Return the k nearest voters of each query."""
-    return Voters(voters.squared_distances[:, :k], voters.tokens[:, :k])
 
 
 if __name__ == "__main__":

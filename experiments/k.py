@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from experiment import Experiment
-from measuring import cached, measure, mixed
+from measuring import measure, mixed, target_neighbors
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import fit_lmbdas, sweep
+from knnlm.tuning.sweep import sweep
+from knnlm.tuning.weights import fit_lmbdas
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
-    neighbors = cached(valid, experiment.voters(store, valid))
-    test_neighbors = cached(test, experiment.voters(store, test))
+    neighbors = target_neighbors(valid, experiment.voters(store, valid))
+    test_neighbors = target_neighbors(test, experiment.voters(store, test))
 
     curves: dict[str, list[dict[str, float]]] = {"T 1": [], "T tuned": []}
     for trial in sweep(neighbors).by_k:

@@ -16,15 +16,15 @@ import faiss
 import torch
 from experiment import Experiment, digest_of
 from jaxtyping import Float
-from measuring import cached, measure, mixed, papers_recipe, percent
+from measuring import measure, mixed, papers_recipe, percent, target_neighbors
 from torch import Tensor
 
 from knnlm.choices import Key
-from knnlm.mixture.features import Voters
+from knnlm.mixture.interpolation import Voters
 from knnlm.model.key_places import capture_keys, find_key_places
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.windows import Window
-from knnlm.tuning.tune import sweep
+from knnlm.tuning.sweep import sweep
 
 PAPER = {
     "LM": 17.96,
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measured: dict[str, dict[str, dict[str, Any]]] = {}
     for key in [key for key in Key if key in stored]:
         neighbors, test_neighbors = (
-            cached(text, search(stored[key], stored["targets"], keys[key]))
+            target_neighbors(text, search(stored[key], stored["targets"], keys[key]))
             for text, keys in ((valid, valid_keys), (test, test_keys))
         )
         recipe, tuned = papers_recipe(neighbors), sweep(neighbors).parameters

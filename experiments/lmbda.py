@@ -9,7 +9,7 @@ Here three collections, each with its own datastore and with the other two; k 10
 from collections.abc import Sequence
 
 from experiment import Experiment
-from measuring import PAPERS_RECIPE, cached, component, perplexity
+from measuring import PAPERS_RECIPE, component, perplexity, target_neighbors
 
 from knnlm.mixture.interpolation import interpolate
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         test = experiment.test(domain)
         curves[domain.name] = {}
         for other in domains:
-            neighbors = cached(test, experiment.voters(experiment.store(other), test))
+            neighbors = target_neighbors(test, experiment.voters(experiment.store(other), test))
             votes = component(neighbors, PAPERS_RECIPE)
             curves[domain.name][other.name] = [
                 perplexity(interpolate(test.lm_log_probs, [votes._replace(lmbda=lmbda)]))

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.tally import BLOCK, FEWEST_DOCUMENTS, bootstrap, perplexity_of
-from knnlm.mixture.features import LMSummary, Voters
 from knnlm.mixture.interpolation import (
-    Component,
+    TargetVotes,
+    Voters,
     interpolate,
     neighbor_log_weights,
     target_knn_log_probs,
 )
+from knnlm.mixture.lm_summary import LMSummary
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas
+from knnlm.tuning.held_out import TargetNeighbors
+from knnlm.tuning.weights import fit_lmbdas
 
 PAPERS_RECIPE = Parameters(k=1024, lmbda=0.25, temperature=1.0)
 
@@ -49,34 +51,34 @@ class HeldOut:
         return len(self.targets)
 
 
-def cached(held_out: HeldOut, voters: Voters) -> CachedNeighbors:
-    """Return the neighbors in the form that a sweep needs."""
+def target_neighbors(held_out: HeldOut, voters: Voters) -> TargetNeighbors:
+    """Return a datastore's neighbors as a sweep needs them."""
     votes = voters.tokens == held_out.targets[:, None]
-    return CachedNeighbors(held_out.lm_log_probs, voters.squared_distances, votes)
+    return TargetNeighbors(held_out.lm_log_probs, voters.squared_distances, votes)
 
 
-def component(neighbors: CachedNeighbors, parameters: Parameters) -> Component:
-    """Return p_kNN of the true tokens from the k nearest neighbors."""
-    distances = neighbors.squared_distances[:, : parameters.k]
-    log_weights = neighbor_log_weights(distances, parameters.temperature)
-    log_probs = target_knn_log_probs(log_weights, neighbors.votes[:, : parameters.k])
-    return Component(log_probs, parameters.lmbda, distances[:, 0].isfinite())
+def component(neighbors: TargetNeighbors, parameters: Parameters) -> TargetVotes:
+    """Return the votes of the k nearest neighbors for the true tokens."""
+    nearest = neighbors.nearest(parameters.k)
+    log_weights = neighbor_log_weights(nearest.squared_distances, parameters.temperature)
+    log_probs = target_knn_log_probs(log_weights, nearest.votes)
+    return TargetVotes(log_probs, parameters.lmbda, nearest.squared_distances[:, 0].isfinite())
 
 
-def mixed(neighbors: CachedNeighbors, parameters: Parameters) -> Float[Tensor, " token"]:
-    """Return log p of the true tokens under the mixture of the LM and one datastore."""
+def mixed(neighbors: TargetNeighbors, parameters: Parameters) -> Float[Tensor, " token"]:
+    """Return the true tokens' log p under the mixture of the LM and one datastore."""
     return interpolate(neighbors.lm_log_probs, [component(neighbors, parameters)])
 
 
-def papers_recipe(valid: CachedNeighbors) -> Parameters:
-    """Return k 1024, T 1 and the best λ on validation text (Khandelwal et al. 2020)."""
+def papers_recipe(valid: TargetNeighbors) -> Parameters:
+    """Return k 1024, T 1 and the λ that suits validation text, as Khandelwal et al. 2020 do."""
     given = replace(PAPERS_RECIPE, k=min(PAPERS_RECIPE.k, valid.squared_distances.shape[1]))
     return fit_lmbdas([valid], [given])[0][0]
 
 
 def perplexity(log_probs: Float[Tensor, " token"]) -> float:
-    """Return the perplexity of tokens, given their log p."""
-    return math.exp(-float(log_probs.double().mean()))
+    """Return the perplexity of tokens."""
+    return perplexity_of(-float(log_probs.double().mean()))
 
 
 def measure(held_out: HeldOut, log_probs: Float[Tensor, " token"]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from experiment import Experiment, digest_of
-from measuring import cached, measure, mixed, papers_recipe, percent
+from measuring import measure, mixed, papers_recipe, percent, target_neighbors
 from training import Recipe, kept_model, train
 
 from knnlm.model.language_model import LanguageModel
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = f"tuned on {tuned_on:,}"
     measured[name] = measure(test, test.lm_log_probs)
     for rows in (tuned_on, store.rows):
-        recipe = papers_recipe(cached(valid, experiment.voters(store, valid, rows)))
-        neighbors = cached(test, experiment.voters(store, test, rows))
+        recipe = papers_recipe(target_neighbors(valid, experiment.voters(store, valid, rows)))
+        neighbors = target_neighbors(test, experiment.voters(store, test, rows))
         measured[f"{name} + kNN of {rows:,}"] = {
             **measure(test, mixed(neighbors, recipe)),
             **asdict(recipe),

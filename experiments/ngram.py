@@ -14,11 +14,11 @@ from collections.abc import Sequence
 import torch
 from experiment import Experiment
 from jaxtyping import Float
-from measuring import HeldOut, cached, component, measure, papers_recipe, percent
+from measuring import HeldOut, component, measure, papers_recipe, percent, target_neighbors
 from torch import Tensor
 
-from knnlm.mixture.interpolation import Component, interpolate
-from knnlm.tuning.fitting import fit_weights, relative_probs
+from knnlm.mixture.interpolation import TargetVotes, interpolate
+from knnlm.tuning.weights import fit_weights, relative_probs
 
 MAX_ORDER = 5
 
@@ -88,14 +88,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
-    neighbors = cached(valid, experiment.voters(store, valid))
-    test_neighbors = cached(test, experiment.voters(store, test))
+    neighbors = target_neighbors(valid, experiment.voters(store, valid))
+    test_neighbors = target_neighbors(test, experiment.voters(store, test))
     ngrams = KneserNey(store.values.tolist(), experiment.lm.vocab_size)
 
     recipe = papers_recipe(neighbors)
     everywhere = torch.ones(len(valid), dtype=torch.bool)
-    of_ngrams = Component(ngrams.log_probs(valid), 0.0, everywhere)
-    test_ngrams = Component(ngrams.log_probs(test), 0.0, everywhere.new_ones(len(test)))
+    of_ngrams = TargetVotes(ngrams.log_probs(valid), 0.0, everywhere)
+    test_ngrams = TargetVotes(ngrams.log_probs(test), 0.0, everywhere.new_ones(len(test)))
     of_neighbors, test_knn = component(neighbors, recipe), component(test_neighbors, recipe)
 
     measured = {

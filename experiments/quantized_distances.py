@@ -13,12 +13,11 @@ import faiss
 import numpy as np
 import torch
 from experiment import Experiment, digest_of
-from measuring import HeldOut, cached, measure, mixed, papers_recipe, percent
+from measuring import HeldOut, measure, mixed, papers_recipe, percent, target_neighbors
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.mixture.features import Voters
-from knnlm.mixture.interpolation import neighbor_log_weights
+from knnlm.mixture.interpolation import Voters, neighbor_log_weights
 
 PAPER = {"LM": 17.96, "PQ, its distances": 16.5, "PQ, exact distances": 16.06}
 LISTS, PROBES, CODE_BYTES = 1024, 32, 64
@@ -41,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("PQ, exact distances", recomputed, test_recomputed),
         ("PQ, its distances", pq, test_pq),
     ]:
-        recipe = papers_recipe(cached(valid, of_valid))
-        numbers = measure(test, mixed(cached(test, of_test), recipe))
+        recipe = papers_recipe(target_neighbors(valid, of_valid))
+        numbers = measure(test, mixed(target_neighbors(test, of_test), recipe))
         votes = neighbor_log_weights(of_test.squared_distances, 1.0).exp()
         entropy = float(torch.special.entr(votes).sum(dim=1).mean())
         measured[name] = {"lmbda": recipe.lmbda, "vote_entropy": entropy, **numbers}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import torch
 from experiment import Experiment
-from measuring import cached, frequencies, groups, measure, mixed, papers_recipe, percent
+from measuring import frequencies, groups, measure, mixed, papers_recipe, percent, target_neighbors
 from torch import Tensor
 
 from knnlm.model.language_model import LanguageModel
@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
-    recipe = papers_recipe(cached(valid, experiment.voters(store, valid)))
-    neighbors = cached(test, experiment.voters(store, test))
+    recipe = papers_recipe(target_neighbors(valid, experiment.voters(store, valid)))
+    neighbors = target_neighbors(test, experiment.voters(store, test))
     log_probs = mixed(neighbors, recipe)
 
     kinds = token_kinds(experiment.lm, test.targets)

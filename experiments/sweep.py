@@ -12,11 +12,12 @@ from dataclasses import asdict
 
 import torch
 from experiment import Experiment
-from measuring import cached, mixed, perplexity
+from measuring import mixed, perplexity, target_neighbors
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import CachedNeighbors, fit_lmbdas
-from knnlm.tuning.tune import sweep as sweep_neighbors
+from knnlm.tuning.held_out import TargetNeighbors
+from knnlm.tuning.sweep import sweep as sweep_neighbors
+from knnlm.tuning.weights import fit_lmbdas
 
 QUERIES = 10_000
 TEMPERATURES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -27,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     texts = [experiment.valid(), experiment.test()]
-    parts = [cached(text, experiment.voters(store, text)) for text in texts]
-    neighbors = CachedNeighbors(
+    parts = [target_neighbors(text, experiment.voters(store, text)) for text in texts]
+    neighbors = TargetNeighbors(
         torch.cat([part.lm_log_probs for part in parts])[:QUERIES],
         torch.cat([part.squared_distances for part in parts])[:QUERIES],
         torch.cat([part.votes for part in parts])[:QUERIES],

@@ -9,10 +9,10 @@ Here each T has its best λ on validation text, at k 16, 128 and 1024.
 from collections.abc import Sequence
 
 from experiment import Experiment
-from measuring import cached, measure, mixed
+from measuring import measure, mixed, target_neighbors
 
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import fit_lmbdas
+from knnlm.tuning.weights import fit_lmbdas
 
 TEMPERATURES = [m * 10.0**e for e in range(-1, 3) for m in (1, 1.5, 2, 3, 5, 7)] + [1000.0]
 KS = (16, 128, 1024)
@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     experiment = Experiment(__doc__, argv)
     store = experiment.store()
     valid, test = experiment.valid(), experiment.test()
-    neighbors = cached(valid, experiment.voters(store, valid))
-    test_neighbors = cached(test, experiment.voters(store, test))
+    neighbors = target_neighbors(valid, experiment.voters(store, valid))
+    test_neighbors = target_neighbors(test, experiment.voters(store, test))
     lm = measure(test, test.lm_log_probs)["perplexity"]
     curves: dict[str, list[dict[str, float]]] = {}
     for k in KS:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import PROSE, byte_tokenizer, tiny_llama
 
-from knnlm.mixture.features import Voters
+from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.parameters import Parameters
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -227,7 +227,7 @@ def test_measures_add_up() -> None:
     assert measured["change_interval"] == pytest.approx([measured["change"]] * 2)
     assert measured["drawn_from"] == "blocks of 256 tokens"
     voters = Voters(torch.tensor([[1.0], [1.0], [torch.inf]]), torch.tensor([[4], [9], [-1]]))
-    neighbors = measuring.cached(held_out, voters)
+    neighbors = measuring.target_neighbors(held_out, voters)
     mixed = measuring.mixed(neighbors, Parameters(1, 0.5, 1.0))
     expected = [0.5 + 0.5 * math.exp(-1), 0.5 * math.exp(-2), math.exp(-3)]
     assert mixed.exp().tolist() == pytest.approx(expected)

@@ -104,7 +104,7 @@ class KNNLM:
         cache_view = None
         if self.mixer.uses_cache:
             cache = self.mixer.new_cache(reading.keys)
-            cache_view = cache.recall(tokens.to(reading.keys.device), reading.keys)
+            cache_view = cache.read(tokens.to(reading.keys.device), reading.keys)
         return self.mixer.mix(self.mixer.search(reading.keys), cache_view, log_probs).log_probs
 
     def perplexity(

@@ -82,7 +82,7 @@ def assert_equal_to_brute_force(
 def in_pieces(cache: ContinuousCache, inputs: Tensor, keys: Tensor, sizes: list[int]) -> CacheView:
     """Read a sequence piece by piece; the columns of the shorter recollections are absent pairs."""
     parts = [
-        cache.recall(piece[None], of_keys[None])
+        cache.read(piece[None], of_keys[None])
         for piece, of_keys in zip(torch.split(inputs, sizes), torch.split(keys, sizes), strict=True)
     ]
     width = max(part.values.shape[1] for part in parts)
@@ -102,7 +102,7 @@ def in_pieces(cache: ContinuousCache, inputs: Tensor, keys: Tensor, sizes: list[
 def test_equal_to_brute_force(size: int, theta: float, similarity: str) -> None:
     inputs, keys, targets = text(600)  # several blocks of queries
     cache = ContinuousCache(size, DIMENSION, similarity=similarity)
-    view = cache.recall(inputs[None], keys[None])
+    view = cache.read(inputs[None], keys[None])
     assert_equal_to_brute_force(view, keys, targets, size, theta, similarity)
 
 
@@ -116,11 +116,11 @@ def test_windows_and_single_steps_carry_on(size: int, pieces: list[int]) -> None
 
 def test_no_query_sees_its_own_target_or_a_later_one() -> None:
     inputs, keys, _ = text(40, seed=2)
-    view = ContinuousCache(40, DIMENSION).recall(inputs[None], keys[None])
+    view = ContinuousCache(40, DIMENSION).read(inputs[None], keys[None])
     for now in range(40):
         changed = inputs.clone()
         changed[now + 1 :] = VOCAB + 1
-        again = ContinuousCache(40, DIMENSION).recall(changed[None], keys[None])
+        again = ContinuousCache(40, DIMENSION).read(changed[None], keys[None])
         assert torch.equal(again.values[: now + 1], view.values[: now + 1])
         assert torch.equal(again.similarities[: now + 1], view.similarities[: now + 1])
 
@@ -129,8 +129,8 @@ def test_sequences_of_a_batch_never_meet() -> None:
     rows = [text(50, seed) for seed in (3, 4, 5)]
     inputs, keys = torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows])
     cache = ContinuousCache(20, DIMENSION, batch=3)
-    together = [cache.recall(inputs[:, :30], keys[:, :30])]
-    together += [cache.recall(inputs[:, t : t + 1], keys[:, t : t + 1]) for t in range(30, 50)]
+    together = [cache.read(inputs[:, :30], keys[:, :30])]
+    together += [cache.read(inputs[:, t : t + 1], keys[:, t : t + 1]) for t in range(30, 50)]
     for row, (_, own_keys, targets) in enumerate(rows):
         parts = [
             part.similarities.reshape(3, -1, part.similarities.shape[1])[row] for part in together
@@ -148,8 +148,8 @@ def test_padding_on_the_left_is_never_remembered(cut: int) -> None:
     padded_keys = torch.cat([torch.full((padding, DIMENSION), 2.0), keys])
     real = torch.arange(padding + 30) >= padding
     cache = ContinuousCache(100, DIMENSION)
-    view = cache.recall(padded[None, :cut], padded_keys[None, :cut], real[None, :cut])
-    tail = cache.recall(padded[None, cut:], padded_keys[None, cut:], real[None, cut:])
+    view = cache.read(padded[None, :cut], padded_keys[None, :cut], real[None, :cut])
+    tail = cache.read(padded[None, cut:], padded_keys[None, cut:], real[None, cut:])
     width = tail.values.shape[1]
     pad = torch.nn.functional.pad
     missing = (width - view.values.shape[1], 0)
@@ -163,10 +163,10 @@ def test_padding_on_the_left_is_never_remembered(cut: int) -> None:
 def test_beams_go_on_from_the_sequence_that_they_continue() -> None:
     one, other = text(12, 7), text(12, 8)
     cache = ContinuousCache(8, DIMENSION, batch=2)
-    cache.recall(torch.stack([one[0], other[0]]), torch.stack([one[1], other[1]]))
+    cache.read(torch.stack([one[0], other[0]]), torch.stack([one[1], other[1]]))
     cache.reorder(torch.tensor([1, 1]))
     following = torch.tensor([[3], [4]]), torch.randn(2, 1, DIMENSION)
-    view = cache.recall(*following)
+    view = cache.read(*following)
     for row in range(2):
         expected = torch.cat([other[0][-7:], following[0][row]])
         assert torch.equal(view.values[row], expected)
@@ -178,29 +178,29 @@ def test_memory_is_bounded_by_the_size() -> None:
     cache = ContinuousCache(10, DIMENSION)
     inputs, keys, _ = text(1000, seed=9)
     for step in range(1000):
-        cache.recall(inputs[None, step : step + 1], keys[None, step : step + 1])
+        cache.read(inputs[None, step : step + 1], keys[None, step : step + 1])
         assert cache._values.shape[1] <= 2 * 10 + 65
         assert cache._keys.shape[1] <= 2 * 10 + 65
 
 
 def test_the_last_columns_are_a_smaller_cache() -> None:
     inputs, keys, _ = text(100, seed=10)
-    large = ContinuousCache(60, DIMENSION).recall(inputs[None], keys[None])
-    small = ContinuousCache(9, DIMENSION).recall(inputs[None], keys[None])
+    large = ContinuousCache(60, DIMENSION).read(inputs[None], keys[None])
+    small = ContinuousCache(9, DIMENSION).read(inputs[None], keys[None])
     assert torch.equal(large.values[:, -9:], small.values)
     torch.testing.assert_close(large.similarities[:, -9:], small.similarities)
 
 
 def test_distances_of_keys_with_a_large_common_part_keep_their_digits() -> None:
     inputs, keys, _ = text(50, seed=11)
-    near = ContinuousCache(50, DIMENSION).recall(inputs[None], keys[None])
-    far = ContinuousCache(50, DIMENSION).recall(inputs[None], keys[None] + 1000.0)
+    near = ContinuousCache(50, DIMENSION).read(inputs[None], keys[None])
+    far = ContinuousCache(50, DIMENSION).read(inputs[None], keys[None] + 1000.0)
     torch.testing.assert_close(far.similarities, near.similarities, atol=5e-3, rtol=0)
 
 
 def test_the_nearest_pairs_come_first() -> None:
     inputs, keys, _ = text(30, seed=12)
-    view = ContinuousCache(30, DIMENSION).recall(inputs[None], keys[None])
+    view = ContinuousCache(30, DIMENSION).read(inputs[None], keys[None])
     nearest = view.nearest(4)
     for now in range(30):
         expected = (keys[:now] - keys[now]).square().sum(dim=1).sort()
@@ -214,8 +214,8 @@ def test_the_nearest_pairs_come_first() -> None:
 
 def test_the_nearest_of_a_smaller_cache() -> None:
     inputs, keys, _ = text(60, seed=13)
-    of_many = ContinuousCache(50, DIMENSION).recall(inputs[None], keys[None]).nearest(6, size=9)
-    of_few = ContinuousCache(9, DIMENSION).recall(inputs[None], keys[None]).nearest(6)
+    of_many = ContinuousCache(50, DIMENSION).read(inputs[None], keys[None]).nearest(6, size=9)
+    of_few = ContinuousCache(9, DIMENSION).read(inputs[None], keys[None]).nearest(6)
     for got, expected in zip(of_many, of_few, strict=True):
         assert torch.equal(got[10:], expected[10:])
 
@@ -226,10 +226,10 @@ def test_what_is_taken_back_was_never_there() -> None:
     straight, winding = ContinuousCache(20, DIMENSION), ContinuousCache(20, DIMENSION)
     for start in range(0, 80, 5):
         piece = slice(start, start + 5)
-        expected = straight.recall(inputs[None, piece], keys[None, piece])
-        winding.recall(other_inputs[None, :7], other_keys[None, :7])
+        expected = straight.read(inputs[None, piece], keys[None, piece])
+        winding.read(other_inputs[None, :7], other_keys[None, :7])
         winding.rewind(7)
-        got = winding.recall(inputs[None, piece], keys[None, piece])
+        got = winding.read(inputs[None, piece], keys[None, piece])
         assert winding.position == straight.position == start + 5
         assert torch.equal(got.nearest(20).tokens[:, :15], expected.nearest(20).tokens[:, :15])
 
@@ -238,10 +238,10 @@ def test_consecutive_recollections_of_several_widths() -> None:
     inputs, keys, _ = text(30, seed=16)
     cache = ContinuousCache(20, DIMENSION)
     parts = [
-        cache.recall(inputs[None, part], keys[None, part]).nearest(20)
+        cache.read(inputs[None, part], keys[None, part]).nearest(20)
         for part in (slice(0, 4), slice(4, 30))
     ]
-    whole = ContinuousCache(20, DIMENSION).recall(inputs[None], keys[None]).nearest(20)
+    whole = ContinuousCache(20, DIMENSION).read(inputs[None], keys[None]).nearest(20)
     joined = join_cache_neighbors(parts)
     torch.testing.assert_close(joined.squared_distances, whole.squared_distances)
     assert torch.equal(joined.tokens, whole.tokens)

@@ -8,16 +8,9 @@ from conftest import refusal
 from torch import Tensor
 
 from knnlm.errors import InvalidArgumentError
-from knnlm.mixture.features import (
-    TEMPERATURES,
-    GateInput,
-    LMSummary,
-    Voters,
-    count_features,
-    query_features,
-    summarize_lm,
-    weigh,
-)
+from knnlm.mixture.features import TEMPERATURES, GateInput, count_features, query_features, weigh
+from knnlm.mixture.interpolation import Voters
+from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 
 VOCAB = 9
 
@@ -38,8 +31,8 @@ def some_lm(queries: int = 30, seed: int = 1) -> LMSummary:
     return summarize_lm(torch.log_softmax(torch.randn(queries, VOCAB, generator=generator), 1))
 
 
-def features_of(source: GateInput, voters: Voters, lm: LMSummary) -> Tensor:
-    return query_features(lm, [weigh(source, voters)])
+def features_of(gate_input: GateInput, voters: Voters, lm: LMSummary) -> Tensor:
+    return query_features(lm, [weigh(gate_input, voters)])
 
 
 def test_the_lm_in_three_numbers() -> None:
@@ -51,8 +44,8 @@ def test_the_lm_in_three_numbers() -> None:
 
 
 def test_components_are_softmaxes_at_several_temperatures() -> None:
-    source, voters = GateInput(21, 3.0), some_voters()
-    weights = weigh(source, voters).log_weights
+    gate_input, voters = GateInput(21, 3.0), some_voters()
+    weights = weigh(gate_input, voters).log_weights
     energies = [-voters.squared_distances.double() / (3.0 * factor) for factor in TEMPERATURES]
     for log_weights, energy in zip(weights, energies, strict=True):
         expected = torch.softmax(energy, dim=1).float().nan_to_num(nan=0.0)
@@ -60,9 +53,9 @@ def test_components_are_softmaxes_at_several_temperatures() -> None:
 
 
 def test_features_equal_a_slow_count() -> None:
-    source, voters, lm = GateInput(21, 3.0), some_voters(), some_lm()
-    found = features_of(source, voters, lm)
-    weights = weigh(source, voters).log_weights[1].double().exp()
+    gate_input, voters, lm = GateInput(21, 3.0), some_voters(), some_lm()
+    found = features_of(gate_input, voters, lm)
+    weights = weigh(gate_input, voters).log_weights[1].double().exp()
     ranks = [1, 2, 4, 8, 16]
     for query in range(30):
         there = voters.squared_distances[query].isfinite()
@@ -101,10 +94,10 @@ def test_features_do_not_depend_on_the_scale_of_the_keys() -> None:
 
 @pytest.mark.parametrize("k", [1, 2, 3, 1024])
 def test_any_number_of_voters_gives_finite_features(k: int) -> None:
-    source, lm = GateInput(k, 1.0), some_lm()
-    found = features_of(source, some_voters(k=k), lm)
+    gate_input, lm = GateInput(k, 1.0), some_lm()
+    found = features_of(gate_input, some_voters(k=k), lm)
     assert bool(found.isfinite().all())
-    assert found.shape == (30, count_features([source]))
+    assert found.shape == (30, count_features([gate_input]))
 
 
 def test_fewer_voters_than_asked_for_are_described_alike() -> None:
@@ -116,15 +109,15 @@ def test_fewer_voters_than_asked_for_are_described_alike() -> None:
 
 
 def test_a_query_is_described_alike_alone_and_among_others() -> None:
-    source, voters, lm = GateInput(21, 3.0), some_voters(), some_lm()
-    together = features_of(source, voters, lm)
+    gate_input, voters, lm = GateInput(21, 3.0), some_voters(), some_lm()
+    together = features_of(gate_input, voters, lm)
     for query in range(30):
         alone = slice(query, query + 1)
-        found = features_of(source, voters.of(alone), lm.of(alone))
+        found = features_of(gate_input, voters.of(alone), lm.of(alone))
         torch.testing.assert_close(found[0], together[query])
 
 
-def test_sources_have_rules() -> None:
+def test_inputs_have_rules() -> None:
     with refusal(InvalidArgumentError, "k must be at least 1, got 0"):
         GateInput(0, 1.0)
     with refusal(InvalidArgumentError, "temperature must be positive, got 0.0"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from knnlm.mixture.interpolation import (
-    Component,
+    TargetVotes,
     Votes,
     interpolate,
     interpolate_vocabulary,
@@ -68,7 +68,7 @@ def test_sparse_scores_equal_the_originals(
     lm = oracle["lm_log_probs"].gather(1, targets[:, None])[:, 0]
     present = torch.ones(len(targets), dtype=torch.bool)
     for lmbda in (0.25, 0.65):
-        mixed = interpolate(lm, [Component(knn, lmbda, present)])
+        mixed = interpolate(lm, [TargetVotes(knn, lmbda, present)])
         expected = oracle[f"combined_{precision}_{function}_lambda{lmbda}"]
         torch.testing.assert_close(mixed[scored], expected[scored], atol=1e-5, rtol=1e-5)
 
@@ -159,8 +159,8 @@ def test_the_ends_of_lmbda_are_exact() -> None:
     assert torch.equal(at_one[~present], lm[~present]), "without a neighbor, p is p_LM"
     for target in range(vocab_size):
         alone, own = lm[:, target], knn[:, target]
-        assert torch.equal(interpolate(alone, [Component(own, 0.0, present)]), alone)
-        one = interpolate(alone, [Component(own, 1.0, present)])
+        assert torch.equal(interpolate(alone, [TargetVotes(own, 0.0, present)]), alone)
+        one = interpolate(alone, [TargetVotes(own, 1.0, present)])
         assert torch.equal(one, own.where(present, alone))
 
 
@@ -218,7 +218,7 @@ def test_lmbdas_that_add_up_to_one_but_for_a_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     lm = torch.log_softmax(torch.randn(30, 50, generator=generator), dim=-1)[:, 0]
     present = torch.ones(30, dtype=torch.bool)
-    part = Component(lm, 0.1, present)
+    part = TargetVotes(lm, 0.1, present)
     mixed = interpolate(lm, [part._replace(lmbda=0.7), part, part, part])
     torch.testing.assert_close(mixed, lm, atol=1e-6, rtol=1e-6)
 

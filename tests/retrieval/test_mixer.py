@@ -28,8 +28,8 @@ from knnlm.evaluation.tally import Tally, bootstrap
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.mixture.continuous_cache import CacheParameters
-from knnlm.mixture.features import LMSummary, summarize_lm
 from knnlm.mixture.interpolation import interpolate_vocabulary
+from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.language_model import LanguageModel
@@ -166,8 +166,8 @@ def test_what_is_stored_comes_back_and_is_for_these_datastores_only(
         ours, theirs = getattr(tuning.mixture, name), getattr(stored, name)
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            assert ours.sources == theirs.sources
-            for one, other in zip(ours.parameters, theirs.parameters, strict=True):
+            assert ours.inputs == theirs.inputs
+            for one, other in zip(ours.network, theirs.network, strict=True):
                 assert torch.equal(one, other)
     assert tuning.mixture.by_distance is not None
     assert stored.by_distance is not None
@@ -182,8 +182,8 @@ def test_what_is_stored_comes_back_and_is_for_these_datastores_only(
 
 
 def test_a_damaged_mixture_is_refused(tuned: tuple[Datastore, Tuning]) -> None:
-    plain = tuned[1].mixture.to_plain()
-    assert TunedMixture.from_plain(plain).lmbdas == tuned[1].mixture.lmbdas
+    plain = tuned[1].mixture.to_dict()
+    assert TunedMixture.from_dict(plain).lmbdas == tuned[1].mixture.lmbdas
     for damage in (
         {"sha256": "0" * 64},
         {"tensors": plain["tensors"][:-8]},
@@ -192,7 +192,7 @@ def test_a_damaged_mixture_is_refused(tuned: tuple[Datastore, Tuning]) -> None:
     ):
         damaged = copy.deepcopy(plain) | damage
         with refusal(DatastoreCorruptError, "the stored mixture cannot be read", "tune"):
-            TunedMixture.from_plain(damaged)
+            TunedMixture.from_dict(damaged)
 
 
 def test_gates_of_two_datastores(short: None, llama_lm: LanguageModel, tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_a_mixture_comes_with_its_votes(
     lm_log_probs = torch.log_softmax(reading.logits, dim=-1)
     view = None
     if mixer.uses_cache:
-        view = mixer.new_cache(reading.keys).recall(tokens, reading.keys)
+        view = mixer.new_cache(reading.keys).read(tokens, reading.keys)
     mixed = mixer.mix(mixer.search(reading.keys), view, lm_log_probs)
     by_token = [votes.by_token() for votes in mixed.votes]
     expected = interpolate_vocabulary(lm_log_probs.flatten(0, 1), by_token)

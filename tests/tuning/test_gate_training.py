@@ -7,26 +7,22 @@ import torch
 from torch import Tensor
 
 from knnlm.evaluation.tally import share_hurt
-from knnlm.mixture.features import TEMPERATURES, GateInput, Voters, count_features, summarize_lm
+from knnlm.mixture.features import TEMPERATURES, GateInput, count_features
 from knnlm.mixture.gate import LearnedGate
-from knnlm.mixture.interpolation import Component, interpolate, target_knn_log_probs
-from knnlm.tuning.gate_training import (
-    Examples,
-    fit_buckets,
-    fit_gate,
-    join_examples,
-    make_examples,
-)
+from knnlm.mixture.interpolation import TargetVotes, Voters, interpolate, target_knn_log_probs
+from knnlm.mixture.lm_summary import summarize_lm
+from knnlm.tuning.by_distance import fit_buckets
+from knnlm.tuning.gate_training import Examples, fit_gate, make_examples
 
 VOCAB = 11
-SOURCE = GateInput(8, 2.0)
+INPUT = GateInput(8, 2.0)
 COMPONENTS = 1 + len(TEMPERATURES)
 
 
 def text_of_two_kinds(tokens: int = 3000, seed: int = 0) -> Examples:
     """Examples whose first feature tells whether the LM or the first component is right."""
     generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(tokens, count_features([SOURCE]), generator=generator)
+    features = torch.randn(tokens, count_features([INPUT]), generator=generator)
     log_probs = torch.full((tokens, COMPONENTS), math.log(0.01))
     neighbors_know = features[:, 0] > 0
     log_probs[:, 0] = torch.where(neighbors_know, math.log(0.01), math.log(0.8))
@@ -40,7 +36,7 @@ def mixed(gate: LearnedGate, examples: Examples) -> Tensor:
 
 
 def test_a_gate_learns_when_to_ask_the_neighbors() -> None:
-    fitted = fit_gate([SOURCE], text_of_two_kinds())
+    fitted = fit_gate([INPUT], text_of_two_kinds())
     best_fixed = -math.log(0.81 / 2)
     assert float(-fitted.held_out_log_probs.mean()) < 0.5 * best_fixed
     unseen = text_of_two_kinds(seed=1)
@@ -56,9 +52,9 @@ def test_what_cannot_be_learned_looks_no_better_held_out() -> None:
     generator = torch.Generator().manual_seed(2)
     tokens = 400
     log_probs = torch.randn(tokens, COMPONENTS, generator=generator).mul(2).sub(3)
-    noise = torch.randn(tokens, count_features([SOURCE]), generator=generator)
+    noise = torch.randn(tokens, count_features([INPUT]), generator=generator)
     present = torch.ones(tokens, COMPONENTS - 1, dtype=torch.bool)
-    fitted = fit_gate([SOURCE], Examples(noise, log_probs, present))
+    fitted = fit_gate([INPUT], Examples(noise, log_probs, present))
     equal_shares = (log_probs.logsumexp(dim=1) - math.log(COMPONENTS)).mean()
     learned = mixed(fitted.gate, Examples(noise, log_probs, present)).mean()
     assert float(learned) > float(equal_shares), "a gate knows the text it learned from"
@@ -68,20 +64,20 @@ def test_what_cannot_be_learned_looks_no_better_held_out() -> None:
 def test_the_same_seed_gives_the_same_gate() -> None:
     examples = text_of_two_kinds(500)
     state = torch.get_rng_state()
-    one, again = fit_gate([SOURCE], examples, seed=3), fit_gate([SOURCE], examples, seed=3)
-    other = fit_gate([SOURCE], examples, seed=4)
+    one, again = fit_gate([INPUT], examples, seed=3), fit_gate([INPUT], examples, seed=3)
+    other = fit_gate([INPUT], examples, seed=4)
     assert torch.equal(torch.get_rng_state(), state), "torch's own random numbers are left alone"
-    for mine, same in zip(one.gate.parameters, again.gate.parameters, strict=True):
+    for mine, same in zip(one.gate.network, again.gate.network, strict=True):
         assert torch.equal(mine, same)
-    assert not torch.equal(one.gate.parameters[0], other.gate.parameters[0])
+    assert not torch.equal(one.gate.network[0], other.gate.network[0])
     assert torch.equal(one.held_out_log_probs, again.held_out_log_probs)
-    assert not any(parameter.requires_grad for parameter in one.gate.parameters)
+    assert not any(parameter.requires_grad for parameter in one.gate.parameters())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 300])
 def test_any_amount_of_text_gives_a_gate(tokens: int) -> None:
     examples = text_of_two_kinds(tokens)
-    fitted = fit_gate([SOURCE], examples)
+    fitted = fit_gate([INPUT], examples)
     assert fitted.held_out_log_probs.shape == (tokens,)
     assert bool(fitted.held_out_log_probs.isfinite().all())
     torch.testing.assert_close(fitted.gate.weights(examples.features).sum(1), torch.ones(tokens))
@@ -89,40 +85,32 @@ def test_any_amount_of_text_gives_a_gate(tokens: int) -> None:
 
 def test_training_sees_what_the_mixture_gives() -> None:
     generator = torch.Generator().manual_seed(5)
-    sources = [SOURCE, GateInput(4, 1.0)]
+    inputs = [INPUT, GateInput(4, 1.0)]
     lm = torch.log_softmax(torch.randn(700, VOCAB, generator=generator), dim=1)
     targets = torch.randint(0, VOCAB, (700,), generator=generator)
     voters = [
         Voters(
-            torch.rand(700, s.k, generator=generator).mul(9).sort(dim=1).values,
-            torch.randint(0, VOCAB, (700, s.k), generator=generator),
+            torch.rand(700, i.k, generator=generator).mul(9).sort(dim=1).values,
+            torch.randint(0, VOCAB, (700, i.k), generator=generator),
         )
-        for s in sources
+        for i in inputs
     ]
     voters[0].squared_distances[:9] = torch.inf
     voters[1].squared_distances[5:20] = torch.inf
     summary, own = summarize_lm(lm), lm.gather(1, targets[:, None])[:, 0]
-    examples = make_examples(sources, summary, own, voters, targets)
+    examples = make_examples(inputs, summary, own, voters, targets)
     halves = [
-        make_examples(sources, summary.of(h), own[h], [v.of(h) for v in voters], targets[h])
+        make_examples(inputs, summary.of(h), own[h], [v.of(h) for v in voters], targets[h])
         for h in (slice(0, 320), slice(320, 700))
     ]
-    joined = join_examples(halves)
+    joined = Examples.join(halves)
     torch.testing.assert_close(joined.features, examples.features)
     torch.testing.assert_close(joined.log_probs, examples.log_probs)
     assert torch.equal(joined.present, examples.present)
 
-    fitted = fit_gate(sources, examples)
-    networks = len(fitted.gate.parameters[0])
-    alone = [
-        LearnedGate(
-            sources,
-            fitted.gate.mean,
-            fitted.gate.scale,
-            [parameter[n : n + 1] for parameter in fitted.gate.parameters],
-        )
-        for n in range(networks)
-    ]
+    fitted = fit_gate(inputs, examples)
+    networks = fitted.gate.networks
+    alone = [fitted.gate.alone(network) for network in range(networks)]
     # each token under the network that did not learn from it, by way of the evaluation
     for network, gate in enumerate(alone):
         block = slice(
@@ -132,7 +120,7 @@ def test_training_sees_what_the_mixture_gives() -> None:
         by_evaluation = interpolate(
             own[block],
             [
-                Component(
+                TargetVotes(
                     target_knn_log_probs(v.log_weights, o.tokens == targets[block, None]),
                     v.lmbda,
                     o.present,

@@ -1,4 +1,4 @@
-"""The sweep over cached neighbors against `evaluate` and against slow arithmetic."""
+"""Tuning: the sweep against `evaluate` and against slow arithmetic, and what becomes of it."""
 
 import json
 import math
@@ -21,17 +21,11 @@ from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
+from knnlm.tuning.held_out import TargetNeighbors, read_held_out
 from knnlm.tuning.plot import plot_tuning
-from knnlm.tuning.tune import (
-    CachedNeighbors,
-    Sweep,
-    Trial,
-    Tuning,
-    cache_neighbors,
-    fit_lmbdas,
-    sweep,
-    tune,
-)
+from knnlm.tuning.sweep import Sweep, Trial, sweep
+from knnlm.tuning.tune import Tuning, tune
+from knnlm.tuning.weights import fit_lmbdas
 
 HELD_OUT = [Document("held", PROSE[60:300] + "Something else."), Document("out", "A memory is.")]
 
@@ -109,9 +103,9 @@ def test_max_k_beyond_the_datastore_tries_all_of_it(
     assert found.sweeps[0].by_k[-1].k == len(store)
 
 
-def random_cache(
+def random_neighbors(
     tokens: int, k: int, votes: float = 0.3, absent: float = 0.0, seed: int = 0
-) -> CachedNeighbors:
+) -> TargetNeighbors:
     generator = torch.Generator().manual_seed(seed)
     distances = (40 * torch.rand(tokens, k, generator=generator)).cumsum(dim=1)
     if absent:
@@ -120,15 +114,15 @@ def random_cache(
         distances[(torch.arange(k) >= found) & some] = torch.inf
     hits = (torch.rand(tokens, k, generator=generator) < votes) & distances.isfinite()
     lm = -8 * torch.rand(tokens, generator=generator)
-    return CachedNeighbors(lm, distances, hits)
+    return TargetNeighbors(lm, distances, hits)
 
 
-def slow_perplexity(cached: CachedNeighbors, trial: Trial) -> float:
+def slow_perplexity(neighbors: TargetNeighbors, trial: Trial) -> float:
     nats = []
     for lm, distances, votes in zip(
-        cached.lm_log_probs.tolist(),
-        cached.squared_distances.tolist(),
-        cached.votes.tolist(),
+        neighbors.lm_log_probs.tolist(),
+        neighbors.squared_distances.tolist(),
+        neighbors.votes.tolist(),
         strict=True,
     ):
         nearest = distances[0] if math.isfinite(distances[0]) else 0.0
@@ -143,41 +137,41 @@ def slow_perplexity(cached: CachedNeighbors, trial: Trial) -> float:
 
 @pytest.mark.parametrize("absent", [0.0, 0.5, 1.0])
 def test_the_sweep_equals_slow_arithmetic(absent: float) -> None:
-    cached = random_cache(40, 11, absent=absent)
-    assert absent == 0.0 or bool((cached.squared_distances[:, 0] == torch.inf).any())
-    found = sweep(cached)
+    neighbors = random_neighbors(40, 11, absent=absent)
+    assert absent == 0.0 or bool((neighbors.squared_distances[:, 0] == torch.inf).any())
+    found = sweep(neighbors)
     for trial in all_trials(found):
-        assert trial.perplexity == pytest.approx(slow_perplexity(cached, trial), rel=1e-5), trial
+        assert trial.perplexity == pytest.approx(slow_perplexity(neighbors, trial), rel=1e-5), trial
     for trial in all_trials(found)[::17]:  # other settings than the winners
         for k in (1, 4, 11):
             other = Trial(k, trial.lmbda, trial.temperature, 0.0)
-            assert slow_perplexity(cached, other) >= found.knn_perplexity * (1 - 1e-6)
+            assert slow_perplexity(neighbors, other) >= found.knn_perplexity * (1 - 1e-6)
 
 
 def test_distances_far_beyond_float32_exponents() -> None:
-    cached = random_cache(40, 8)
-    far = CachedNeighbors(cached.lm_log_probs, cached.squared_distances + 2.0**15, cached.votes)
+    neighbors = random_neighbors(40, 8)
+    far = replace(neighbors, squared_distances=neighbors.squared_distances + 2.0**15)
     for trial in all_trials(sweep(far)):
         assert trial.perplexity == pytest.approx(slow_perplexity(far, trial), rel=1e-5)
 
 
 def test_neighbors_that_never_vote_leave_the_lm_alone() -> None:
-    cached = random_cache(60, 16, votes=0.0)
-    found = sweep(cached)
+    neighbors = random_neighbors(60, 16, votes=0.0)
+    found = sweep(neighbors)
     assert found.parameters.lmbda == 0.0
     assert found.knn_perplexity == found.lm_perplexity
     assert found.lm_perplexity == pytest.approx(
-        math.exp(-float(cached.lm_log_probs.double().mean()))
+        math.exp(-float(neighbors.lm_log_probs.double().mean()))
     )
     assert min(trial.perplexity for trial in all_trials(found)) > found.lm_perplexity
 
 
 def test_absent_neighbors_only_leave_the_lm_alone() -> None:
-    cached = random_cache(10, 4)
-    empty = CachedNeighbors(
-        cached.lm_log_probs,
-        torch.full_like(cached.squared_distances, torch.inf),
-        torch.zeros_like(cached.votes),
+    neighbors = random_neighbors(10, 4)
+    empty = TargetNeighbors(
+        neighbors.lm_log_probs,
+        torch.full_like(neighbors.squared_distances, torch.inf),
+        torch.zeros_like(neighbors.votes),
     )
     found = sweep(empty)
     assert (found.parameters.lmbda, found.knn_perplexity) == (0.0, found.lm_perplexity)
@@ -201,18 +195,20 @@ def test_a_datastore_of_another_kind_is_given_no_weight(
 
 
 def test_ten_thousand_tokens_by_1024_neighbors() -> None:
-    found = sweep(random_cache(10_000, 1024))
+    found = sweep(random_neighbors(10_000, 1024))
     assert found.tokens == 10_000
     assert [trial.k for trial in found.by_k] == [2**power for power in range(11)]
 
 
-def test_cached_neighbors_are_those_of_the_index(model: KNNLM) -> None:
-    (cached,) = cache_neighbors(model, HELD_OUT, 7)
-    assert cached.squared_distances.shape == cached.votes.shape == (len(cached.lm_log_probs), 7)
-    assert cached.votes.dtype == torch.bool
-    assert bool((cached.squared_distances.diff(dim=1) >= 0).all())
+def test_a_held_out_text_has_the_neighbors_of_every_token(model: KNNLM) -> None:
+    text = read_held_out(model, HELD_OUT, 7, model.windowing)
+    assert text is not None
+    neighbors = text.for_targets(text.voters[0])
+    assert neighbors.squared_distances.shape == neighbors.votes.shape == (len(text), 7)
+    assert neighbors.votes.dtype == torch.bool
+    assert bool((neighbors.squared_distances.diff(dim=1) >= 0).all())
     tokens = model.lm.encode([str(document.text) for document in HELD_OUT])
-    assert len(cached.votes) == sum(map(len, tokens))
+    assert len(neighbors.votes) == sum(map(len, tokens))
 
 
 def test_several_datastores_are_tuned_together(llama_lm: LanguageModel, tmp_path: Path) -> None:
@@ -239,15 +235,15 @@ def test_several_datastores_are_tuned_together(llama_lm: LanguageModel, tmp_path
 
 
 def test_jointly_fitted_weights_are_the_best_on_a_grid() -> None:
-    one, other = random_cache(300, 20, seed=1), random_cache(300, 20, seed=2)
+    one, other = random_neighbors(300, 20, seed=1), random_neighbors(300, 20, seed=2)
     other = replace(other, lm_log_probs=one.lm_log_probs)
     given = [Parameters(16, 0.5, 1.0), Parameters(16, 0.5, 3.0)]
     fitted, perplexity = fit_lmbdas([one, other], given)
     lm_probs = one.lm_log_probs.double().exp()
     probs = []
-    for cached, p in zip([one, other], given, strict=True):
-        weights = torch.softmax(-cached.squared_distances[:, : p.k].double() / p.temperature, 1)
-        probs.append((weights * cached.votes[:, : p.k]).sum(dim=1))
+    for neighbors, p in zip([one, other], given, strict=True):
+        weights = torch.softmax(-neighbors.squared_distances[:, : p.k].double() / p.temperature, 1)
+        probs.append((weights * neighbors.votes[:, : p.k]).sum(dim=1))
     best = min(
         float(-(a * probs[0] + b * probs[1] + (1 - a - b) * lm_probs).log().mean())
         for a in torch.arange(0, 1, 0.02).tolist()
@@ -324,7 +320,7 @@ def test_temperatures_follow_the_scale_of_the_keys(scale: float) -> None:
     generator = torch.Generator().manual_seed(5)
     distances = torch.rand(400, 16, generator=generator).mul(4).sort(dim=1).values
     votes = torch.rand(400, 16, generator=generator) < torch.exp(-distances)
-    cached = CachedNeighbors(torch.full((400,), -6.0), distances, votes)
-    scaled = CachedNeighbors(cached.lm_log_probs, distances * scale, votes)
-    expected, found = sweep(cached), sweep(scaled)
+    neighbors = TargetNeighbors(torch.full((400,), -6.0), distances, votes)
+    scaled = TargetNeighbors(neighbors.lm_log_probs, distances * scale, votes)
+    expected, found = sweep(neighbors), sweep(scaled)
     assert found.knn_perplexity == pytest.approx(expected.knn_perplexity, rel=0.005)

@@ -55,7 +55,7 @@ class SequenceCaches:
         real = None
         if mask is not None and mask.dim() == 2:
             real = mask[:, start : start + time].to(keys.device, torch.bool)
-        return cache.recall(inputs.to(keys.device), keys, real)
+        return cache.read(inputs.to(keys.device), keys, real)
 
     def _cache_at(
         self, past: Any, start: int, keys: Float[Tensor, "batch time dim"]

@@ -189,7 +189,7 @@ class Datastore:
         stored = self.catalog.get("mixture")
         if stored is None or stored["others"] != [_resolved(other) for other in others]:
             return None
-        return TunedMixture.from_plain(stored)
+        return TunedMixture.from_dict(stored)
 
     @property
     def is_learned(self) -> bool:
@@ -207,7 +207,7 @@ class Datastore:
 
         mixture: for this datastore and the others together; None removes a stored one.
         """
-        stored = None if mixture is None else mixture.to_plain()
+        stored = None if mixture is None else mixture.to_dict()
         if stored is not None:
             stored["others"] = [_resolved(other) for other in others]
         with self.writer(), self.catalog.transaction(entries_change=False):

@@ -14,7 +14,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.scoring import ScoreRequest, mixed_log_probs, score_documents
 from knnlm.evaluation.tally import FrequencyBucket, Tally, perplexity_of
 from knnlm.mixture.continuous_cache import CacheParameters
-from knnlm.mixture.parameters import Parameters, as_plain
+from knnlm.mixture.parameters import Parameters, parameters_to_dict
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument
 from knnlm.progress import SILENT, Progress
@@ -100,8 +100,8 @@ class PerplexityReport:
     seconds: Seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as plain values, for JSON; `parameters` as `as_plain` gives them."""
-        return asdict(self) | {"parameters": as_plain(self.parameters)}
+        """Return plain values for JSON; `parameters` as `parameters_to_dict` gives them."""
+        return asdict(self) | {"parameters": parameters_to_dict(self.parameters)}
 
 
 def evaluate(

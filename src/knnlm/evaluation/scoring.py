@@ -18,8 +18,8 @@ from knnlm.choices import Boundary, Similarity
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
-from knnlm.mixture.features import LMSummary
 from knnlm.mixture.interpolation import interpolate
+from knnlm.mixture.lm_summary import LMSummary
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import (
     EncodedDocument,
@@ -245,7 +245,7 @@ class _Scorer:
                 )
             self._document = document
             inputs = torch.from_numpy(window.inputs[window.context :]).long()
-            cache_view = self._cache.recall(inputs[None], window_keys[None])
+            cache_view = self._cache.read(inputs[None], window_keys[None])
             for parts, size in zip(by_size, request.sizes, strict=True):
                 parts.append(cache_view.nearest(request.k, size))
         return tuple(join_cache_neighbors(parts) for parts in by_size)

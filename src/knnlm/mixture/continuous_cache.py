@@ -1,11 +1,11 @@
-"""The continuous cache (Grave et al. 2017): what followed states like this one earlier in the text.
+"""The continuous cache (Grave et al. 2017): the text read so far votes for the next token.
 
-Each sequence remembers its last `size` (key, value) pairs. They vote for the next token as stored
-entries do, p_cache(y) ∝ Σ 1[v_i = y] exp(θ s(h, h_i)), and are a further component of the mixture.
-Nothing is trained and nothing is stored; a sequence never sees another one's pairs.
+Each sequence remembers its last `size` (key, value) pairs. They vote as stored entries do,
+p_cache(y) ∝ Σ 1[v_i = y] exp(θ s(h, h_i)), and are one more component of the mixture. Nothing is
+trained and nothing is stored; a sequence never sees another one's pairs.
 
-The paper's s is the dot product. Hidden states of today's models share a large common part and
-differ in length, both of which a dot product sees and a distance does not: s = −‖h − h_i‖² is the
+The paper's s is the dot product. The hidden states of today's models have a large part in common
+and differ in length; both affect a dot product and not a distance, so s = −‖h − h_i‖² is the
 default. A pair is weighed like a stored entry at squared distance −s, with T = 1/θ.
 """
 
@@ -20,20 +20,20 @@ from torch.nn.functional import pad
 
 from knnlm.choices import Similarity, parse_choice
 from knnlm.errors import InvalidArgumentError
-from knnlm.mixture.features import Voters
+from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.parameters import Parameters
 
 _BLOCK = 256  # queries that share one product with the pairs before them
 _REWINDABLE = 64  # positions that can be taken back without loss
-_ABSENT = -1  # the value of a pair that is none
+_ABSENT = -1  # stands for the value where there is no pair
 
 
 @dataclass(frozen=True, slots=True)
 class CacheParameters:
-    """How far back the cache remembers, and how its vote is made and counted.
+    """How far back the cache remembers, and how its pairs vote.
 
-    size: pairs remembered (≥ 1). votes: k, how many of them vote, the most similar ones; λ; and
-    T = 1/θ. similarity: "distance" (−‖h − h_i‖²) or "dot" (h·h_i, the paper's).
+    size: how many pairs are remembered (≥ 1). votes: k, the number of most similar pairs that vote;
+    their weight λ; and T = 1/θ. similarity: "distance" (−‖h − h_i‖²) or "dot" (h·h_i, the paper's).
 
     Raises InvalidArgumentError.
     """
@@ -43,26 +43,22 @@ class CacheParameters:
     similarity: str = Similarity.distance
 
     def __post_init__(self) -> None:
-        _check_size(self.size)
-        _check_similarity(self.similarity)
+        _check(self.size, self.similarity)
 
 
-def _check_size(size: int) -> None:
+def _check(size: int, similarity: str) -> None:
     if size < 1:
         raise InvalidArgumentError(
             f"size must be at least 1, got {size}: leave the cache out to remember nothing"
         )
-
-
-def _check_similarity(similarity: str) -> None:
     parse_choice(Similarity, "similarity", similarity)
 
 
 class CacheNeighbors(NamedTuple):
-    """The remembered pairs that vote for what follows each query, the most similar first.
+    """The remembered pairs that vote for the token after each query, the most similar first.
 
-    squared_distances: −s, +inf where there is none. tokens: what followed then, −1 where there is
-    none. ages: how many positions ago the pair's key was; the pair before the query has age 1.
+    squared_distances: −s, +inf where there is no pair. tokens: the token that followed the pair's
+    key, −1 where there is no pair. ages: how many positions before the query the pair's key was.
     """
 
     squared_distances: Float[Tensor, "query k"]
@@ -80,18 +76,18 @@ class CacheView:
     """The remembered pairs as each query sees them, the oldest first.
 
     similarities: −∞ where there is no pair. values: the token that followed h_i; −1 where there is
-    no pair. The last s columns are what a cache of size s would give.
+    no pair. A cache of a smaller size s gives the last s columns.
     """
 
     similarities: Float[Tensor, "query pair"]
     values: Int[Tensor, "query pair"]
 
     def of(self, queries: Int[Tensor, " some"]) -> "CacheView":
-        """Return that of some of the queries."""
+        """Return the view of some of the queries."""
         return CacheView(self.similarities[queries], self.values[queries])
 
     def nearest(self, count: int, size: int | None = None) -> CacheNeighbors:
-        """Return the `count` most similar pairs, of the last `size` ones where that is given."""
+        """Return the `count` most similar pairs, among the last `size` where that is given."""
         first = 0 if size is None else max(self.values.shape[1] - size, 0)
         recent = self.similarities[:, first:]
         similarities, columns = recent.topk(min(count, recent.shape[1]), dim=1)
@@ -100,12 +96,11 @@ class CacheView:
 
 
 def join_cache_neighbors(parts: Sequence[CacheNeighbors]) -> CacheNeighbors:
-    """Return what consecutive queries recalled; where one has fewer pairs, the rest are absent."""
+    """Join the neighbors of consecutive queries, filled up to one width with absent pairs."""
     width = max(part.tokens.shape[1] for part in parts)
     columns = []
-    for of_parts, absent in zip(zip(*parts, strict=True), (torch.inf, _ABSENT, 0), strict=True):
-        missing = [(0, width - part.shape[1]) for part in of_parts]
-        padded = [pad(part, m, value=absent) for part, m in zip(of_parts, missing, strict=True)]
+    for column, absent in zip(zip(*parts, strict=True), (torch.inf, _ABSENT, 0), strict=True):
+        padded = [pad(part, (0, width - part.shape[1]), value=absent) for part in column]
         columns.append(torch.cat(padded))
     return CacheNeighbors(*columns)
 
@@ -113,8 +108,8 @@ def join_cache_neighbors(parts: Sequence[CacheNeighbors]) -> CacheNeighbors:
 class ContinuousCache:
     """The last `size` pairs of each of `batch` sequences, which advance together.
 
-    A pair's value is the input of the position after its key, so that the cache is fed with what
-    the model reads: `recall(inputs, keys)`, in windows, in a prompt or one token at a time.
+    A pair's value is the input of the position after its key, so the cache reads along with the
+    model: `read(inputs, keys)`, window by window, a prompt at once or one token at a time.
     """
 
     def __init__(
@@ -127,8 +122,7 @@ class ContinuousCache:
         device: torch.device | str = "cpu",
         position: int = 0,
     ) -> None:
-        _check_size(size)
-        _check_similarity(similarity)
+        _check(size, similarity)
         self.size = size
         self.similarity = similarity
         self._center: Float[Tensor, "batch 1 dim"] | None = None
@@ -138,29 +132,29 @@ class ContinuousCache:
         # the newest key, whose value is the next input, is the last of the `_used` places
         self._used = 0
         self.position = position
-        """How many positions each sequence has, those before the first call among them."""
+        """How many positions each sequence has, including those before the first `read`."""
 
     @property
     def batch(self) -> int:
         """How many sequences there are."""
         return len(self._values)
 
-    def recall(
+    def read(
         self,
         inputs: Int[Tensor, "batch time"],
         keys: Float[Tensor, "batch time dim"],
         real: Bool[Tensor, "batch time"] | None = None,
     ) -> CacheView:
-        """Take in the next positions; return what each of them remembers, batch by batch.
+        """Read the next positions; return the pairs that each of them sees, row by row.
 
         real: False where a position is padding, on a sequence's left; it is not remembered. A
-        position's own key is no pair yet: its value is what is to be predicted.
+        position's own key is no pair yet: its value is the token to predict.
         """
         time = inputs.shape[1]
         real = torch.ones_like(inputs, dtype=torch.bool) if real is None else real
         self._make_room(time)
         start, stop = self._used, self._used + time
-        if start > 0:  # what followed the newest key is known now
+        if start > 0:  # the newest key's value is known now
             self._values[:, start - 1] = inputs[:, 0].where(self._real[:, start - 1], _ABSENT)
         self._keys[:, start:stop] = self._centered(keys.float())
         self._values[:, start : stop - 1] = inputs[:, 1:].where(real[:, :-1], _ABSENT)
@@ -169,17 +163,17 @@ class ContinuousCache:
         self._used = stop
         self.position += time
         width = min(self.size, stop)
-        cache_neighbors = [
-            self._recall(first, min(first + _BLOCK, stop), width)
+        blocks = [
+            self._compare(first, min(first + _BLOCK, stop), width)
             for first in range(start, stop, _BLOCK)
         ]
         similarities, values = (
-            torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*cache_neighbors, strict=True)
+            torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*blocks, strict=True)
         )
         return CacheView(similarities, values)
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
-        """Let sequence i go on from what sequence rows[i] was, as a beam search does."""
+        """Continue sequence rows[i] as sequence i, as a beam search does."""
         self._keys, self._values = self._keys[rows], self._values[rows]
         self._real = self._real[rows]
         if self._center is not None:
@@ -188,13 +182,13 @@ class ContinuousCache:
     def rewind(self, positions: int) -> None:
         """Take back the last positions, as assisted decoding does with rejected tokens.
 
-        Pairs in reach are whole again as long as fewer than 64 are taken back.
+        All pairs are remembered again as long as at most 64 positions are taken back.
         """
         self._used = max(self._used - positions, 0)
         self.position -= positions
 
     def _make_room(self, time: int) -> None:
-        """Move the pairs still in reach to the front when the places run out."""
+        """Move the pairs that are still remembered to the front when the places run out."""
         places = self._values.shape[1]
         if self._used + time <= places:
             return
@@ -206,10 +200,10 @@ class ContinuousCache:
         self._real = pad(self._real[:, reach], (0, spare))
         self._used = kept
 
-    def _recall(
+    def _compare(
         self, first: int, stop: int, width: int
     ) -> tuple[Float[Tensor, "batch block pair"], Int[Tensor, "batch block pair"]]:
-        """Return what the positions first … stop − 1 remember, `width` pairs each."""
+        """Return similarities and values of the `width` pairs before positions first … stop − 1."""
         reach = slice(max(first - width, 0), stop - 1)
         missing = max(width - first, 0)
         queries, keys = self._keys[:, first:stop], self._keys[:, reach]
@@ -226,7 +220,7 @@ class ContinuousCache:
         return band.masked_fill(seen == _ABSENT, -torch.inf), seen
 
     def _centered(self, keys: Float[Tensor, "batch time dim"]) -> Float[Tensor, "batch time dim"]:
-        """Leave out what all keys share: it changes no distance, and costs digits."""
+        """Subtract a common point: it changes no distance, and would cost digits."""
         if self.similarity == "dot":
             return keys
         if self._center is None:

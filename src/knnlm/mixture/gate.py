@@ -1,9 +1,10 @@
-"""λ chosen for each token: by the nearest distance, or by a small learned gate.
+"""The learned gate: small networks that choose every weight of a token from its features.
 
-Both are made from cached neighbors of tuning text alone and say, before a token is known, how much
-the neighbors' vote counts for it. Neither ever silences the language model.
+The weights are those of the language model and of each input's components. They are chosen before
+the token is known, and never silence the language model.
 """
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -11,222 +12,185 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from knnlm.errors import DatastoreCorruptError
 from knnlm.mixture.features import (
     TEMPERATURES,
     GateInput,
-    LMSummary,
-    Voters,
     Weighed,
     count_features,
     query_features,
     weigh,
 )
-from knnlm.mixture.interpolation import TokenSums, TokenVotes, Votes
+from knnlm.mixture.interpolation import LEAST_LM_WEIGHT, TokenSums, TokenVotes, Voters, Votes
+from knnlm.mixture.lm_summary import LMSummary
 
-LEAST_LM_WEIGHT = 1e-3  # what no vote can take from the LM, however sure it looks
-_AT_ONCE = 512  # queries whose components are held at once
+_QUERIES_AT_ONCE = 512
 _LARGEST_FEATURE = 5.0  # in standard deviations
 _LAYERS = 3
+_TINY = torch.finfo(torch.float32).tiny
 
 
-class BucketedLambda:
-    """λ by retrieval quality (Drozdov et al. 2022): a λ for each range of the nearest distance.
+class LearnedGate(nn.Module):
+    """Several small networks (two hidden layers), whose weights are averaged.
 
-    edges: between the ranges, ascending squared distances. lmbdas: one more than edges.
+    Each was trained with another part of the text held out. mean, scale: the mean and standard
+    deviation of each feature in that text. network: for each layer the matrices of all networks
+    (network, in, out), then their biases (network, 1, out). They require no gradient: `fit_gate`
+    asks for it while it trains them.
     """
 
-    def __init__(self, edges: Float[Tensor, " edge"], lmbdas: Float[Tensor, " bucket"]) -> None:
-        self.edges = edges
-        self.lmbdas = lmbdas
-
-    def __call__(self, squared_distances: Float[Tensor, "query k"]) -> Float[Tensor, " query"]:
-        """Return each query's λ; 0 where it has no neighbor."""
-        nearest = squared_distances[:, 0].float().cpu().contiguous()
-        lmbdas = self.lmbdas[torch.bucketize(nearest, self.edges)]
-        return lmbdas.masked_fill(nearest.isposinf(), 0.0).to(squared_distances.device)
-
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors to save."""
-        return {"edges": self.edges, "lmbdas": self.lmbdas}
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "BucketedLambda":
-        """Undo `to_tensors`; raises DatastoreCorruptError."""
-        edges, lmbdas = _take(tensors, "edges", "lmbdas")
-        if len(lmbdas) != len(edges) + 1:
-            raise DatastoreCorruptError(
-                f"stored λ by distance must be one more than their {len(edges)} edges, got "
-                f"{len(lmbdas)}: tune the datastore again"
-            )
-        return cls(edges, lmbdas)
-
-
-class LearnedGate:
-    """Weights of the language model and of each source's components, from a query's features.
-
-    Several small networks (two hidden layers), each trained with another part of the text held
-    out; their weights are averaged. mean, scale: what standardizes the features. parameters: of
-    the networks, one after the other along the first dimension.
-    """
+    mean: Float[Tensor, " feature"]
+    scale: Float[Tensor, " feature"]
 
     def __init__(
         self,
-        sources: Sequence[GateInput],
+        inputs: Sequence[GateInput],
         mean: Float[Tensor, " feature"],
         scale: Float[Tensor, " feature"],
-        parameters: Sequence[Tensor],
+        network: Sequence[Tensor],
     ) -> None:
-        self.sources = tuple(sources)
-        self.mean = mean
-        self.scale = scale
-        self.parameters = list(parameters)
+        super().__init__()
+        self.inputs = tuple(inputs)
+        self.networks = len(network[0])
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+        self.network = nn.ParameterList(
+            nn.Parameter(tensor.detach(), requires_grad=False) for tensor in network
+        )
 
-    def standardize(
-        self, features: Float[Tensor, "query feature"]
-    ) -> Float[Tensor, "query feature"]:
-        """Return features around 0, none of them far from it, also in text of another kind."""
-        centered = (features - self.mean) / self.scale
-        return centered.clamp(-_LARGEST_FEATURE, _LARGEST_FEATURE)
+    def forward(self, lm: LMSummary, voters: Sequence[Voters]) -> list[Votes]:
+        """Return how each input's voters enter the mixture; the LM has the rest of the weight.
 
-    def weights(self, features: Float[Tensor, "query feature"]) -> Float[Tensor, "query component"]:
-        """Return the weight of each component, the LM's first, before absent ones are left out."""
-        standard = self.standardize(features).expand(len(self.parameters[0]), -1, -1)
-        weights = _outputs(self.parameters, standard).softmax(dim=-1).mean(dim=0)
-        weights *= 1 - LEAST_LM_WEIGHT
-        weights[:, 0] += LEAST_LM_WEIGHT
-        return weights
-
-    def __call__(self, lm: LMSummary, voters: Sequence[Voters]) -> list[Votes]:
-        """Return how each source's voters enter the mixture; the LM has the rest of the weight.
-
-        A source without voters has weight 0; what it would have had is the LM's too.
+        An input without voters has weight 0, and leaves its share to the LM.
         """
         parts = []
-        for start in range(0, max(len(lm.token), 1), _AT_ONCE):
-            queries = slice(start, start + _AT_ONCE)
+        for start in range(0, max(len(lm.token), 1), _QUERIES_AT_ONCE):
+            queries = slice(start, start + _QUERIES_AT_ONCE)
             weighed = [
-                weigh(source, of_source.of(queries))
-                for source, of_source in zip(self.sources, voters, strict=True)
+                weigh(gate_input, own.of(queries))
+                for gate_input, own in zip(self.inputs, voters, strict=True)
             ]
             parts.append(self.choose(lm.of(queries), weighed))
         return [
-            Votes(*(torch.cat(column) for column in zip(*of_source, strict=True)))
-            for of_source in zip(*parts, strict=True)
+            Votes(*(torch.cat(column) for column in zip(*votes, strict=True)))
+            for votes in zip(*parts, strict=True)
         ]
 
     def choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> list[Votes]:
-        """Return what a call returns, of voters that were weighed before the LM had spoken."""
+        """Return the votes of `forward` for voters that are weighed already."""
         votes = []
-        for of_source, chosen in zip(weighed, self._choose(lm, weighed), strict=True):
-            parts = of_source.log_weights + chosen.log_parts[:, :, None]
-            tokens = of_source.voters.tokens
-            votes.append(Votes(parts.logsumexp(dim=0), tokens, chosen.lmbda, chosen.present))
+        for own, chosen in zip(weighed, self._choose(lm, weighed), strict=True):
+            log_weights = (own.log_weights + chosen.log_shares[:, :, None]).logsumexp(dim=0)
+            votes.append(Votes(log_weights, own.voters.tokens, chosen.lmbda, chosen.present))
         return votes
 
     def choose_by_token(
         self, lm: LMSummary, weighed: Sequence[Weighed], sums: Sequence[TokenSums]
     ) -> list[TokenVotes]:
-        """Return what each token is given by the votes that `choose` returns.
-
-        sums: of each source's tokens, weighed in each component's way.
-        """
+        """Return the votes of `choose` by token. sums: of each input, a way for each component."""
         votes = []
-        for of_source, chosen in zip(sums, self._choose(lm, weighed), strict=True):
-            parts = of_source.log_probs + chosen.log_parts[:, of_source.queries]
-            log_probs = parts.logsumexp(dim=0)
+        for own, chosen in zip(sums, self._choose(lm, weighed), strict=True):
+            log_shares = chosen.log_shares.index_select(1, own.queries)
+            log_probs = (own.log_probs + log_shares).logsumexp(dim=0)
             votes.append(
-                TokenVotes(
-                    of_source.queries, of_source.tokens, log_probs, chosen.lmbda, chosen.present
-                )
+                TokenVotes(own.queries, own.tokens, log_probs, chosen.lmbda, chosen.present)
             )
         return votes
 
     def _choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> Iterator["_Chosen"]:
         weights = self.weights(query_features(lm, weighed))
-        of_sources = weights[:, 1:].chunk(len(self.sources), dim=1)
-        for of_source, shares in zip(weighed, of_sources, strict=True):
-            lmbda, present = shares.sum(dim=1), of_source.voters.present
-            # a gate may be sure enough for λ = 0
-            parts = shares / lmbda[:, None].clamp_min(torch.finfo(lmbda.dtype).tiny)
-            yield _Chosen(lmbda.where(present, 0.0), parts.log().T, present)
+        parts = weights[:, 1:].chunk(len(self.inputs), dim=1)
+        for own, part in zip(weighed, parts, strict=True):
+            lmbda, present = part.sum(dim=1), own.voters.present
+            shares = part / lmbda[:, None].clamp_min(_TINY)  # a gate may be sure enough for λ = 0
+            yield _Chosen(lmbda.where(present, 0.0), shares.log().T, present)
 
-    def to(self, device: torch.device | str) -> "LearnedGate":
-        """Return the gate where its queries are."""
+    def weights(self, features: Float[Tensor, "query feature"]) -> Float[Tensor, "query component"]:
+        """Return the weight of each component, the LM's first, before absent ones are left out."""
+        standard = self.standardize(features).expand(self.networks, -1, -1)
+        weights = self._outputs(standard).softmax(dim=-1).mean(dim=0)
+        weights *= 1 - LEAST_LM_WEIGHT
+        weights[:, 0].add_(LEAST_LM_WEIGHT)
+        return weights
+
+    def network_log_weights(
+        self, standard: Float[Tensor, "network query feature"]
+    ) -> Float[Tensor, "network query component"]:
+        """Return the logarithms of what `weights` averages: each network's weights.
+
+        standard: features that `standardize` has returned, of other queries for each network.
+        """
+        log_weights = torch.log_softmax(self._outputs(standard), dim=-1)
+        log_weights = log_weights + math.log1p(-LEAST_LM_WEIGHT)
+        kept = torch.full(log_weights.shape[-1:], -torch.inf, device=log_weights.device)
+        kept[0] = math.log(LEAST_LM_WEIGHT)
+        return torch.logaddexp(log_weights, kept)
+
+    def standardize(
+        self, features: Float[Tensor, "query feature"]
+    ) -> Float[Tensor, "query feature"]:
+        """Return features around 0, and none far from it, even in an unfamiliar kind of text."""
+        centered = (features - self.mean) / self.scale
+        return centered.clamp(-_LARGEST_FEATURE, _LARGEST_FEATURE)
+
+    def _outputs(
+        self, standard: Float[Tensor, "network query feature"]
+    ) -> Float[Tensor, "network query component"]:
+        parameters = list(self.network.parameters())  # quicker than to index the list
+        hidden = standard
+        for layer in range(_LAYERS):
+            hidden = torch.baddbmm(parameters[2 * layer + 1], hidden, parameters[2 * layer])
+            if layer < _LAYERS - 1:
+                hidden = functional.gelu(hidden)
+        return hidden
+
+    def alone(self, number: int) -> "LearnedGate":
+        """Return a gate of a single network of this one's, which shares its parameters."""
+        network = [tensor[number : number + 1] for tensor in self.network]
+        return LearnedGate(self.inputs, self.mean, self.scale, network)
+
+    def on(self, device: torch.device | str) -> "LearnedGate":
+        """Return this gate where its queries are; a copy if that is another device.
+
+        (`to` moves the gate itself, which others may be using.)
+        """
         if self.mean.device == torch.device(device):
             return self
-        moved = [tensor.to(device) for tensor in (self.mean, self.scale, *self.parameters)]
-        return LearnedGate(self.sources, moved[0], moved[1], moved[2:])
+        return copy.deepcopy(self).to(device)
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors to save; `describe` has the rest."""
-        numbered = {f"network.{number}": tensor for number, tensor in enumerate(self.parameters)}
-        return {"mean": self.mean, "scale": self.scale, **numbered}
-
-    def describe(self) -> dict[str, Any]:
-        """Return the sources as plain values, for JSON."""
-        return {"sources": [asdict(source) for source in self.sources]}
+    def to_dict(self) -> dict[str, Any]:
+        """Return the inputs as plain values, for JSON; `state_dict` has the tensors."""
+        return {"inputs": [asdict(gate_input) for gate_input in self.inputs]}
 
     @classmethod
-    def from_tensors(
-        cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
-    ) -> "LearnedGate":
-        """Undo `to_tensors` and `describe`; raises DatastoreCorruptError."""
-        names = [f"network.{number}" for number in range(2 * _LAYERS)]
-        mean, scale, *parameters = _take(tensors, "mean", "scale", *names)
-        sources = [GateInput(**source) for source in description["sources"]]
-        made_for = len(mean), parameters[-1].shape[-1]
-        needed = count_features(sources), 1 + len(TEMPERATURES) * len(sources)
+    def from_dict(cls, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "LearnedGate":
+        """Undo `to_dict` and `state_dict`; raises KeyError and DatastoreCorruptError."""
+        names = ["mean", "scale", *(f"network.{number}" for number in range(2 * _LAYERS))]
+        if missing := [name for name in names if name not in tensors]:
+            raise DatastoreCorruptError(
+                f"a stored gate must have the tensors {', '.join(names)}, but {missing[0]} is "
+                "missing: tune the datastore again"
+            )
+        mean, scale, *network = (tensors[name] for name in names)
+        # "sources" is the key's name in datastores that were tuned before it became "inputs"
+        stored_inputs = stored["inputs"] if "inputs" in stored else stored["sources"]
+        inputs = [GateInput(**gate_input) for gate_input in stored_inputs]
+        made_for = len(mean), network[-1].shape[-1]
+        needed = count_features(inputs), 1 + len(TEMPERATURES) * len(inputs)
         if made_for != needed:
             raise DatastoreCorruptError(
                 f"a stored gate must have {needed[0]} features and {needed[1]} components, got "
                 f"{made_for[0]} and {made_for[1]}: tune the datastore again"
             )
-        return cls(sources, mean, scale, parameters)
+        return cls(inputs, mean, scale, network)
 
 
 class _Chosen(NamedTuple):
-    """A source's weight λ, and how it divides among its components."""
+    """An input's weight λ, and how its components share it."""
 
     lmbda: Float[Tensor, " query"]
-    log_parts: Float[Tensor, "component query"]
+    log_shares: Float[Tensor, "component query"]
     present: Bool[Tensor, " query"]
-
-
-def _take(tensors: Mapping[str, Tensor], *names: str) -> list[Tensor]:
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise DatastoreCorruptError(
-            f"a stored mixture must have the tensors {', '.join(names)}, but {missing[0]} is "
-            "missing: tune the datastore again"
-        )
-    return [tensors[name] for name in names]
-
-
-def network_log_weights(
-    parameters: Sequence[Tensor], features: Float[Tensor, "network query feature"]
-) -> Float[Tensor, "network query component"]:
-    """Return each network's log weights of the components, the LM's first.
-
-    They are the logarithms of what `LearnedGate.weights` averages. parameters: of each layer its
-    matrices (network, in, out) and its biases (network, 1, out).
-    """
-    outputs = _outputs(parameters, features)
-    log_weights = torch.log_softmax(outputs, dim=-1) + math.log1p(-LEAST_LM_WEIGHT)
-    kept = torch.full(log_weights.shape[-1:], -torch.inf, device=log_weights.device)
-    kept[0] = math.log(LEAST_LM_WEIGHT)
-    return torch.logaddexp(log_weights, kept)
-
-
-def _outputs(
-    parameters: Sequence[Tensor], features: Float[Tensor, "network query feature"]
-) -> Float[Tensor, "network query component"]:
-    hidden = features
-    for layer in range(_LAYERS):
-        hidden = torch.baddbmm(parameters[2 * layer + 1], hidden, parameters[2 * layer])
-        if layer < _LAYERS - 1:
-            hidden = functional.gelu(hidden)
-    return hidden

@@ -1,4 +1,17 @@
-"""Neighbors → log p_kNN → mixture, of one target a query and of the whole vocabulary.
+"""Neighbors → log p_kNN → mixture, for one target of each query and for the whole vocabulary.
+
+The way of a neighbor through the types, for a batch of queries:
+
+    Neighbors    distances and rows            found by an index (index/protocol.py)
+    Voters       distances and tokens          the value of a row is the token it votes for
+    Votes        log weights, tokens, λ        distances have become shares of p_kNN
+    TargetVotes  log p_kNN of a target, λ      for `interpolate`: evaluation knows the target
+    TokenVotes   log p_kNN of tokens, λ        for `interpolate_vocabulary`: prediction does not
+
+With fixed weights Votes follow from Voters at once. A gate chooses λ and how several temperatures
+share it, but only once the language model has spoken. What does not depend on its choice can be
+computed before: `weigh` turns Voters into `Weighed`, `sum_by_token` these into TokenSums, and the
+gate makes Votes of the former or TokenVotes of both.
 
 Everything is in natural-log space and float32. Only squared distances enter p_kNN; an absent
 neighbor (distance +inf) weighs nothing, and a query without any neighbor keeps p_LM.
@@ -11,6 +24,38 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+LEAST_LM_WEIGHT = 1e-3
+"""The weight that the LM keeps where weights are chosen for each token, however sure they look."""
+
+
+class Voters(NamedTuple):
+    """The entries near each query, the nearest first.
+
+    squared_distances: +inf where absent. tokens: the token that each votes for; arbitrary where
+    absent.
+    """
+
+    squared_distances: Float[Tensor, "query k"]
+    tokens: Int[Tensor, "query k"]
+
+    @property
+    def present(self) -> Bool[Tensor, " query"]:
+        """Which queries have a voter."""
+        return self.squared_distances[:, 0].isfinite()
+
+    def of(self, queries: slice) -> "Voters":
+        """Return the voters of some of the queries."""
+        return Voters(self.squared_distances[queries], self.tokens[queries])
+
+    def nearest(self, k: int) -> "Voters":
+        """Return each query's k nearest voters."""
+        return Voters(self.squared_distances[:, :k], self.tokens[:, :k])
+
+    @classmethod
+    def join(cls, parts: Sequence["Voters"]) -> "Voters":
+        """Join the voters of consecutive queries."""
+        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
 
 def neighbor_log_weights(
     squared_distances: Float[Tensor, "query k"],
@@ -18,8 +63,8 @@ def neighbor_log_weights(
 ) -> Float[Tensor, "query k"]:
     """Return each neighbor's log share of the vote, log softmax(−d²/T).
 
-    temperature: one T, or one for each query. Khandelwal et al. 2020, eq. 2. Rows sum to one in
-    probability; rows without a neighbor are all −inf.
+    Khandelwal et al. 2020, eq. 2. temperature: one T, or one for each query. The exponentials of a
+    row sum to one; a row without a neighbor is −inf throughout.
     """
     # the nearest is subtracted before the division, which would cost digits of large distances
     squared_distances = squared_distances.float()
@@ -33,16 +78,15 @@ def target_knn_log_probs(
 ) -> Float[Tensor, " query"]:
     """Return log p_kNN(target): the log weight of the neighbors whose value is the target.
 
-    −inf where no neighbor has it. Never builds a [query × vocabulary] tensor.
+    −inf where no neighbor has it. Builds no tensor of the vocabulary's size.
     """
     return log_weights.masked_fill(~votes_for_target, -torch.inf).logsumexp(dim=1)
 
 
-class Component(NamedTuple):
-    """What one datastore says of a target for each query, and how much that counts.
+class TargetVotes(NamedTuple):
+    """What one component of the mixture gives to one target of each query; see `Votes`.
 
-    lmbda: its weight λ, of all queries or of each. present: where it has a neighbor, and so a say,
-    at all.
+    log_probs: log p_kNN of the target.
     """
 
     log_probs: Float[Tensor, " query"]
@@ -50,32 +94,10 @@ class Component(NamedTuple):
     present: Bool[Tensor, " query"]
 
 
-class Votes(NamedTuple):
-    """What the neighbors in one datastore vote for, and how much that counts; see `Component`.
-
-    log_weights: of `neighbor_log_weights`. tokens: what each votes for, any where it is absent.
-    """
-
-    log_weights: Float[Tensor, "query k"]
-    tokens: Int[Tensor, "query k"]
-    lmbda: float | Float[Tensor, " query"]
-    present: Bool[Tensor, " query"]
-
-    def for_targets(self, targets: Int[Tensor, " query"]) -> Component:
-        """Return what they say of one target a query."""
-        log_probs = target_knn_log_probs(self.log_weights, self.tokens == targets[:, None])
-        return Component(log_probs, self.lmbda, self.present)
-
-    def by_token(self) -> "TokenVotes":
-        """Return what each token was given."""
-        queries, tokens, log_probs = sum_by_token(self.log_weights[None], self.tokens)
-        return TokenVotes(queries, tokens, log_probs[0], self.lmbda, self.present)
-
-
 class TokenVotes(NamedTuple):
-    """What each token was given by the neighbors in one datastore; see `Votes`.
+    """What one component of the mixture gives to each token that was voted for; see `Votes`.
 
-    queries, tokens: each pair that was voted for, once; log_probs: log p_kNN of it.
+    queries, tokens: each pair that got a vote, once. log_probs: log p_kNN of the pair.
     """
 
     queries: Int[Tensor, " vote"]
@@ -85,14 +107,38 @@ class TokenVotes(NamedTuple):
     present: Bool[Tensor, " query"]
 
 
+class Votes(NamedTuple):
+    """One component of the mixture: what its neighbors vote for, and how much that counts.
+
+    log_weights: see `neighbor_log_weights`. tokens: see `Voters`. lmbda: its weight λ, the same for
+    all queries or one for each. present: which queries have a neighbor; the others give the
+    component's weight to the LM.
+    """
+
+    log_weights: Float[Tensor, "query k"]
+    tokens: Int[Tensor, "query k"]
+    lmbda: float | Float[Tensor, " query"]
+    present: Bool[Tensor, " query"]
+
+    def for_targets(self, targets: Int[Tensor, " query"]) -> TargetVotes:
+        """Return the votes for one target of each query."""
+        log_probs = target_knn_log_probs(self.log_weights, self.tokens == targets[:, None])
+        return TargetVotes(log_probs, self.lmbda, self.present)
+
+    def by_token(self) -> TokenVotes:
+        """Return the votes for every token."""
+        queries, tokens, log_probs = sum_by_token(self.log_weights[None], self.tokens)
+        return TokenVotes(queries, tokens, log_probs[0], self.lmbda, self.present)
+
+
 def interpolate(
-    lm_log_probs: Float[Tensor, " query"], components: Sequence[Component]
+    lm_log_probs: Float[Tensor, " query"], components: Sequence[TargetVotes]
 ) -> Float[Tensor, " query"]:
     """Return log(Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM) of each query's target.
 
-    Khandelwal et al. 2020, eq. 3, for one i. Where all λ are 0, or no component is present,
-    `lm_log_probs` come out to the bit; where one λ is 1, that component's. A component that is
-    absent leaves its weight to the LM.
+    With one component this is eq. 3 of Khandelwal et al. 2020. Where all λ are 0 or no component is
+    present, the result is `lm_log_probs` to the bit; where one λ is 1, that component's log_probs.
+    A component that is absent leaves its weight to the LM.
     """
     log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
     mixed = lm_log_probs + log_rest
@@ -104,9 +150,9 @@ def interpolate(
 def interpolate_vocabulary(
     lm_log_probs: Float[Tensor, "query vocab"], components: Sequence[TokenVotes]
 ) -> Float[Tensor, "query vocab"]:
-    """Return what `interpolate` does, of every token.
+    """Return what `interpolate` returns, for every token.
 
-    Beyond one pass over the vocabulary, only tokens that were voted for are computed.
+    Beyond one addition over the vocabulary, only tokens that were voted for are computed.
     """
     log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
     mixed = lm_log_probs + log_rest[:, None]
@@ -119,9 +165,9 @@ def interpolate_vocabulary(
 
 def _log_shares(
     lm_log_probs: Float[Tensor, "query *vocab"],
-    components: Sequence[Component] | Sequence[TokenVotes],
+    components: Sequence[TargetVotes] | Sequence[TokenVotes],
 ) -> tuple[list[Float[Tensor, " query"]], Float[Tensor, " query"]]:
-    """Return log λ of each component, −inf where it is absent, and the logarithm of the rest."""
+    """Return log λ of each component, −inf where it is absent, and the log of the LM's weight."""
     total = lm_log_probs.new_zeros(len(lm_log_probs))
     log_lmbdas = []
     for component in components:
@@ -133,9 +179,9 @@ def _log_shares(
 
 
 class TokenGroups(NamedTuple):
-    """Each query's tokens in ascending order, equal ones in their old order.
+    """Each query's tokens in ascending order; equal ones, a group, keep their order.
 
-    order: where each stood. first: whether it begins a group of equal ones. group: its number.
+    order: the column that each came from. first: whether it begins a group. group: its number.
     """
 
     tokens: Int[Tensor, "query k"]
@@ -145,7 +191,7 @@ class TokenGroups(NamedTuple):
 
 
 def group_by_token(tokens: Int[Tensor, "query k"]) -> TokenGroups:
-    """Put each query's equal tokens side by side."""
+    """Put each query's equal tokens next to each other."""
     tokens, order = tokens.sort(dim=1, stable=True)
     first = torch.ones_like(tokens, dtype=torch.bool)
     first[:, 1:] = tokens[:, 1:] != tokens[:, :-1]
@@ -153,9 +199,9 @@ def group_by_token(tokens: Int[Tensor, "query k"]) -> TokenGroups:
 
 
 class TokenSums(NamedTuple):
-    """What each token was given by the same neighbors, weighed in one or several ways.
+    """The votes of the same voters by token, weighed in one or several ways.
 
-    queries, tokens: each pair that was voted for, once; log_probs: log p_kNN of it, each way.
+    queries, tokens: each pair that got a vote, once. log_probs: log p_kNN of the pair, each way.
     """
 
     queries: Int[Tensor, " vote"]
@@ -166,7 +212,7 @@ class TokenSums(NamedTuple):
 def sum_by_token(
     log_weights: Float[Tensor, "way query k"], tokens: Int[Tensor, "query k"]
 ) -> TokenSums:
-    """Sum the weights of each query's tokens; without weight in any way, a token is left out.
+    """Sum the weights of each query's tokens; a token without weight in any way is left out.
 
     A log-sum-exp for each token, so that a vote too small for float32 still has its logarithm.
     """

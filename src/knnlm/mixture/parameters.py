@@ -37,7 +37,7 @@ class Parameters:
             )
 
 
-def as_plain(parameters: Sequence[Parameters]) -> dict[str, Any] | list[dict[str, Any]]:
-    """Return them for JSON: one object for one datastore, a list for several."""
-    plain = [asdict(of_one) for of_one in parameters]
+def parameters_to_dict(parameters: Sequence[Parameters]) -> dict[str, Any] | list[dict[str, Any]]:
+    """Return plain values for JSON: one object for one datastore, a list for several."""
+    plain = [asdict(each) for each in parameters]
     return plain[0] if len(plain) == 1 else plain

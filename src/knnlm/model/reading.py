@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.choices import Boundary
-from knnlm.mixture.features import LMSummary, summarize_lm
+from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document, Documents
 from knnlm.text.windows import (

@@ -20,7 +20,7 @@ from knnlm.mixture.continuous_cache import (
     CacheView,
     ContinuousCache,
 )
-from knnlm.mixture.features import LMSummary, Weighed, summarize_lm, weigh
+from knnlm.mixture.features import Weighed, weigh
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import (
     TokenSums,
@@ -30,6 +30,7 @@ from knnlm.mixture.interpolation import (
     neighbor_log_weights,
     sum_by_token,
 )
+from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.retrieval.retriever import (
     ForEach,
@@ -145,8 +146,8 @@ class Mixer:
             votes = [retriever.vote(nearest) for retriever, nearest in pairs]
             return Retrieved(neighbors, votes, [one.by_token() for one in votes], [], [])
         weighed = [
-            weigh(source, retriever.voters(nearest))
-            for source, (retriever, nearest) in zip(self.gate.sources, pairs, strict=False)
+            weigh(own_input, retriever.voters(nearest))
+            for own_input, (retriever, nearest) in zip(self.gate.inputs, pairs, strict=False)
         ]
         return Retrieved(neighbors, [], [], weighed, [_sum_weighed(one) for one in weighed])
 
@@ -176,10 +177,10 @@ class Mixer:
             return Mixed(mixed, lambda: votes)
         weighed, sums = retrieved.weighed, retrieved.sums
         if cache_neighbors is not None:
-            cache_weighed = weigh(self.gate.sources[-1], cache_neighbors.voters)
+            cache_weighed = weigh(self.gate.inputs[-1], cache_neighbors.voters)
             weighed, sums = [*weighed, cache_weighed], [*sums, _sum_weighed(cache_weighed)]
         lm = summarize_lm(rows.detach())
-        gate = self.gate.to(lm.entropy.device)
+        gate = self.gate.on(lm.entropy.device)
         by_token = gate.choose_by_token(lm, weighed, sums)
         mixed = interpolate_vocabulary(rows, by_token).reshape(lm_log_probs.shape)
         return Mixed(mixed, lambda: gate.choose(lm, weighed))
@@ -204,7 +205,8 @@ class Mixer:
         voters = [retriever.voters(nearest) for retriever, nearest in pairs]
         if cache_neighbors is not None:
             voters.append(cache_neighbors.voters)
-        return self.gate.to(lm.entropy.device)(lm, voters)
+        chosen: list[Votes] = self.gate.on(lm.entropy.device)(lm, voters)
+        return chosen
 
     def _cache_votes(self, cache_neighbors: CacheNeighbors | None) -> list[Votes]:
         """Return the continuous cache's votes with its fixed weight, if it is used."""

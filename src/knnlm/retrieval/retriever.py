@@ -12,9 +12,8 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
-from knnlm.mixture.features import Voters
-from knnlm.mixture.gate import BucketedLambda
-from knnlm.mixture.interpolation import Votes, neighbor_log_weights
+from knnlm.mixture.by_distance import BucketedLambda
+from knnlm.mixture.interpolation import Voters, Votes, neighbor_log_weights
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.keyed_model import KeyedModel
 

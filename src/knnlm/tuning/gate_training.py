@@ -1,53 +1,42 @@
-"""Fits what `adaptive` holds to tuning text whose true tokens are known; takes seconds.
+"""Training a gate on text whose true tokens are known; takes seconds.
 
-Works on numbers of each token: its features, and what each component gave to the true token. No
-neighbor is needed any more. Same numbers, same seed: same fit.
+Needs only numbers for each token: its features, and what each component gave to the true token.
+Equal numbers and an equal seed give an equal gate.
 """
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knnlm.mixture.features import (
-    GateInput,
-    LMSummary,
-    Voters,
-    query_features,
-    weigh,
-)
-from knnlm.mixture.gate import (
-    LEAST_LM_WEIGHT,
-    BucketedLambda,
-    LearnedGate,
-    network_log_weights,
-)
-from knnlm.mixture.interpolation import target_knn_log_probs
+from knnlm.mixture.features import GateInput, query_features, weigh
+from knnlm.mixture.gate import LearnedGate
+from knnlm.mixture.interpolation import Voters, target_knn_log_probs
+from knnlm.mixture.lm_summary import LMSummary
 
 _HIDDEN = 64
 _NETWORKS = 5
 _BATCH = 256
 _EPOCHS = 12
 _LEAST_STEPS, _MOST_STEPS = 600, 1500
-_CHECKS = 20  # of the held-out parts, while training
+_CHECKS = 20  # how often the held-out blocks are predicted while training
 _LEARNING_RATE = 3e-3
 _WARM_UP = 0.1  # of all steps
 _WEIGHT_DECAY = 1e-2
-_AT_ONCE = 512
-_BUCKETS = 16
-_BISECTIONS = 30
-_NEGLIGIBLE = 1e-6
+_TOKENS_AT_ONCE = 512
 
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """What training needs of each token.
+    """The numbers for each token that training needs.
 
-    log_probs: of the true token, the LM's first, then of each component of each source; −inf where
-    a component gives it nothing. present: whether the source of each component has a voter.
+    log_probs: of the true token, the LM's first, then of each component of each input; −inf where a
+    component gives it nothing. present: whether the input of each component has a voter.
     """
 
     features: Float[Tensor, "token feature"]
@@ -57,128 +46,125 @@ class Examples:
     def __len__(self) -> int:
         return len(self.features)
 
+    @classmethod
+    def join(cls, parts: Sequence["Examples"]) -> "Examples":
+        """Join the examples of consecutive parts of a text."""
+        return cls(
+            torch.cat([part.features for part in parts]),
+            torch.cat([part.log_probs for part in parts]),
+            torch.cat([part.present for part in parts]),
+        )
+
 
 def make_examples(
-    sources: Sequence[GateInput],
+    inputs: Sequence[GateInput],
     lm: LMSummary,
     lm_log_probs: Float[Tensor, " token"],
     voters: Sequence[Voters],
     targets: Int[Tensor, " token"],
 ) -> Examples:
-    """Return the examples of some tokens; `join_examples` puts several together."""
-    features, log_probs, present = [], [], []
-    for start in range(0, len(targets), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        those = [of_source.of(part) for of_source in voters]
-        weighed = [weigh(s, v) for s, v in zip(sources, those, strict=True)]
-        features.append(query_features(lm.of(part), weighed))
-        columns, there = [lm_log_probs[part]], []
-        for of_source in weighed:
-            votes = of_source.voters.tokens == targets[part, None]
-            columns += [target_knn_log_probs(one, votes) for one in of_source.log_weights]
-            there += [of_source.voters.present] * len(of_source.log_weights)
-        log_probs.append(torch.stack(columns, dim=1))
-        present.append(torch.stack(there, dim=1))
-    return Examples(torch.cat(features), torch.cat(log_probs), torch.cat(present))
-
-
-def join_examples(parts: Sequence[Examples]) -> Examples:
-    """Return the examples of consecutive parts of a text."""
-    return Examples(
-        torch.cat([part.features for part in parts]),
-        torch.cat([part.log_probs for part in parts]),
-        torch.cat([part.present for part in parts]),
-    )
+    """Return an example for each token. voters: of each input."""
+    parts = []
+    for start in range(0, len(targets), _TOKENS_AT_ONCE):
+        part = slice(start, start + _TOKENS_AT_ONCE)
+        weighed = [weigh(i, own.of(part)) for i, own in zip(inputs, voters, strict=True)]
+        log_probs, present = [lm_log_probs[part]], []
+        for own in weighed:
+            votes = own.voters.tokens == targets[part, None]
+            log_probs += [target_knn_log_probs(weights, votes) for weights in own.log_weights]
+            present += [own.voters.present] * len(own.log_weights)
+        features = query_features(lm.of(part), weighed)
+        parts.append(Examples(features, torch.stack(log_probs, dim=1), torch.stack(present, dim=1)))
+    return Examples.join(parts)
 
 
 @dataclass(frozen=True, slots=True)
 class FittedGate:
-    """A gate, and what it gives to text that it was not fitted to.
+    """A gate, and how it predicts text that it was not fitted to.
 
-    held_out_log_probs: of every token, under the network that did not learn from it.
+    held_out_log_probs: log p of every true token, under the network that did not learn from it.
     """
 
     gate: LearnedGate
     held_out_log_probs: Float[Tensor, " token"]
 
 
-def fit_gate(sources: Sequence[GateInput], examples: Examples, seed: int = 0) -> FittedGate:
+def fit_gate(inputs: Sequence[GateInput], examples: Examples, seed: int = 0) -> FittedGate:
     """Train the networks of a gate with AdamW, each with a fifth of the text held out.
 
     A fifth is a block of consecutive tokens, as neighboring tokens are alike. Each network is kept
     as it was when it predicted its block best.
     """
     generator = torch.Generator().manual_seed(seed)
-    tokens, features = examples.features.shape
-    networks = min(_NETWORKS, tokens)
-    scale, mean = torch.std_mean(examples.features, dim=0, correction=0)
-    gate = LearnedGate(
-        sources,
-        mean,
-        scale.clamp_min(1e-3),
-        _initial(networks, features, examples.log_probs.shape[1], generator),
-    )
+    gate = _untrained(inputs, examples, generator)
     standard = gate.standardize(examples.features)
-    held_out = torch.arange(tokens) * networks // tokens
-    learning = [torch.nonzero(held_out != network)[:, 0] for network in range(networks)]
-    if networks == 1:
-        learning = [torch.arange(tokens)]
-    least = min(len(own) for own in learning)
+    best = _BestNetworks(gate, standard, examples)
+    learning = [torch.nonzero(~held_out)[:, 0] for held_out in best.held_out]
+    if len(learning) == 1:  # a text of one token
+        learning = [torch.zeros(1, dtype=torch.int64)]
+    least = min(len(tokens) for tokens in learning)
     batch = min(_BATCH, least)
     steps = min(max(_EPOCHS * least // batch, _LEAST_STEPS), _MOST_STEPS)
-    parameters = [parameter.requires_grad_() for parameter in gate.parameters]
-    optimizer = torch.optim.AdamW(parameters, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
+    gate.requires_grad_()
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps))
-    best = [parameter.detach().clone() for parameter in parameters]
-    best_log_probs = torch.full((tokens,), -torch.inf)
-    orders = [torch.empty(0, dtype=torch.int64)] * networks
-    for step in range(1, steps + 1):
-        for network, own in enumerate(learning):
-            if len(orders[network]) < batch:
-                orders[network] = own[torch.randperm(len(own), generator=generator)]
-        drawn = torch.stack([order[:batch] for order in orders])
-        orders = [order[batch:] for order in orders]
-        loss = -_mixed(parameters, standard[drawn], examples, drawn).mean(dim=1).sum()
+    for step, drawn in enumerate(islice(_batches(learning, batch, generator), steps), start=1):
+        loss = -_log_probs(gate, standard, examples, drawn).mean(dim=1).sum()
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         if step % max(steps // _CHECKS, 1) == 0 or step == steps:
-            _keep_best(parameters, best, standard, examples, held_out, best_log_probs)
-    gate.parameters = best
-    return FittedGate(gate, best_log_probs)
+            best.update(gate)
+    return FittedGate(best.gate, best.log_probs)
 
 
-def _initial(
-    networks: int, features: int, components: int, generator: torch.Generator
-) -> list[Tensor]:
-    """Return networks that give each component the same weight, whatever the features."""
-    parameters = []
-    for inputs, outputs in ((features, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, components)):
-        spread = math.sqrt(1 / inputs) if outputs == _HIDDEN else 0.0
-        matrix = torch.empty(networks, inputs, outputs)
-        parameters += [
+def _untrained(
+    inputs: Sequence[GateInput], examples: Examples, generator: torch.Generator
+) -> LearnedGate:
+    """Return a gate that gives each component the same weight, whatever the features."""
+    tokens, features = examples.features.shape
+    components = examples.log_probs.shape[1]
+    network = []
+    for inner, outer in ((features, _HIDDEN), (_HIDDEN, _HIDDEN), (_HIDDEN, components)):
+        spread = math.sqrt(1 / inner) if outer == _HIDDEN else 0.0
+        matrix = torch.empty(min(_NETWORKS, tokens), inner, outer)
+        network += [
             matrix.uniform_(-1, 1, generator=generator).mul_(spread),
-            torch.zeros(networks, 1, outputs),
+            torch.zeros(len(matrix), 1, outer),
         ]
-    return parameters
+    scale, mean = torch.std_mean(examples.features, dim=0, correction=0)
+    return LearnedGate(inputs, mean, scale.clamp_min(1e-3), network)
 
 
 def _rate(progress: float) -> float:
-    """Return the learning rate's course: up in a line, down in a half cosine."""
+    """Return the factor of the learning rate: a linear warm-up, then half a cosine."""
     if progress < _WARM_UP:
         return max(progress / _WARM_UP, 1e-3)
     return 0.5 * (1 + math.cos(math.pi * min((progress - _WARM_UP) / (1 - _WARM_UP), 1.0)))
 
 
-def _mixed(
-    parameters: Sequence[Tensor],
-    features: Float[Tensor, "network token feature"],
+def _batches(
+    learning: Sequence[Int[Tensor, " _"]], batch: int, generator: torch.Generator
+) -> Iterator[Int[Tensor, "network batch"]]:
+    """Yield a batch for each network from the tokens it learns from, in ever new random orders."""
+    orders = [tokens[:0] for tokens in learning]
+    while True:
+        for network, tokens in enumerate(learning):
+            if len(orders[network]) < batch:
+                orders[network] = tokens[torch.randperm(len(tokens), generator=generator)]
+        yield torch.stack([order[:batch] for order in orders])
+        orders = [order[batch:] for order in orders]
+
+
+def _log_probs(
+    gate: LearnedGate,
+    standard: Float[Tensor, "token feature"],
     examples: Examples,
-    tokens: Int[Tensor, "network token"],
-) -> Float[Tensor, "network token"]:
-    """Return the true tokens' log p under each network's mixture."""
-    log_weights = network_log_weights(parameters, features)
+    tokens: Int[Tensor, "network some"],
+) -> Float[Tensor, "network some"]:
+    """Return the true tokens' log p under each network's mixture. tokens: for each network."""
+    log_weights = gate.network_log_weights(standard[tokens])
     log_probs, present = examples.log_probs[tokens], examples.present[tokens]
     # a component without voters leaves its weight to the LM
     lm_share = log_weights.clone()
@@ -188,53 +174,31 @@ def _mixed(
     return torch.cat([lm[..., None], others], dim=-1).logsumexp(dim=-1)
 
 
-@torch.no_grad()
-def _keep_best(
-    parameters: Sequence[Tensor],
-    best: Sequence[Tensor],
-    standard: Float[Tensor, "token feature"],
-    examples: Examples,
-    held_out: Int[Tensor, " token"],
-    best_log_probs: Float[Tensor, " token"],
-) -> None:
-    """Keep each network that predicts its held-out block better than before, and what it gave."""
-    for network in range(len(parameters[0])):
-        block = torch.nonzero(held_out == network)[:, 0]
-        own = [parameter[network : network + 1] for parameter in parameters]
-        log_probs = _mixed(own, standard[block][None], examples, block[None])[0]
-        if float(log_probs.mean()) > float(best_log_probs[block].mean()):
-            best_log_probs[block] = log_probs
-            for kept, now in zip(best, parameters, strict=True):
-                kept[network] = now[network]
+class _BestNetworks:
+    """Each network of a gate as it was when it predicted its held-out block best.
 
-
-def fit_buckets(
-    nearest: Float[Tensor, " token"],
-    lm_log_probs: Float[Tensor, " token"],
-    knn_log_probs: Float[Tensor, " token"],
-    buckets: int = _BUCKETS,
-) -> BucketedLambda:
-    """Cut nearest squared distances into ranges of as many tokens each; find each one's best λ.
-
-    Tokens without a neighbor (+inf) are left out. log p of a mixture is concave in λ, so that the
-    best λ is where its slope is 0, or an end of [0, 1].
+    held_out: which tokens each network does not learn from. log_probs: of the true tokens, under
+    the network that did not learn from them.
     """
-    there = nearest.isfinite()
-    nearest = nearest[there]
-    if len(nearest) == 0:
-        return BucketedLambda(torch.empty(0), torch.zeros(1))
-    quantiles = torch.arange(1, buckets) / buckets
-    edges = torch.unique(nearest.sort().values[(quantiles * len(nearest)).long()])
-    bucket = torch.bucketize(nearest, edges)
-    lm_probs = lm_log_probs[there].double().exp()
-    difference = knn_log_probs[there].double().exp() - lm_probs
-    low = torch.zeros(len(edges) + 1, dtype=torch.float64)
-    high = torch.ones_like(low)
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
-        slopes = difference / (lm_probs + middle[bucket] * difference).clamp_min(1e-300)
-        rises = torch.zeros_like(low).index_add_(0, bucket, slopes) > 0
-        low, high = middle.where(rises, low), high.where(rises, middle)
-    lmbdas = ((low + high) / 2).clamp_max(1 - LEAST_LM_WEIGHT)
-    # an end of [0, 1] is approached, not reached
-    return BucketedLambda(edges, lmbdas.masked_fill(lmbdas < _NEGLIGIBLE, 0.0).float())
+
+    def __init__(
+        self, gate: LearnedGate, standard: Float[Tensor, "token feature"], examples: Examples
+    ) -> None:
+        self.gate = copy.deepcopy(gate)
+        self.log_probs = torch.full((len(examples),), -torch.inf)
+        block = torch.arange(len(examples)) * gate.networks // len(examples)
+        self.held_out = [block == network for network in range(gate.networks)]
+        self._standard = standard
+        self._examples = examples
+
+    @torch.no_grad()
+    def update(self, gate: LearnedGate) -> None:
+        """Take the networks that predict their held-out blocks better than those kept so far."""
+        for network, held_out in enumerate(self.held_out):
+            tokens = torch.nonzero(held_out)[:, 0]
+            own = gate.alone(network)
+            log_probs = _log_probs(own, self._standard, self._examples, tokens[None])[0]
+            if float(log_probs.mean()) > float(self.log_probs[tokens].mean()):
+                self.log_probs[tokens] = log_probs
+                for kept, now in zip(self.gate.network, gate.network, strict=True):
+                    kept[network] = now[network]

@@ -5,7 +5,8 @@ from typing import Any
 
 from knnlm.datastore.files import writing
 from knnlm.mixture.parameters import Parameters
-from knnlm.tuning.tune import Sweep, Tuning
+from knnlm.tuning.sweep import Sweep
+from knnlm.tuning.tune import Tuning
 
 
 def plot_tuning(tuning: Tuning, path: Path) -> None:

@@ -34,7 +34,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
-from knnlm.mixture.gate import BucketedLambda
+from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.retriever import Retriever
 from knnlm.text.corpus import Document

@@ -11,7 +11,8 @@ from knnlm.apps.cli.console import ERR, OUT, amount
 if TYPE_CHECKING:
     from knnlm.evaluation.perplexity import PerplexityReport
     from knnlm.mixture.parameters import Parameters
-    from knnlm.tuning.tune import Sweep, Tuning
+    from knnlm.tuning.sweep import Sweep
+    from knnlm.tuning.tune import Tuning
 
 
 def new_table(*headings: str, left: str | None = None, title: str | None = None) -> Table:
