@@ -118,6 +118,7 @@ class Catalog:
             )
         self._path = path
         self._connection = _connect(path)
+        self._opened = self._state()  # before anything is read, so that no commit is missed
         with self._errors():
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
         if version != FORMAT:
@@ -214,6 +215,21 @@ class Catalog:
     def renumber(self) -> None:
         """Record that rows were renumbered, for readers to notice; inside a transaction."""
         self.set("numbering", self.numbering + 1)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether another connection has committed anything since this one was opened.
+
+        A catalog that was put in the place of this one counts too. Raises DatastoreNotFoundError.
+        """
+        return self._state() != self._opened
+
+    def _state(self) -> tuple[int, int]:
+        try:
+            file = self._path.stat().st_ino
+        except OSError as error:
+            raise DatastoreNotFoundError(f"{self._path} is gone ({error.strerror})") from error
+        return file, int(self._connection.execute("PRAGMA data_version").fetchone()[0])
 
     def shards(self) -> list[StoredShard]:
         """Return all shards in row order."""
