@@ -141,7 +141,7 @@ def warn_of_poor_recall(path: Path, index: dict[str, Any]) -> None:
 
     index: the facts about the index of the datastore at `path`.
     """
-    if index["recall"] < index.get("target_recall", 0.0):
+    if "target_recall" in index and index["recall"] < index["target_recall"]:
         ERR.print(
             f"warning: the index finds {index['recall']:.1%} of the true neighbors, below the "
             f"{index['target_recall']:.1%} asked for; knnlm index {path} builds another",
@@ -174,8 +174,8 @@ def print_store(facts: dict[str, Any]) -> None:
 
 
 def _index_line(index: dict[str, Any]) -> str:
-    if index["kind"] == "exact":
-        return "exact"
+    if "nprobe" not in index:  # exact, or built by an older version, which kept no facts
+        return str(index["kind"])
     line = (
         f"{index['kind']}, recall {index['recall']:.3f} at k {index['k']} with nprobe "
         f"{index['nprobe']}, {index['bytes_per_entry']:.0f} bytes per entry, "
