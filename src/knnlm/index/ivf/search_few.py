@@ -23,7 +23,7 @@ from knnlm.index.ivf.candidates import (
     PartArrays,
     nearest_in,
 )
-from knnlm.index.ivf.codes import MARGIN, Effort
+from knnlm.index.ivf.codes import MARGIN
 from knnlm.index.ivf.kernels import Kept
 from knnlm.index.ivf.kernels_few import CodedKeys, CoderArrays
 from knnlm.index.ivf.lists import Lists
@@ -101,16 +101,22 @@ class IndexArrays(NamedTuple):
 
 
 def search_few(
-    queries: Float[Tensor, "query dim"], index: IndexArrays, nprobe: int, k: int, effort: Effort
+    queries: Float[Tensor, "query dim"],
+    index: IndexArrays,
+    nprobe: int,
+    k: int,
+    oversampling: float,
 ) -> Neighbors:
-    """Return the k nearest in the `nprobe` nearest lists."""
+    """Return the k nearest in the `nprobe` nearest lists; oversampling: see `bound_ranks`."""
     distances = np.empty((len(queries), k), np.float32)
     nearest_rows = np.empty((len(queries), k), np.int64)
     vectors = queries.float().contiguous().numpy()
 
     def search(number: int) -> None:
         if np.isfinite(vectors[number]).all():
-            candidates = _candidates(vectors[number], index, nprobe, k, effort)
+            candidates = _candidates(
+                vectors[number], index, nprobe, int(oversampling * k) + _SPARE_CANDIDATES
+            )
             one = slice(number, number + 1)
             distances[one], nearest_rows[one] = nearest_in(candidates, index.rows, k)
         else:
@@ -123,13 +129,10 @@ def search_few(
     return Neighbors(torch.from_numpy(distances), torch.from_numpy(nearest_rows))
 
 
-def _candidates(
-    query: Floats, index: IndexArrays, nprobe: int, k: int, effort: Effort
-) -> Candidates:
+def _candidates(query: Floats, index: IndexArrays, nprobe: int, wanted: int) -> Candidates:
     """Return exact distances of the candidates with the best scores."""
     code = index.lists.encode(query)
     probes = index.lists.nearest_lists(query, code, nprobe)
-    wanted = int(effort.oversampling * k) + _SPARE_CANDIDATES
     bound = UNBOUNDED
     pieces = []
     for part in index.parts:
