@@ -158,13 +158,12 @@ def score_text(
 ) -> Iterator[Scores]:
     """Score the tokens of one text, cut into windows as a held-out document is."""
     windowing.check_positions(lm.max_window, lm.name)
-    size, context = windowing.window, windowing.context
     pieces = [np.array(tokens, np.int32)]
     if windowing.boundary == Boundary.document:
-        windows = document_windows(0, pieces, lm.start_token, size, context)
+        windows = document_windows(0, pieces, lm.start_token, windowing)
     else:
         pieces.insert(0, np.array([lm.start_token], np.int32))
-        windows = stream_windows([(0, pieces)], size, context, np.empty(0, np.int32))
+        windows = stream_windows([(0, pieces)], windowing, np.empty(0, np.int32))
     return score_windows(lm, windows, request)
 
 

@@ -26,7 +26,7 @@ from knnlm.index.ivf import lists as ivf_lists
 from knnlm.index.ivf.candidates import Candidates, nearest_of
 from knnlm.index.ivf.codes import Coder
 from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
-from knnlm.index.ivf.products import Products
+from knnlm.index.ivf.products import float_products, integer_products
 from knnlm.index.protocol import Index, Neighbors
 
 RECALL = 0.97
@@ -244,8 +244,8 @@ def test_products_are_the_same_in_integers_and_floats() -> None:
         for rows in (9, 130)
     )
     expected = queries.long() @ keys.long().T
-    assert torch.equal(Products(integers=False)(queries, keys).long(), expected)
-    assert torch.equal(Products(integers=True)(queries, keys).long(), expected)
+    assert torch.equal(float_products(queries, keys).long(), expected)
+    assert torch.equal(integer_products(queries, keys).long(), expected)
 
 
 def test_codes_estimate_distances() -> None:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.index.ivf import kernels
-from knnlm.index.ivf.kernels import Nearest, Scales
+from knnlm.index.ivf.kernels import Nearest
 from knnlm.index.ivf.kernels_few import CodedKeys
 from knnlm.index.ivf.parts import Part
 from knnlm.index.protocol import Neighbors
@@ -48,10 +48,6 @@ class PartArrays:
         self.keys: NDArray[Any] | None = None
         if keys is not None:
             self.keys = (keys.view(torch.uint16) if keys.dtype == torch.float16 else keys).numpy()
-
-    def scales(self, rows: slice) -> Scales:
-        """Return the steps and half norms of some positions."""
-        return Scales(self.steps[rows], self.half_norms[rows])
 
 
 def nearest_of(candidates: Candidates, rows: Int[Tensor, " n"], k: int) -> Neighbors:

@@ -30,24 +30,28 @@ _PLACE_BITS = 0xFFFFFFFF
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a kernel, at its first use; it releases the GIL."""
-
-    def compile_it(cache: bool) -> Callable[..., Any]:
-        kernel: Callable[..., Any] = njit(
-            nogil=True,
-            cache=cache,
-            error_model="numpy",
-            # sums may be reordered, so that they vectorize; infinities and NaN keep their meaning
-            fastmath={"reassoc", "contract", "nsz"},
-        )(inspect.unwrap(function))
-        return kernel
-
+    options: dict[str, Any] = {
+        "nogil": True,
+        "error_model": "numpy",
+        # sums may be reordered, so that they vectorize; infinities and NaN keep their meaning
+        "fastmath": {"reassoc", "contract", "nsz"},
+    }
+    source = inspect.unwrap(function)  # without what checks types in tests
     try:
-        return compile_it(cache=True)
+        kernel: Callable[..., Any] = njit(cache=True, **options)(source)
     except RuntimeError:  # no folder is writable: compile in every process
-        return compile_it(cache=False)
+        kernel = njit(**options)(source)
+    return kernel
 
 
-def _as_float32(context: Any, element: Any) -> Any:
+def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let kernels call what a function generates."""
+    generated: Callable[..., Any] = intrinsic(inspect.unwrap(function))
+    return generated
+
+
+@_intrinsic
+def as_float32(context: Any, element: Any) -> Any:
     """Widen an element of a key: float32 itself, or float16 given as its 16 bits."""
 
     def widen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -58,10 +62,8 @@ def _as_float32(context: Any, element: Any) -> Any:
     return types.float32(element), widen
 
 
-as_float32 = intrinsic(inspect.unwrap(_as_float32))
-
-
-def _add_product(context: Any, total: Any, one: Any, other: Any) -> Any:
+@_intrinsic
+def add_product(context: Any, total: Any, one: Any, other: Any) -> Any:
     """Add the product of two codes to a 32-bit sum; numba's own integers would widen to 64 bits."""
 
     def add(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -71,10 +73,8 @@ def _add_product(context: Any, total: Any, one: Any, other: Any) -> Any:
     return types.int32(types.int32, types.int8, types.int8), add
 
 
-add_product = intrinsic(inspect.unwrap(_add_product))
-
-
-def _prefetch(context: Any, address: Any) -> Any:
+@_intrinsic
+def prefetch(context: Any, address: Any) -> Any:
     """Ask for the memory at an address to be in the cache soon; harmless at any address."""
 
     def ask(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -87,9 +87,6 @@ def _prefetch(context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), ask
-
-
-prefetch = intrinsic(inspect.unwrap(_prefetch))
 
 
 class Scales(NamedTuple):
@@ -114,7 +111,8 @@ class Nearest(NamedTuple):
     rows: Array
 
 
-def _write_scores(
+@compiled
+def write_scores(
     products: Array, query_steps: Array, keys: Scales, offsets: Array, scores: Array
 ) -> None:
     """Write the scores of each query's row of code products from its own offset on."""
@@ -125,10 +123,8 @@ def _write_scores(
             scores[offset + j] = keys.half_norms[j] - step * keys.steps[j] * product
 
 
-write_scores = compiled(_write_scores)
-
-
-def _keep(products: Array, query_steps: Array, bounds: Array, keys: Scales, out: Kept) -> int:
+@compiled
+def keep(products: Array, query_steps: Array, bounds: Array, keys: Scales, out: Kept) -> int:
     """Keep the keys whose score is within their query's bound; return how many in all.
 
     Their scores stand for distances.
@@ -146,10 +142,8 @@ def _keep(products: Array, query_steps: Array, bounds: Array, keys: Scales, out:
     return kept
 
 
-keep = compiled(_keep)
-
-
-def _exact(queries: Array, query_of_row: Array, keys: Array, candidates: Kept) -> None:
+@compiled
+def exact(queries: Array, query_of_row: Array, keys: Array, candidates: Kept) -> None:
     """Compute the squared distances of candidates from the stored keys, in place."""
     candidate = 0
     address, key_bytes = keys.ctypes.data, keys.strides[0]
@@ -170,10 +164,8 @@ def _exact(queries: Array, query_of_row: Array, keys: Array, candidates: Kept) -
             candidate += 1
 
 
-exact = compiled(_exact)
-
-
-def _gather(candidates: Any, keys: Array, positions: Array) -> None:
+@compiled
+def gather(candidates: Any, keys: Array, positions: Array) -> None:
     """Write each query's candidates as 64-bit sorting keys: the bits of the distance, the place.
 
     candidates: `Candidates`; starts, counts [query, run] say where a query's runs lie. keys,
@@ -194,10 +186,8 @@ def _gather(candidates: Any, keys: Array, positions: Array) -> None:
             positions[i, j] = -1
 
 
-gather = compiled(_gather)
-
-
-def _scatter(keys: Array, positions: Array, row_of_position: Array, out: Nearest) -> None:
+@compiled
+def scatter(keys: Array, positions: Array, row_of_position: Array, out: Nearest) -> None:
     """Write the distances and rows that the first sorting keys of each query stand for."""
     places = np.uint64(_PLACE_BITS)
     bits = out.distances.view(np.uint32)
@@ -208,10 +198,8 @@ def _scatter(keys: Array, positions: Array, row_of_position: Array, out: Nearest
             out.rows[i, j] = row_of_position[position] if position >= 0 else -1
 
 
-scatter = compiled(_scatter)
-
-
-def _exact_in_block(queries: Array, rows: Array, keys: Array, first_row: int, out: Array) -> None:
+@compiled
+def exact_in_block(queries: Array, rows: Array, keys: Array, first_row: int, out: Array) -> None:
     """Compute squared distances [query, candidate] of those candidates that lie in a block of rows.
 
     first_row: the row of the block's first key.
@@ -233,6 +221,3 @@ def _exact_in_block(queries: Array, rows: Array, keys: Array, first_row: int, ou
                     difference = query[d] - as_float32(key[d])
                     total += difference * difference
                 out[i, j] = total
-
-
-exact_in_block = compiled(_exact_in_block)

@@ -34,7 +34,8 @@ class CodedKeys(NamedTuple):
     half_norms: Array
 
 
-def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
+@compiled
+def dot_rows(vector: Array, rows: Array, out: Array) -> None:
     """Compute the product of one vector with each row of a matrix, as fast as memory gives it."""
     address, row_bytes = rows.ctypes.data, rows.strides[0]
     for i in range(len(rows)):
@@ -47,10 +48,8 @@ def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
         out[i] = total
 
 
-dot_rows = compiled(_dot_rows)
-
-
-def _encode(query: Array, coder: CoderArrays, code: Array) -> tuple[np.float32, np.float32]:
+@compiled
+def encode(query: Array, coder: CoderArrays, code: Array) -> tuple[np.float32, np.float32]:
     """Write the code of a query, as `Coder.encode` does; return its step and squared norm."""
     centered = query - coder.center
     squared_norm = np.float32(0.0)
@@ -72,10 +71,8 @@ def _encode(query: Array, coder: CoderArrays, code: Array) -> tuple[np.float32, 
     return step, squared_norm
 
 
-encode = compiled(_encode)
-
-
-def _score(query: Array, step: float, lists: Array, keys: CodedKeys) -> Array:
+@compiled
+def score(query: Array, step: float, lists: Array, keys: CodedKeys) -> Array:
     """Score every key of some lists for a query's code, in their order, reading each code once."""
     total = 0
     for probe in range(len(lists)):
@@ -99,10 +96,8 @@ def _score(query: Array, step: float, lists: Array, keys: CodedKeys) -> Array:
     return scores
 
 
-score = compiled(_score)
-
-
-def _within(scores: Array, bound: float, lists: Array, starts: Array) -> tuple[Array, Array]:
+@compiled
+def within(scores: Array, bound: float, lists: Array, starts: Array) -> tuple[Array, Array]:
     """Return the positions and scores of those keys of some lists that are within the bound."""
     positions = np.empty(len(scores), np.int64)
     near = np.empty(len(scores), np.float32)
@@ -114,6 +109,3 @@ def _within(scores: Array, bound: float, lists: Array, starts: Array) -> tuple[A
             count += scores[scored] <= bound
             scored += 1
     return positions[:count], near[:count]
-
-
-within = compiled(_within)

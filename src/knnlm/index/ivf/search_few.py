@@ -23,7 +23,7 @@ from knnlm.index.ivf.candidates import (
     PartArrays,
     write_nearest,
 )
-from knnlm.index.ivf.codes import MARGIN, Effort
+from knnlm.index.ivf.codes import MARGIN
 from knnlm.index.ivf.kernels import Kept, Nearest
 from knnlm.index.ivf.kernels_few import CodedKeys, CoderArrays
 from knnlm.index.ivf.lists import Lists
@@ -103,9 +103,13 @@ class IndexArrays(NamedTuple):
 
 
 def search_few(
-    queries: Float[Tensor, "query dim"], index: IndexArrays, nprobe: int, k: int, effort: Effort
+    queries: Float[Tensor, "query dim"],
+    index: IndexArrays,
+    nprobe: int,
+    k: int,
+    oversampling: float,
 ) -> Neighbors:
-    """Return the k nearest in the `nprobe` nearest lists."""
+    """Return the k nearest in the `nprobe` nearest lists; oversampling: see `bound_ranks`."""
     shape = len(queries), k
     nearest = Nearest(np.empty(shape, np.float32), np.empty(shape, np.int64))
     vectors = queries.float().contiguous().numpy()
@@ -114,7 +118,8 @@ def search_few(
         one = slice(number, number + 1)
         out = Nearest(nearest.distances[one], nearest.rows[one])
         if np.isfinite(vectors[number]).all():
-            candidates = _candidates(vectors[number], index, nprobe, k, effort)
+            wanted = int(oversampling * k) + _SPARE_CANDIDATES
+            candidates = _candidates(vectors[number], index, nprobe, wanted)
             write_nearest(candidates, len(candidates.positions), index.rows, out)
         else:
             out.distances[:], out.rows[:] = np.inf, -1
@@ -126,13 +131,10 @@ def search_few(
     return Neighbors(torch.from_numpy(nearest.distances), torch.from_numpy(nearest.rows))
 
 
-def _candidates(
-    query: Floats, index: IndexArrays, nprobe: int, k: int, effort: Effort
-) -> Candidates:
+def _candidates(query: Floats, index: IndexArrays, nprobe: int, wanted: int) -> Candidates:
     """Return exact distances of the candidates with the best scores."""
     code = index.lists.encode(query)
     probes = index.lists.nearest_lists(query, code, nprobe)
-    wanted = int(effort.oversampling * k) + _SPARE_CANDIDATES
     bound = UNBOUNDED
     pieces = []
     for part in index.parts:
