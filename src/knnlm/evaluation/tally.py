@@ -1,14 +1,14 @@
 """Counts of an evaluation: nats, by document and by the frequency of tokens."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -59,7 +59,8 @@ class Tally:
         self._blocks: dict[tuple[int, int], Float[Tensor, " count"]] = {}
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for retriever in retrievers:
-            counts += _count_tokens(retriever, vocab_size)
+            store = retriever.store
+            counts += torch.bincount(store.values[store.alive], minlength=vocab_size)
         # 0 for none, 1 for 1 … 9, 2 for 10 … 99, …
         self._bucket = counts.double().log10().floor().clamp_min(-1).long() + 1
         buckets = int(self._bucket.max()) + 1
@@ -128,16 +129,14 @@ class Tally:
 
     def frequencies(self) -> tuple[FrequencyBucket, ...]:
         """Return the buckets that have tokens, the rarest first."""
-        return tuple(self._frequencies())
-
-    def _frequencies(self) -> Iterator[FrequencyBucket]:
+        buckets = []
         for number, tokens in enumerate(self._bucket_tokens.tolist()):
             if tokens:
-                lm, mixed = (
-                    perplexity_of(nats / tokens) for nats in self._bucket_nats[number].tolist()
-                )
+                lm, mixed = (self._bucket_nats[number] / tokens).tolist()
                 at_least, at_most = (10 ** (number - 1), 10**number - 1) if number else (0, 0)
-                yield FrequencyBucket(at_least, at_most, tokens, lm, mixed)
+                perplexities = perplexity_of(lm), perplexity_of(mixed)
+                buckets.append(FrequencyBucket(at_least, at_most, tokens, *perplexities))
+        return tuple(buckets)
 
 
 def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -150,10 +149,6 @@ def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray
     drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
     per_token: NDArray[np.float64] = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)[:, None]
     return per_token
-
-
-def _count_tokens(retriever: Retriever, vocab_size: int) -> Int[Tensor, " vocab"]:
-    return torch.bincount(retriever.store.values[retriever.store.alive], minlength=vocab_size)
 
 
 def perplexity_of(nats_per_token: float) -> float:

@@ -71,8 +71,7 @@ class CacheNeighbors(NamedTuple):
         return Voters(self.squared_distances, self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class CacheView:
+class CacheView(NamedTuple):
     """The remembered pairs as each query sees them, the oldest first.
 
     similarities: −∞ where there is no pair. values: the token that followed h_i; −1 where there is
@@ -81,10 +80,6 @@ class CacheView:
 
     similarities: Float[Tensor, "query pair"]
     values: Int[Tensor, "query pair"]
-
-    def of(self, queries: Int[Tensor, " some"]) -> "CacheView":
-        """Return the view of some of the queries."""
-        return CacheView(self.similarities[queries], self.values[queries])
 
     def nearest(self, count: int, size: int | None = None) -> CacheNeighbors:
         """Return the `count` most similar pairs, among the last `size` where that is given."""

@@ -19,7 +19,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from knnlm.errors import InvalidArgumentError
-from knnlm.mixture.interpolation import Voters, group_by_token, neighbor_log_weights
+from knnlm.mixture.interpolation import (
+    TokenSums,
+    Voters,
+    group_by_token,
+    neighbor_log_weights,
+    sum_by_token,
+)
 from knnlm.mixture.lm_summary import LMSummary
 
 TEMPERATURES = (0.5, 1.0, 2.5)
@@ -65,6 +71,10 @@ class Weighed(NamedTuple):
     weights: Float[Tensor, "query k"]
     most_votes: Float[Tensor, " query"]
     features: Float[Tensor, "query feature"]
+
+    def by_token(self) -> TokenSums:
+        """Return the votes for every token, in each component."""
+        return sum_by_token(self.log_weights, self.voters.tokens)
 
 
 def weigh(gate_input: GateInput, voters: Voters) -> Weighed:

@@ -43,18 +43,9 @@ class Voters(NamedTuple):
         """Which queries have a voter."""
         return self.squared_distances[:, 0].isfinite()
 
-    def of(self, queries: slice) -> "Voters":
-        """Return the voters of some of the queries."""
-        return Voters(self.squared_distances[queries], self.tokens[queries])
-
     def nearest(self, k: int) -> "Voters":
         """Return each query's k nearest voters."""
         return Voters(self.squared_distances[:, :k], self.tokens[:, :k])
-
-    @classmethod
-    def join(cls, parts: Sequence["Voters"]) -> "Voters":
-        """Join the voters of consecutive queries."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def neighbor_log_weights(
@@ -90,8 +81,7 @@ class TargetVotes(NamedTuple):
     """
 
     log_probs: Float[Tensor, " query"]
-    lmbda: float | Float[Tensor, " query"]
-    present: Bool[Tensor, " query"]
+    lmbda: Float[Tensor, " query"]
 
 
 class TokenVotes(NamedTuple):
@@ -103,32 +93,35 @@ class TokenVotes(NamedTuple):
     queries: Int[Tensor, " vote"]
     tokens: Int[Tensor, " vote"]
     log_probs: Float[Tensor, " vote"]
-    lmbda: float | Float[Tensor, " query"]
-    present: Bool[Tensor, " query"]
+    lmbda: Float[Tensor, " query"]
 
 
 class Votes(NamedTuple):
     """One component of the mixture: what its neighbors vote for, and how much that counts.
 
-    log_weights: see `neighbor_log_weights`. tokens: see `Voters`. lmbda: its weight λ, the same for
-    all queries or one for each. present: which queries have a neighbor; the others give the
-    component's weight to the LM.
+    log_weights: see `neighbor_log_weights`. tokens: see `Voters`. lmbda: its weight λ; 0 where no
+    neighbor is present, so that the LM keeps that weight.
     """
 
     log_weights: Float[Tensor, "query k"]
     tokens: Int[Tensor, "query k"]
-    lmbda: float | Float[Tensor, " query"]
-    present: Bool[Tensor, " query"]
+    lmbda: Float[Tensor, " query"]
 
     def for_targets(self, targets: Int[Tensor, " query"]) -> TargetVotes:
         """Return the votes for one target of each query."""
         log_probs = target_knn_log_probs(self.log_weights, self.tokens == targets[:, None])
-        return TargetVotes(log_probs, self.lmbda, self.present)
+        return TargetVotes(log_probs, self.lmbda)
 
     def by_token(self) -> TokenVotes:
         """Return the votes for every token."""
         queries, tokens, log_probs = sum_by_token(self.log_weights[None], self.tokens)
-        return TokenVotes(queries, tokens, log_probs[0], self.lmbda, self.present)
+        return TokenVotes(queries, tokens, log_probs[0], self.lmbda)
+
+
+def vote(voters: Voters, temperature: float, lmbda: float | Float[Tensor, " query"]) -> Votes:
+    """Let voters vote with one temperature and a given weight λ."""
+    log_weights = neighbor_log_weights(voters.squared_distances, temperature)
+    return Votes(log_weights, voters.tokens, voters.present.float() * lmbda)
 
 
 def interpolate(
@@ -136,14 +129,12 @@ def interpolate(
 ) -> Float[Tensor, " query"]:
     """Return log(Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM) of each query's target.
 
-    With one component this is eq. 3 of Khandelwal et al. 2020. Where all λ are 0 or no component is
-    present, the result is `lm_log_probs` to the bit; where one λ is 1, that component's log_probs.
-    A component that is absent leaves its weight to the LM.
+    With one component this is eq. 3 of Khandelwal et al. 2020. Where all λ are 0, the result is
+    `lm_log_probs` to the bit; where one λ is 1, that component's log_probs.
     """
-    log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
-    mixed = lm_log_probs + log_rest
-    for component, log_lmbda in zip(components, log_lmbdas, strict=True):
-        mixed = torch.logaddexp(mixed, component.log_probs + log_lmbda)
+    mixed = lm_log_probs + _log_lm_weight(lm_log_probs, components)
+    for component in components:
+        mixed = torch.logaddexp(mixed, component.log_probs + component.lmbda.log())
     return mixed
 
 
@@ -154,28 +145,22 @@ def interpolate_vocabulary(
 
     Beyond one addition over the vocabulary, only tokens that were voted for are computed.
     """
-    log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
-    mixed = lm_log_probs + log_rest[:, None]
-    for votes, log_lmbda in zip(components, log_lmbdas, strict=True):
+    mixed = lm_log_probs + _log_lm_weight(lm_log_probs, components)[:, None]
+    for votes in components:
         own = mixed[votes.queries, votes.tokens]
-        voted = votes.log_probs + log_lmbda[votes.queries]
+        voted = votes.log_probs + votes.lmbda.log()[votes.queries]
         mixed[votes.queries, votes.tokens] = torch.logaddexp(own, voted)
     return mixed
 
 
-def _log_shares(
+def _log_lm_weight(
     lm_log_probs: Float[Tensor, "query *vocab"],
     components: Sequence[TargetVotes] | Sequence[TokenVotes],
-) -> tuple[list[Float[Tensor, " query"]], Float[Tensor, " query"]]:
-    """Return log λ of each component, −inf where it is absent, and the log of the LM's weight."""
+) -> Float[Tensor, " query"]:
     total = lm_log_probs.new_zeros(len(lm_log_probs))
-    log_lmbdas = []
     for component in components:
-        lmbda = torch.as_tensor(component.lmbda, dtype=total.dtype, device=total.device)
-        lmbda = torch.where(component.present, lmbda, torch.zeros_like(lmbda))
-        log_lmbdas.append(lmbda.log())
-        total = total + lmbda
-    return log_lmbdas, torch.log1p(-total.clamp_max(1.0))  # rounded weights may add up to more
+        total = total + component.lmbda
+    return torch.log1p(-total.clamp_max(1.0))  # rounded weights may add up to more
 
 
 class TokenGroups(NamedTuple):

@@ -16,10 +16,11 @@ from knnlm.mixture.features import GateInput
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.parameters import Parameters
+from knnlm.mixture.rows import join, select
 from knnlm.mixture.stored import TunedMixture
 from knnlm.progress import SILENT, Progress
 from knnlm.tuning.by_distance import fit_by_distance
-from knnlm.tuning.gate_training import Examples, fit_gate, make_examples
+from knnlm.tuning.gate_training import fit_gate, make_examples
 from knnlm.tuning.held_out import CACHE_K, CACHE_SIZES, HeldOutText
 from knnlm.tuning.weights import fit_weights, knn_ratios, log_gains
 
@@ -136,15 +137,14 @@ def _fit_gate(
             parts.append(
                 make_examples(
                     inputs,
-                    text.lm.of(part),
+                    select(text.lm, part),
                     text.lm_log_probs[part],
-                    [own.of(part) for own in voters],
+                    [select(own, part) for own in voters],
                     text.targets[part],
                 )
             )
-            advance(len(parts[-1]))
-        fitted = fit_gate(inputs, Examples.join(parts))
-    return fitted.gate, fitted.held_out_log_probs
+            advance(len(parts[-1].features))
+        return fit_gate(inputs, join(parts))
 
 
 def _mixed(text: HeldOutText, gains: Float[Tensor, " token"]) -> Float[Tensor, " token"]:
