@@ -1,8 +1,9 @@
 """How each token of a text is explained: which entries of which documents voted for it."""
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
 from itertools import accumulate, compress
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -65,10 +66,8 @@ def explain(
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")
-    request = replace(
-        ScoreRequest.for_mixer(model.mixer, model.windowing.boundary),
-        retrievers=model.mixer.retrievers,
-    )
+    request = ScoreRequest.for_mixer(model.mixer, model.windowing.boundary)
+    request = replace(request, retrievers=model.mixer.retrievers)
     scores = score_text(model.lm, tokens, model.windowing, request)
     return explain_scores(model, scores, sources=sources, before=before, after=after)
 
@@ -119,6 +118,7 @@ class Evidence(NamedTuple):
     cache_neighbors: Sequence[CacheNeighbors] = ()
 
 
+@dataclass
 class Explainer:
     """Explains the tokens of one text, in order.
 
@@ -126,22 +126,18 @@ class Explainer:
     with_credits: whether to sum each document's part, for which all neighbors are looked up.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        retrievers: Sequence[Retriever],
-        *,
-        sources: int = 3,
-        before: int = 24,
-        after: int = 8,
-        with_credits: bool = True,
-    ) -> None:
-        self._lm = lm
-        self._retrievers = retrievers
-        self._documents = [DocumentsByRow(r.store) for r in retrievers] if with_credits else None
-        self._sources = sources
-        self._before = before
-        self._after = after
+    lm: LanguageModel
+    retrievers: Sequence[Retriever]
+    _: KW_ONLY
+    sources: int = 3
+    before: int = 24
+    after: int = 8
+    with_credits: bool = True
+
+    def __post_init__(self) -> None:
+        self._documents = [
+            DocumentsByRow(own.store) for own in self.retrievers if self.with_credits
+        ]
         self._text: list[int] = []  # the tokens so far, where the continuous cache's passages are
 
     def explain(self, evidence: Evidence) -> Iterator[Explanation]:
@@ -150,7 +146,7 @@ class Explainer:
         self._text += targets
         if not votes:
             for token, log_prob in zip(targets, evidence.lm_log_probs.tolist(), strict=True):
-                yield Explanation(token, self._lm.decode([token]), log_prob, 0.0, log_prob)
+                yield Explanation(token, self.lm.decode([token]), log_prob, 0.0, log_prob)
             return
         components = [own.for_targets(evidence.targets) for own in votes]
         shares = _shares(votes)
@@ -163,16 +159,14 @@ class Explainer:
         )
         tokens = torch.cat([own.tokens for own in votes], dim=1)
         ordered = weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
-        strongest = (
-            part[:, : self._sources].tolist() for part in (ordered.indices, ordered.values)
-        )
+        strongest = (part[:, : self.sources].tolist() for part in (ordered.indices, ordered.values))
         for number, (token, *named) in enumerate(zip(targets, *strongest, strict=True)):
             voters = map(partial(self._source, evidence, number), *named)
             sources = tuple(source for source in voters if source is not None)
             wanted = {token, *(source.token for source in sources)}
             yield Explanation(
                 token=token,
-                text=self._lm.decode([token]),
+                text=self.lm.decode([token]),
                 lm_log_prob=float(evidence.lm_log_probs[number]),
                 knn_prob=float(knn_probs[number]),
                 log_prob=float(log_probs[number]),
@@ -194,8 +188,8 @@ class Explainer:
             row = int(nearest.rows[place])
             if row < 0:
                 return None
-            store = self._retrievers[which].store
-            path, passage = str(store.path), store.passage(row, self._before, self._after)
+            store = self.retrievers[which].store
+            path, passage = str(store.path), store.passage(row, self.before, self.after)
             name, position = passage.document.name, row - passage.document.start
             token, before, after = passage.value, passage.before.tolist(), passage.after.tolist()
         else:
@@ -204,8 +198,8 @@ class Explainer:
             path, row, name, text = "", -1, THIS_TEXT, self._text
             position = len(text) - len(evidence.targets) + number - int(nearest.ages[place])
             token = text[position]
-            before = text[max(position - self._before, 0) : position]
-            after = text[position + 1 : position + 1 + self._after]
+            before = text[max(position - self.before, 0) : position]
+            after = text[position + 1 : position + 1 + self.after]
         return Source(
             store=path,
             row=row,
@@ -214,9 +208,9 @@ class Explainer:
             token=token,
             weight=weight,
             squared_distance=float(nearest.squared_distances[place]),
-            before=self._lm.decode(before),
-            value=self._lm.decode([token]),
-            after=self._lm.decode(after),
+            before=self.lm.decode(before),
+            value=self.lm.decode([token]),
+            after=self.lm.decode(after),
         )
 
     def _heaviest_votes(
@@ -232,7 +226,7 @@ class Explainer:
         )
         sums = np.bincount(group, weights=weights.numpy()[present], minlength=len(voted))
         return tuple(
-            Vote(int(voted[n]), self._lm.decode(voted[[n]]), float(sums[n]), int(counts[n]))
+            Vote(int(voted[n]), self.lm.decode(voted[[n]]), float(sums[n]), int(counts[n]))
             for rank, n in enumerate(np.argsort(-sums, kind="stable"))
             if rank < _HEAVIEST_VOTES or voted[n] in wanted
         )
@@ -241,12 +235,12 @@ class Explainer:
         self, evidence: Evidence, number: int, log_prob: Float[Tensor, ""]
     ) -> tuple[Credit, ...]:
         """Return each document's part of the probability of one token."""
-        if self._documents is None:
+        if not self.with_credits:
             return ()
-        sums: dict[tuple[str, str], float] = {}
+        sums: defaultdict[tuple[str, str], float] = defaultdict(float)
         for which, own in enumerate(evidence.votes):
             for_token = own.tokens[number] == evidence.targets[number]
-            if which < len(self._retrievers):
+            if which < len(self.retrievers):
                 rows = evidence.neighbors[which].rows[number][for_token]
                 found = self._documents[which]
                 documents = [(found.store, document.name) for document in found.at(rows)]
@@ -256,7 +250,7 @@ class Explainer:
             parts = (log_weights - log_prob).exp()
             for document, part in zip(documents, parts.tolist(), strict=True):
                 if part > 0.0:
-                    sums[document] = sums.get(document, 0.0) + part
+                    sums[document] += part
         return sorted_credits(sums)
 
 

@@ -105,15 +105,14 @@ def mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
     return interpolate(scores.lm_log_probs, [one.for_targets(scores.targets) for one in votes])
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentScores:
+class DocumentScores(NamedTuple):
     """The scores of held-out documents, computed while they are iterated over.
 
-    documents: those that were read so far, by number.
+    documents: those that were read so far.
     """
 
     scores: Iterator[Scores]
-    documents: dict[int, EncodedDocument]
+    documents: list[EncodedDocument]
 
 
 def score_documents(
@@ -132,12 +131,8 @@ def score_documents(
     """
     if max_tokens is not None and max_tokens < 1:
         raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
-    read: dict[int, EncodedDocument] = {}
-
-    def note(encoded: EncodedDocument) -> None:
-        read[encoded.number] = encoded
-
-    windows = cut_documents(lm, documents, windowing, max_tokens, on_document=note)
+    read: list[EncodedDocument] = []
+    windows = cut_documents(lm, documents, windowing, max_tokens, on_document=read.append)
 
     def scores() -> Iterator[Scores]:
         corpus_bytes = total_bytes(documents)
@@ -145,8 +140,8 @@ def score_documents(
             for part in score_windows(lm, windows, request):
                 total: float | None = max_tokens
                 if corpus_bytes is not None:
-                    tokens = sum(document.tokens for document in read.values())
-                    size_bytes = sum(document.size_bytes for document in read.values())
+                    tokens = sum(document.tokens for document in read)
+                    size_bytes = sum(document.size_bytes for document in read)
                     total = min(max_tokens or math.inf, corpus_bytes * tokens / max(size_bytes, 1))
                 advance(len(part.targets), total)
                 yield part

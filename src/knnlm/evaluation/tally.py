@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -48,11 +48,13 @@ class Tally:
     """Sums of nats: over documents, and over tokens of similar frequency in the datastores.
 
     scored: the number of tokens counted in each document, by its number. helped, hurt: how many
-    tokens are more, or less, probable under the mixture than under the LM.
+    tokens are more, or less, probable under the mixture than under the LM. last_targets: the tokens
+    counted in the last document, in parts.
     """
 
     def __init__(self, retrievers: Sequence[Retriever], vocab_size: int) -> None:
         self.scored: dict[int, int] = {}
+        self.last_targets: list[Int[Tensor, " part"]] = []
         self.helped = self.hurt = 0
         self._hurt_much = 0.0
         # by document and block number: nats of the LM and of the mixture, and tokens
@@ -78,11 +80,13 @@ class Tally:
         self._bucket_tokens += torch.bincount(buckets, minlength=len(self._bucket_tokens))
         self._bucket_nats.index_add_(0, buckets, nats)
         counted = torch.cat([nats, torch.ones(len(nats), 1, dtype=torch.float64)], dim=1)
-        start = 0
-        for window in scores.windows:
-            for span in window.spans:
-                self._add_to_blocks(span.document, counted[start : start + span.count])
-                start += span.count
+        spans = [span for window in scores.windows for span in window.spans]
+        parts = (torch.split(own, [s.count for s in spans]) for own in (scores.targets, counted))
+        for span, targets, own in zip(spans, *parts, strict=True):
+            if span.document not in self.scored:
+                self.last_targets = []
+            self.last_targets.append(targets)
+            self._add_to_blocks(span.document, own)
 
     def _add_to_blocks(self, document: int, counted: Float[Tensor, "token count"]) -> None:
         """Count the next tokens of a document."""

@@ -1,20 +1,16 @@
 """Neighbors → log p_kNN → mixture, for one target of each query and for the whole vocabulary.
 
-The way of a neighbor through the types, for a batch of queries:
-
-    Neighbors    distances and rows            found by an index (index/protocol.py)
-    Voters       distances and tokens          the value of a row is the token it votes for
+    Neighbors    distances, rows               found by an index (index/protocol.py)
+    Voters       distances, tokens             the value of a row is the token it votes for
     Votes        log weights, tokens, λ        distances have become shares of p_kNN
     TargetVotes  log p_kNN of a target, λ      for `interpolate`: evaluation knows the target
     TokenVotes   log p_kNN of tokens, λ        for `interpolate_vocabulary`: prediction does not
 
-With fixed weights Votes follow from Voters at once. A gate chooses λ and how several temperatures
-share it, but only once the language model has spoken. What does not depend on its choice can be
-computed before: `weigh` turns Voters into `Weighed`, `sum_by_token` these into TokenSums, and the
-gate makes Votes of the former or TokenVotes of both.
+With fixed weights, `vote` turns Voters into Votes. A gate needs the LM's prediction to do so; all
+that does not depend on it is computed before (`Weighed`, TokenSums).
 
-Everything is in natural-log space and float32. Only squared distances enter p_kNN; an absent
-neighbor (distance +inf) weighs nothing, and a query without any neighbor keeps p_LM.
+Everything is in natural-log space and float32. An absent neighbor (distance +inf) weighs nothing,
+and a query without any neighbor keeps p_LM.
 """
 
 from collections.abc import Sequence
@@ -31,8 +27,7 @@ LEAST_LM_WEIGHT = 1e-3
 class Voters(NamedTuple):
     """The entries near each query, the nearest first.
 
-    squared_distances: +inf where absent. tokens: the token that each votes for; arbitrary where
-    absent.
+    squared_distances: +inf where absent. tokens: what each votes for; arbitrary where absent.
     """
 
     squared_distances: Float[Tensor, "query k"]
@@ -75,20 +70,14 @@ def target_knn_log_probs(
 
 
 class TargetVotes(NamedTuple):
-    """What one component of the mixture gives to one target of each query; see `Votes`.
-
-    log_probs: log p_kNN of the target.
-    """
+    """One component's log p_kNN of one target of each query, and its weight λ; see `Votes`."""
 
     log_probs: Float[Tensor, " query"]
     lmbda: Float[Tensor, " query"]
 
 
 class TokenVotes(NamedTuple):
-    """What one component of the mixture gives to each token that was voted for; see `Votes`.
-
-    queries, tokens: each pair that got a vote, once. log_probs: log p_kNN of the pair.
-    """
+    """One component's log p_kNN of each (query, token) that got a vote, once; see `Votes`."""
 
     queries: Int[Tensor, " vote"]
     tokens: Int[Tensor, " vote"]
@@ -143,7 +132,7 @@ def interpolate_vocabulary(
 ) -> Float[Tensor, "query vocab"]:
     """Return what `interpolate` returns, for every token.
 
-    Beyond one addition over the vocabulary, only tokens that were voted for are computed.
+    Only tokens with votes cost more than one addition.
     """
     mixed = lm_log_probs + _log_lm_weight(lm_log_probs, components)[:, None]
     for votes in components:
@@ -184,10 +173,7 @@ def group_by_token(tokens: Int[Tensor, "query k"]) -> TokenGroups:
 
 
 class TokenSums(NamedTuple):
-    """The votes of the same voters by token, weighed in one or several ways.
-
-    queries, tokens: each pair that got a vote, once. log_probs: log p_kNN of the pair, each way.
-    """
+    """Log p_kNN of each (query, token) that got a vote, once, for each way to weigh the voters."""
 
     queries: Int[Tensor, " vote"]
     tokens: Int[Tensor, " vote"]

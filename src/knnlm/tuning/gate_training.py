@@ -19,6 +19,7 @@ from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import Voters, target_knn_log_probs
 from knnlm.mixture.lm_summary import LMSummary
 from knnlm.mixture.rows import join, select
+from knnlm.progress import Advance
 
 _HIDDEN = 64
 _NETWORKS = 5
@@ -50,8 +51,10 @@ def make_examples(
     lm_log_probs: Float[Tensor, " token"],
     voters: Sequence[Voters],
     targets: Int[Tensor, " token"],
+    *,
+    advance: Advance | None = None,
 ) -> Examples:
-    """Return an example for each token. voters: of each input."""
+    """Return an example for each token. voters: of each input. advance: told of tokens done."""
     parts = []
     for start in range(0, len(targets), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
@@ -63,6 +66,8 @@ def make_examples(
             present += [own.voters.present] * len(own.log_weights)
         features = query_features(select(lm, part), weighed)
         parts.append(Examples(features, torch.stack(log_probs, dim=1), torch.stack(present, dim=1)))
+        if advance is not None:
+            advance(len(features))
     return join(parts)
 
 
