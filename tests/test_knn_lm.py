@@ -177,9 +177,7 @@ def test_absent_neighbors_vote_for_nothing(store: Datastore) -> None:
     retriever = Retriever(store, ExactIndex(store), Parameters())
     # row −1 must not be read as row 0, nor as the last one
     for target in (value, store.values[0].item(), store.values[-1].item()):
-        votes = retriever.votes_for_targets(
-            Neighbors(distances, rows), torch.tensor([target, target], dtype=torch.int32)
-        )
+        votes = retriever.tokens(Neighbors(distances, rows)) == target
         assert votes.tolist() == [[target == value, False], [False, False]]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from knnlm.choices import Boundary
 from knnlm.mixture.lm_summary import LMSummary, summarize_lm
+from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.corpus import Document, Documents
 from knnlm.text.windows import (
@@ -230,7 +231,7 @@ def read_scores(
                 number,
                 reading.keys[row, new].float(),
                 torch.cat(log_probs),
-                LMSummary.join(summaries) if summarize else None,
+                join(summaries) if summarize else None,
                 Likeliest.join(tops) if likeliest else None,
             )
 

@@ -21,8 +21,7 @@ from knnlm.errors import (
 )
 from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
-from knnlm.index.ivf import index as ivf_index
-from knnlm.index.ivf import lists as ivf_lists
+from knnlm.index.ivf import index as ivf_index, lists as ivf_lists
 from knnlm.index.ivf.candidates import Candidates, nearest_of
 from knnlm.index.ivf.codes import Coder
 from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
