@@ -31,17 +31,46 @@ from knnlm.errors import (
 
 if TYPE_CHECKING:
     from knnlm.attachment.attachment import Attachment as Attachment, attach as attach
-    from knnlm.datastore.datastore import Datastore as Datastore
+    from knnlm.choices import (
+        Boundary as Boundary,
+        IndexKind as IndexKind,
+        Key as Key,
+        KeyDtype as KeyDtype,
+        ModelDtype as ModelDtype,
+        Similarity as Similarity,
+        Weights as Weights,
+    )
+    from knnlm.datastore.catalog import Settings as Settings, StoredDocument as StoredDocument
+    from knnlm.datastore.compaction import Compaction as Compaction
+    from knnlm.datastore.datastore import Datastore as Datastore, Passage as Passage
+    from knnlm.datastore.verification import Verification as Verification
     from knnlm.evaluation.explain import explain as explain
-    from knnlm.evaluation.explanation import Explanation as Explanation, sum_credits as sum_credits
-    from knnlm.evaluation.perplexity import PerplexityReport as PerplexityReport
-    from knnlm.index.policy import build_index as build_index, open_index as open_index
+    from knnlm.evaluation.explanation import (
+        Credit as Credit,
+        Explanation as Explanation,
+        Source as Source,
+        Vote as Vote,
+        sum_credits as sum_credits,
+    )
+    from knnlm.evaluation.perplexity import (
+        Measure as Measure,
+        PerplexityReport as PerplexityReport,
+        Seconds as Seconds,
+    )
+    from knnlm.evaluation.tally import FrequencyBucket as FrequencyBucket
+    from knnlm.index.policy import (
+        build_index as build_index,
+        keep_index as keep_index,
+        open_index as open_index,
+    )
     from knnlm.index.protocol import Index as Index, Neighbors as Neighbors
     from knnlm.knn_lm import KNNLM as KNNLM, Generation as Generation
     from knnlm.maintenance import build as build, compact as compact, verify as verify
     from knnlm.mixture.continuous_cache import CacheParameters as CacheParameters
     from knnlm.mixture.parameters import Parameters as Parameters
+    from knnlm.mixture.stored import TunedMixture as TunedMixture
     from knnlm.model.language_model import LanguageModel as LanguageModel
+    from knnlm.progress import Advance as Advance, Progress as Progress
     from knnlm.retrieval.retriever import Retriever as Retriever
     from knnlm.text.corpus import (
         Document as Document,
@@ -49,6 +78,8 @@ if TYPE_CHECKING:
         read_documents as read_documents,
     )
     from knnlm.text.windows import Windowing as Windowing
+    from knnlm.tuning.fitting import Fit as Fit
+    from knnlm.tuning.sweep import Sweep as Sweep, Trial as Trial
     from knnlm.tuning.tune import Tuning as Tuning, tune as tune
 
 __version__ = "0.1.0"
@@ -56,20 +87,29 @@ __version__ = "0.1.0"
 # what takes long to load: module → names
 _LAZY = {
     "attachment.attachment": ("Attachment", "attach"),
-    "datastore.datastore": ("Datastore",),
+    "choices": ("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "Weights"),
+    "datastore.catalog": ("Settings", "StoredDocument"),
+    "datastore.compaction": ("Compaction",),
+    "datastore.datastore": ("Datastore", "Passage"),
+    "datastore.verification": ("Verification",),
     "evaluation.explain": ("explain",),
-    "evaluation.explanation": ("Explanation", "sum_credits"),
-    "evaluation.perplexity": ("PerplexityReport",),
-    "index.policy": ("build_index", "open_index"),
+    "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
+    "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
+    "evaluation.tally": ("FrequencyBucket",),
+    "index.policy": ("build_index", "keep_index", "open_index"),
     "index.protocol": ("Index", "Neighbors"),
     "knn_lm": ("Generation", "KNNLM"),
     "maintenance": ("build", "compact", "verify"),
     "mixture.continuous_cache": ("CacheParameters",),
     "mixture.parameters": ("Parameters",),
+    "mixture.stored": ("TunedMixture",),
     "model.language_model": ("LanguageModel",),
+    "progress": ("Advance", "Progress"),
     "retrieval.retriever": ("Retriever",),
     "text.corpus": ("Document", "Documents", "read_documents"),
     "text.windows": ("Windowing",),
+    "tuning.fitting": ("Fit",),
+    "tuning.sweep": ("Sweep", "Trial"),
     "tuning.tune": ("Tuning", "tune"),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
