@@ -63,7 +63,7 @@ def explain(
 ) -> None:
     """Show how the datastore changed each token's probability, and the passages responsible.
 
-    The text is printed in colour: green where the datastore helped, red where it hurt. Neighbors
+    The text is printed in color: green where the datastore helped, red where it hurt. Neighbors
     are grouped by the token they vote for; the table at the end adds up the share of each
     document. See docs/attributions.md for the meaning of the weights.
 

@@ -1,4 +1,4 @@
-"""Explanations as text coloured by gain and loss, the neighbors' votes, and their passages."""
+"""Explanations as text colored by gain and loss, the neighbors' votes, and their passages."""
 
 import math
 import re
@@ -13,9 +13,9 @@ from knnlm.apps.cli.reports import new_table
 if TYPE_CHECKING:
     from knnlm.evaluation.explanation import Explanation, Source, Vote
 
-_MIN_COLOURED_NATS = 0.1
+_MIN_COLORED_NATS = 0.1
 _MAX_DOCUMENTS = 10
-# control characters, except tab and newline, would move the cursor or colour the terminal
+# control characters, except tab and newline, would move the cursor or color the terminal
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -24,7 +24,7 @@ def print_explanations(
 ) -> None:
     """Print the text, the sources of the tokens numbered in `shown`, and each document's share.
 
-    first: the number of the first token that is coloured and counted; those before it are a prompt.
+    first: the number of the first token that is colored and counted; those before it are a prompt.
     """
     text = Text()
     for number, explanation in enumerate(explanations):
@@ -120,7 +120,7 @@ def _print_documents(explanations: Sequence["Explanation"]) -> None:
 
 
 def _gain_style(gain: float) -> str:
-    if abs(gain) < _MIN_COLOURED_NATS:
+    if abs(gain) < _MIN_COLORED_NATS:
         return ""
     return ("green" if gain > 0 else "red") + (" bold" if abs(gain) > 1 else "")
 
