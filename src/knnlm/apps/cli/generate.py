@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from knnlm.apps.cli import options
-from knnlm.apps.cli.console import print_json
+from knnlm.apps.cli.console import print_continuation, print_json
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, open_model
 from knnlm.choices import ModelDtype
 
@@ -58,5 +58,4 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "text": generation.text, "tokens": generation.tokens})
     else:
-        typer.secho(prompt, dim=True, nl=False)  # unlike rich, wraps no line and expands no tab
-        typer.echo(generation.text)
+        print_continuation(prompt, generation.text)
