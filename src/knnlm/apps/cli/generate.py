@@ -15,9 +15,9 @@ _Sample = Annotated[
     bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")
 ]
 _SamplingTemperature = Annotated[
-    float, typer.Option(help="With --sample: the softmax temperature.", min=0.01)
+    float, typer.Option(help="With --sample: the softmax temperature, at least 0.01.")
 ]
-_TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.01, max=1.0)]
+_TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.0, max=1.0)]
 _Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import JustifyMethod
 from rich.table import Column, Table
 
 from knnlm.apps.cli.console import ERR, OUT, amount, one_line
@@ -19,8 +20,8 @@ def new_table(*headings: str, left: str | None = None, title: str | None = None)
     """Return an empty table of right-aligned columns, but for the one named `left`."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
-        justify = "left" if heading == left else "right"
-        table.add_column(heading, justify=justify, overflow="fold")
+        side: JustifyMethod = "left" if heading == left else "right"
+        table.add_column(heading, justify=side, overflow="fold")
     return table
 
 
