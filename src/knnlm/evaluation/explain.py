@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from knnlm.choices import check_number
 from knnlm.datastore.datastore import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explanation import (
@@ -89,8 +90,7 @@ def explain_scores(
     if not any(len(store) > 0 for store in stores):
         raise InvalidArgumentError(f"{stores[0].path} must have entries to explain with, got none")
     for name, number in [("sources", sources), ("before", before), ("after", after)]:
-        if number < 0:
-            raise InvalidArgumentError(f"{name} must be at least 0, got {number}")
+        check_number(name, number, 0)
     has_votes = [mixer.gate is not None or len(store) > 0 for store in stores]
     retrievers = list(compress(mixer.retrievers, has_votes))
     explainer = Explainer(model.lm, retrievers, sources=sources, before=before, after=after)

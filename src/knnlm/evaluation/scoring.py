@@ -15,8 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.choices import Boundary, Similarity
-from knnlm.errors import InvalidArgumentError
+from knnlm.choices import Boundary, Similarity, check_number
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
 from knnlm.mixture.interpolation import interpolate
@@ -129,8 +128,8 @@ def score_documents(
 
     Raises InvalidArgumentError. description: the name of the work in its progress.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
+    if max_tokens is not None:
+        check_number("max_tokens", max_tokens, 1, math.inf)
     read: list[EncodedDocument] = []
     windows = cut_documents(lm, documents, windowing, max_tokens, on_document=read.append)
 

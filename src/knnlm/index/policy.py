@@ -16,6 +16,7 @@ from knnlm.index.faiss import FaissBackend
 from knnlm.index.ivf.backend import IVFBackend
 from knnlm.index.protocol import Index
 from knnlm.index.report import SETTING, index_setting
+from knnlm.model.device import parse_device
 from knnlm.progress import SILENT, Progress
 
 BACKENDS: dict[IndexKind, Backend] = {
@@ -60,7 +61,9 @@ def build_index(
     Raises InvalidArgumentError, DatastoreLockedError, DatastoreWriteError.
     """
     asked = parse_choice(IndexKind, "kind", kind)
-    options = IndexOptions(factory, nprobe, recall, k, queries, seed, device, progress)
+    options = IndexOptions(
+        factory, nprobe, recall, k, queries, seed, str(parse_device(device)), progress
+    )
     with store.writer() as catalog:
         chosen = _chosen(store, asked)
         backend = BACKENDS[chosen]
@@ -79,7 +82,7 @@ def open_index(store: Datastore, device: str = "cpu") -> Index:
 
     Raises DatastoreChangedError, with the command to run, if the datastore was compacted since.
     """
-    return BACKENDS[index_kind(store)].open(store, device)
+    return BACKENDS[index_kind(store)].open(store, str(parse_device(device)))
 
 
 def index_kind(store: Datastore) -> IndexKind:

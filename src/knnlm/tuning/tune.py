@@ -7,7 +7,7 @@ from typing import Any
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
-from knnlm.mixture.parameters import Parameters, parameters_to_dict
+from knnlm.mixture.parameters import Parameters, check_k, parameters_to_dict
 from knnlm.mixture.stored import TunedMixture
 from knnlm.progress import SILENT, Progress
 from knnlm.text.corpus import Document
@@ -96,8 +96,8 @@ def tune(
             raise InvalidArgumentError(
                 f"{retriever.store.path} must have entries to tune on, got none"
             )
-    if max_k is not None and max_k < 1:
-        raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
+    if max_k is not None:
+        check_k(max_k, "max_k")
     text = read_held_out(
         model,
         documents,

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import JustifyMethod
+from rich.table import Column, Table
 
-from knnlm.apps.cli.console import ERR, OUT, amount
+from knnlm.apps.cli.console import ERR, OUT, amount, one_line
 
 if TYPE_CHECKING:
     from knnlm.evaluation.perplexity import PerplexityReport
@@ -19,7 +20,8 @@ def new_table(*headings: str, left: str | None = None, title: str | None = None)
     """Return an empty table of right-aligned columns, but for the one named `left`."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == left else "right")
+        side: JustifyMethod = "left" if heading == left else "right"
+        table.add_column(heading, justify=side, overflow="fold")
     return table
 
 
@@ -165,9 +167,9 @@ def print_store(facts: dict[str, Any]) -> None:
         "parameters": _parameters_line(facts["parameters"], facts["tuning"]),
     }
     if facts["incomplete_documents"]:
-        rows["incomplete"] = ", ".join(facts["incomplete_documents"][:3])
+        rows["incomplete"] = ", ".join(map(one_line, facts["incomplete_documents"][:3]))
     OUT.print(facts["path"], style="bold")
-    table = Table(show_header=False)
+    table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     OUT.print(table)

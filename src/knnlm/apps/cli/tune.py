@@ -16,7 +16,6 @@ from knnlm.apps.cli.opening import (
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.choices import ModelDtype
-from knnlm.errors import InvalidArgumentError
 
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
 _Plot = Annotated[
@@ -52,11 +51,11 @@ def tune(
     """
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
+    from knnlm.mixture.parameters import check_k
     from knnlm.tuning.plot import plot_tuning
 
     documents = knnlm.read_documents(*text, text_column=text_column)
-    if max_k < 1:
-        raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
+    check_k(max_k, "max_k")
     opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
     picture = plot or store / "tuning.png"
     for folder in (store, picture.parent):
