@@ -189,7 +189,7 @@ def _files(source: str) -> list[str]:
             return sorted(_files_below(path))
         matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (skips hidden names)
         files = [match for match in matches if Path(match).is_file()]
-        reason = "" if files else _absence(path, matches)
+        reason = "" if files else _absence(source, matches)
     except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL in it
         files, reason = [], _first_line(error)
     if not files:
@@ -200,11 +200,12 @@ def _files(source: str) -> list[str]:
     return files
 
 
-def _absence(path: Path, matches: list[str]) -> str:
+def _absence(source: str, matches: list[str]) -> str:
     """Return why a text source has no files. Raises OSError for a folder that is not readable."""
+    path = Path(source)
     if path.is_symlink() and not path.exists():
         return "it is a link to nothing"
-    if path.exists():
+    if source and path.exists():
         return "it is neither a file nor a folder"
     if matches:
         return "its matches are no files"

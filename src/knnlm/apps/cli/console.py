@@ -93,7 +93,7 @@ class _Terminal(Console):
     def __init__(self, stream: _Stream) -> None:
         super().__init__(file=cast(TextIO, stream), highlight=False, markup=False, emoji=False)
 
-    @property
+    @property  # type: ignore[misc]
     def size(self) -> ConsoleDimensions:
         """The width and height in characters, of a usable size."""
         width, height = super().size
@@ -101,7 +101,7 @@ class _Terminal(Console):
             _clamped(width, *_SIZES["COLUMNS"]), _clamped(height, *_SIZES["LINES"])
         )
 
-    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+    def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as Rich's text; escapes are in it, so that its width is right."""
         return super().render_str(visible(text), **options)
 

@@ -10,6 +10,7 @@ from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.opening import (
     MixtureOptions,
     ModelOptions,
+    check_file_to_write,
     check_writable,
     choose_windowing,
     open_model,
@@ -58,8 +59,8 @@ def tune(
     check_k(max_k, "max_k")
     opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
     picture = plot or store / "tuning.png"
-    for folder in (store, picture.parent):
-        check_writable(folder)
+    check_writable(store)
+    check_file_to_write("plot", picture)
     tuning = knnlm.tune(
         opened,
         documents,
