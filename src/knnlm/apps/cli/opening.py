@@ -123,8 +123,8 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def check_server_packages(purpose: str, extra: str) -> None:
+def check_server_packages(purpose: str) -> None:
     """Raise MissingDependencyError if a package that the server needs is not installed."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
-            raise missing_dependency(package, purpose, extra)
+            raise missing_dependency(package, purpose, "server")
