@@ -3,6 +3,8 @@
 import builtins
 import importlib.metadata
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -138,4 +140,36 @@ def test_a_missing_dependency_tells_the_remedy() -> None:
     assert str(error) == (
         "reading hf: datasets needs the package datasets: pip install 'knnlm[data]' "
         "(from a clone: pip install '.[data]')"
+    )
+
+
+def test_a_wrong_type_is_one_clear_line() -> None:
+    """In a process of its own, where no argument is type-checked before it arrives."""
+    program = """if True:
+        import knnlm
+        for call in [
+            lambda: knnlm.build_index(5),
+            lambda: knnlm.open_index(5),
+            lambda: knnlm.keep_index(5),
+            lambda: knnlm.compact(5),
+            lambda: knnlm.verify(5),
+            lambda: knnlm.tune(5, []),
+            lambda: knnlm.explain("docs.store", "text"),
+        ]:
+            try:
+                call()
+            except knnlm.InvalidArgumentError as error:
+                print(error)
+    """
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    *of_stores, of_model = answer.stdout.splitlines()
+    assert len(of_stores) == 6
+    assert set(of_stores) == {
+        "store must be a datastore, its folder's path, or a sequence of these where several are "
+        "possible, got 5, a int"
+    }
+    assert of_model == (
+        "model must be a KNNLM, got 'docs.store', a str: make one with KNNLM(model, store)"
     )

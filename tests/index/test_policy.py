@@ -202,3 +202,11 @@ def test_a_small_datastore_gets_no_index(store: Datastore, monkeypatch: pytest.M
 def test_refusals(store: Datastore, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         policy.build_index(store, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_path_is_as_good_as_the_datastore(store: Datastore) -> None:
+    policy.build_index(store.path, "ivf", k=32)
+    policy.keep_index(str(store.path))
+    queries = clustered(20, seed=1)
+    opened = policy.open_index(store.path).search(queries, 8)
+    assert torch.equal(opened.rows, policy.open_index(store).search(queries, 8).rows)

@@ -323,3 +323,13 @@ def test_temperatures_follow_the_scale_of_the_keys(scale: float) -> None:
     scaled = TargetNeighbors(neighbors.lm_log_probs, distances * scale, votes)
     expected, found = sweep(neighbors), sweep(scaled)
     assert found.knn_perplexity == pytest.approx(expected.knn_perplexity, rel=0.005)
+
+
+def test_a_datastore_is_tuned_by_its_path(tmp_path: Path, llama_lm: LanguageModel) -> None:
+    llama_lm.save(tmp_path / "model")
+    lm = LanguageModel.load(tmp_path / "model")
+    store = build(tmp_path / "s", lm, distinct_documents(3), window=64)
+    found = tune(tmp_path / "s", HELD_OUT, max_k=8)
+    assert found.parameters == tune(KNNLM(lm, store), HELD_OUT, max_k=8).parameters
+    found.save(tmp_path / "s", ["held"])
+    assert Datastore(tmp_path / "s").parameters == found.parameters[0]

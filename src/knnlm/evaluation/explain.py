@@ -64,6 +64,11 @@ def explain(
     many neighbors are named for each token. before, after: how many tokens of their passages.
     Raises InvalidArgumentError for a text without tokens and a datastore without entries.
     """
+    if not isinstance(model, Explainable):
+        raise InvalidArgumentError(
+            f"model must be a KNNLM, got {model!r}, a {type(model).__name__}: make one with "
+            "KNNLM(model, store)"
+        )
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")

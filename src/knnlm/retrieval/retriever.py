@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
@@ -171,13 +171,7 @@ def as_stores(store: Stores) -> list[Datastore]:
     )
     if not stores:
         raise InvalidArgumentError("store must be a datastore or several, got none")
-    for one in stores:
-        if not isinstance(one, str | Path | Datastore):
-            raise InvalidArgumentError(
-                "store must be a datastore, its folder's path, or a sequence of these, got "
-                f"{one!r}, a {type(one).__name__}"
-            )
-    return [one if isinstance(one, Datastore) else Datastore(one) for one in stores]
+    return [open_datastore(one) for one in stores]
 
 
 def for_each(name: str, given: ForEach[Value], count: int) -> Sequence[Value | None]:
