@@ -502,10 +502,10 @@ def test_wrong_types_are_refused_in_one_line(
         with refusal(InvalidArgumentError, "store must be a datastore, its folder's path, or a se"):
             KNNLM(llama_lm, wrong)
     for wrong, kind in ((llama_lm.model, "LlamaForCausalLM"), (None, "NoneType")):
-        with refusal(InvalidArgumentError, "lm must be a LanguageModel, or", f"got a {kind}: wrap"):
+        with refusal(InvalidArgumentError, "lm must be a LanguageModel, or", f"got {kind}: wrap"):
             KNNLM(wrong, store)
     for wrong in (llama_lm, "model"):
-        with refusal(InvalidArgumentError, "model must be a transformers PreTrainedModel, got a"):
+        with refusal(InvalidArgumentError, "model must be a transformers PreTrainedModel, got "):
             attach(wrong, store)
 
 

@@ -168,8 +168,8 @@ def test_a_wrong_type_is_one_clear_line() -> None:
     assert len(of_stores) == 6
     assert set(of_stores) == {
         "store must be a datastore, its folder's path, or a sequence of these where several are "
-        "possible, got 5, a int"
+        "possible, got 5 (int)"
     }
     assert of_model == (
-        "model must be a KNNLM, got 'docs.store', a str: make one with KNNLM(model, store)"
+        "model must be a KNNLM, got 'docs.store' (str): make one with KNNLM(model, store)"
     )

@@ -74,7 +74,7 @@ class KNNLM:
         elif not isinstance(lm, LanguageModel):
             raise InvalidArgumentError(
                 "lm must be a LanguageModel, or the hub name or folder of one, got "
-                f"a {type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
+                f"{type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
             )
         self.lm = lm
         given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}

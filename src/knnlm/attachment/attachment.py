@@ -163,7 +163,7 @@ def attach(
     """
     if not isinstance(model, PreTrainedModel):
         raise InvalidArgumentError(
-            f"model must be a transformers PreTrainedModel, got a {type(model).__name__}: load it "
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: load it "
             "with AutoModelForCausalLM, or give a LanguageModel's .model"
         )
     stores = as_stores(store)

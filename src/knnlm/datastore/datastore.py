@@ -327,7 +327,7 @@ def open_datastore(store: Datastore | str | Path) -> Datastore:
     if not isinstance(store, str | Path):
         raise InvalidArgumentError(
             "store must be a datastore, its folder's path, or a sequence of these where several "
-            f"are possible, got {store!r}, a {type(store).__name__}"
+            f"are possible, got {store!r} ({type(store).__name__})"
         )
     return Datastore(store)
 

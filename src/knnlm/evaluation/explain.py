@@ -66,7 +66,7 @@ def explain(
     """
     if not isinstance(model, Explainable):
         raise InvalidArgumentError(
-            f"model must be a KNNLM, got {model!r}, a {type(model).__name__}: make one with "
+            f"model must be a KNNLM, got {model!r} ({type(model).__name__}): make one with "
             "KNNLM(model, store)"
         )
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
