@@ -10,9 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from knnlm.choices import check_number, check_seed
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Index
+from knnlm.mixture.parameters import check_k
 from knnlm.progress import SILENT, Progress
 
 
@@ -24,7 +26,7 @@ class IndexOptions:
     that reach `recall` of the k true nearest. queries: real ones to measure recall with; None:
     stored keys. device: where searches compute, "cpu" or a GPU.
 
-    Raises InvalidArgumentError for a recall outside (0, 1] and for k < 1.
+    Raises InvalidArgumentError for a recall outside (0, 1] and for k or nprobe below 1.
     """
 
     factory: str | None = None
@@ -41,8 +43,10 @@ class IndexOptions:
             raise InvalidArgumentError(
                 f"recall must be above 0 and at most 1, got {self.recall}: try 0.95"
             )
-        if self.k < 1:
-            raise InvalidArgumentError(f"k must be at least 1, got {self.k}: ask for a neighbor")
+        check_k(self.k)
+        check_seed(self.seed)
+        if self.nprobe is not None:
+            check_number("nprobe", self.nprobe, 1)
 
 
 @runtime_checkable

@@ -5,7 +5,7 @@ Uses no model, and refuses what asks for too much before it costs anything.
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from knnlm.apps.engine.engine import ModelFacts
@@ -97,12 +97,11 @@ class RequestReader:
         post: Callable[[int, Event], None],
     ) -> list[Completion]:
         """Return a job for every prompt; `post` takes the prompt's number and an event."""
-        sampling = SamplingOptions(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            # without a seed the request gets one that cannot be guessed
-            seed=secrets.randbits(62) if request.seed is None else request.seed,
-        )
+        # a request's sampling options are its fields of the same names; without a seed it gets one
+        # that cannot be guessed
+        given = {field.name: getattr(request, field.name) for field in fields(SamplingOptions)}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        sampling = SamplingOptions(**{"seed": secrets.randbits(62)} | chosen)
         overrides = self.overrides(request)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         return [
