@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ TEXTS = [
     PROSE[:150],
     "What followed there is a guess at",
 ]
+SHORTEST_FIRST = sorted(TEXTS, key=len)
+"""The order in which they are read, and that of a batch."""
 
 
 @dataclass
@@ -470,12 +472,12 @@ def test_what_is_no_number_is_one_samples_own(
     model: KNNLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Any rows of any steps are NaN; the others go on as if they were alone."""
-    wanted = [model.generate(text, max_new_tokens=12).text for text in TEXTS]
+    wanted = [model.generate(text, max_new_tokens=12).text for text in SHORTEST_FIRST]
     original = Decoder.advance
     chosen = random.Random(0)
     for _ in range(6):
-        asked = [ask(model.lm, text) for text in TEXTS]
-        step_number, bad = chosen.randrange(6), set(chosen.sample(range(len(TEXTS)), 2))
+        asked = [ask(model.lm, text) for text in SHORTEST_FIRST]
+        step_number, bad = chosen.randrange(6), set(chosen.sample(range(len(SHORTEST_FIRST)), 2))
         calls = itertools.count()
 
         def advance(self: Decoder, tokens: Any, batch: Any) -> Any:
@@ -488,7 +490,7 @@ def test_what_is_no_number_is_one_samples_own(
         run(Worker(model, Metrics()), asked)
         monkeypatch.setattr(Decoder, "advance", original)
         assert {n for n, one in enumerate(asked) if isinstance(one.events[-1], Failed)} == bad
-        for number in set(range(len(TEXTS))) - bad:
+        for number in set(range(len(SHORTEST_FIRST))) - bad:
             assert asked[number].texts == [wanted[number]]
 
 
@@ -496,14 +498,14 @@ def test_a_search_that_fails_is_one_samples_own(
     model: KNNLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Searched together they fail, and one by one only the one that is the cause."""
-    wanted = [model.generate(text, max_new_tokens=12).text for text in TEXTS]
-    asked = [ask(model.lm, text) for text in TEXTS]
+    wanted = [model.generate(text, max_new_tokens=12).text for text in SHORTEST_FIRST]
+    asked = [ask(model.lm, text) for text in SHORTEST_FIRST]
     bad_keys: list[torch.Tensor] = []
-    original = knnlm.apps.engine.worker.mix_step
+    original = knnlm.apps.engine.steps.mix_step
     calls = itertools.count()
 
     def mix(mixer: Any, step: Any) -> Any:
-        if len(step.keys) == len(TEXTS) and next(calls) == 3:
+        if len(step.keys) == len(SHORTEST_FIRST) and next(calls) == 3:
             bad_keys.append(step.keys[1])
         if any(key.equal(bad) for key in step.keys for bad in bad_keys):
             raise RuntimeError("no memory left")
@@ -544,7 +546,7 @@ def test_running_samples_keep_their_state(tmp_path: Path) -> None:
     expected = {}
     worker = Worker(model, Metrics())
     running: list[Asked] = []
-    changes = [
+    changes: list[Callable[[], Any]] = [
         lambda: Datastore(path).forget([chosen.choice(Datastore(path).documents()).name]),
         lambda: compact(Datastore(path)),
         lambda: build(path, fresh_lm(), [Document(f"{chosen.random()}", PROSE[:90])]),
