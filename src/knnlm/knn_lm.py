@@ -10,13 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.attachment.attachment import Attachment
+from knnlm.choices import check_number, check_seed
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain
 from knnlm.evaluation.explanation import Explanation
 from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
-from knnlm.model.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel, check_text
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
@@ -73,7 +74,7 @@ class KNNLM:
         elif not isinstance(lm, LanguageModel):
             raise InvalidArgumentError(
                 "lm must be a LanguageModel, or the hub name or folder of one, got "
-                f"a {type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
+                f"{type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
             )
         self.lm = lm
         given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}
@@ -150,11 +151,17 @@ class KNNLM:
         options: those of transformers' `generate` (do_sample, temperature, top_p, num_beams, …),
         where temperature is the sampling temperature; all of them act on the mixture. seed: makes
         sampling repeatable and leaves torch's own random numbers alone. Any of the model's
-        `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError if prompt and
-        continuation do not fit the model.
+        `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError for
+        arguments outside their rules, and if prompt and continuation do not fit the model.
         """
-        if max_new_tokens < 1:
-            raise InvalidArgumentError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_number("max_new_tokens", max_new_tokens, 1)
+        if seed is not None:
+            check_seed(seed)
+        # below a temperature of 0.01, which is as good as greedy, logits would overflow
+        for name, least, most in [("temperature", 0.01, 1e30), ("top_p", 0.0, 1.0)]:
+            if options.get(name) is not None:
+                check_number(name, options[name], least, most)
+        check_text("prompt", prompt)
         lm = self.lm
         tokens = torch.tensor([[lm.start_token, *lm.encode([prompt])[0].tolist()]])
         length = tokens.shape[1]

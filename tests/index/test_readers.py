@@ -110,9 +110,9 @@ def test_a_snapshot_answers_after_another_process_compacted(tmp_path: Path, kind
     assert torch.equal(after.rows, before.rows)
     assert torch.equal(after.squared_distances, before.squared_distances)
     for row, expected in zip(after.rows[:, 0].tolist(), passages, strict=True):
-        found = reader.passage(row)
-        assert found.document == expected.document
-        assert found.before.tolist() == expected.before.tolist()
+        passage = reader.passage(row)
+        assert passage.document == expected.document
+        assert passage.before.tolist() == expected.before.tolist()
     check(late)
 
     assert reader.refresh()

@@ -5,6 +5,7 @@ one transaction. How windows are gathered depends only on what is already commit
 resumed run reads the same batches as an uninterrupted one.
 """
 
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -16,12 +17,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.choices import Boundary
+from knnlm.choices import Boundary, check_number
 from knnlm.datastore.catalog import SHARDS, StoredDocument, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
-from knnlm.errors import InvalidArgumentError, NonFiniteKeysError
+from knnlm.errors import NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
@@ -51,8 +52,8 @@ def append_documents(
     An error before the first commit leaves no datastore behind.
     """
     for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
-        if number is not None and number < 1:
-            raise InvalidArgumentError(f"{name} must be at least 1, got {number}")
+        if number is not None:
+            check_number(name, number, 1, math.inf)
     store = open_or_create(
         Path(path), lm, window=window, context=context, boundary=boundary, key_dtype=key_dtype
     )

@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from knnlm.choices import IndexKind
+from knnlm.choices import IndexKind, check_number, check_seed
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import IndexFile, StoredIndex, stored_index
 from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError, InvalidArgumentError
 from knnlm.index.protocol import Index
 from knnlm.index.report import IndexReport
+from knnlm.mixture.parameters import check_k
 from knnlm.progress import SILENT, Progress
 
 
@@ -28,7 +29,7 @@ class IndexOptions:
     that reach `recall` of the k true nearest. queries: real ones to measure recall with; None:
     stored keys. device: where searches compute, "cpu" or a GPU.
 
-    Raises InvalidArgumentError for a recall outside (0, 1] and for k < 1.
+    Raises InvalidArgumentError for a recall outside (0, 1] and for k or nprobe below 1.
     """
 
     factory: str | None = None
@@ -45,8 +46,10 @@ class IndexOptions:
             raise InvalidArgumentError(
                 f"recall must be above 0 and at most 1, got {self.recall}: try 0.95"
             )
-        if self.k < 1:
-            raise InvalidArgumentError(f"k must be at least 1, got {self.k}: ask for a neighbor")
+        check_k(self.k)
+        check_seed(self.seed)
+        if self.nprobe is not None:
+            check_number("nprobe", self.nprobe, 1)
 
 
 def live_rows(store: Datastore, count: int) -> Bool[Tensor, " rows"]:

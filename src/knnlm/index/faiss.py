@@ -5,6 +5,8 @@ Distances are FAISS's own: where keys are coded, those of the codes, unless the 
 refines them.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,7 @@ from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import ASIDE, file_problem, publish, writing
 from knnlm.datastore.stored_index import FOLDER, IndexFile, StoredIndex, unused_name
-from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
+from knnlm.errors import DatastoreCorruptError, InvalidArgumentError, KNNLMError
 from knnlm.index.backend import Built, IndexOptions, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.measure import choose_nprobe
@@ -72,10 +74,14 @@ class FaissIndex:
         """
         assert options.factory is not None, "the policy checks it"
         index = _trained(store, options.factory, options)
-        with options.progress.task("add keys", store.rows, "keys") as advance:
+        refusing = _refusing(options.factory, "cannot be filled and searched")
+        with refusing, options.progress.task("add keys", store.rows, "keys") as advance:
             for _, keys in store.key_blocks(_ADDED_AT_ONCE):
                 index.add(keys.float().numpy())
                 advance(len(keys))
+            if store.rows:  # before anything is written
+                wanted = _Wanted(options.nprobe or 1, k_factor, None, 1)
+                index.search(keys[:1].float().numpy(), 1, params=_parameters(index, wanted))
         name = unused_name(store.path, f"{FOLDER}/faiss/{store.generation:08d}.index")
         _write_index(index, store.path / name)
         lists = _lists(index)
@@ -207,9 +213,22 @@ class FaissBackend:
         return stored.files
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """Return the last line of FAISS's message; the others name its source files."""
-    return str(error).splitlines()[-1]
+    return (str(error).splitlines() or [type(error).__name__])[-1]
+
+
+@contextmanager
+def _refusing(factory: str, step: str) -> Iterator[None]:
+    """Turn the errors of FAISS about an unusual factory string into InvalidArgumentError."""
+    try:
+        yield
+    except KNNLMError:
+        raise
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"factory {factory!r} {step} ({_reason(error)}); try IVF1024,Flat"
+        ) from error
 
 
 def _read_index(store: Datastore, stored: StoredIndex) -> Any:
@@ -234,24 +253,15 @@ def _read_index(store: Datastore, stored: StoredIndex) -> Any:
 def _trained(store: Datastore, factory: str, options: IndexOptions) -> Any:
     """Return an empty FAISS index, trained on a sample of the keys."""
     dimension = store.settings.dimension
-    try:
+    with _refusing(factory, f"is none of FAISS's for {dimension} dimensions"):
         index = _faiss().index_factory(dimension, factory)
-    except RuntimeError as error:
-        raise InvalidArgumentError(
-            f"factory {factory!r} is none of FAISS's for {dimension} dimensions "
-            f"({_reason(error)}); try IVF1024,Flat"
-        ) from error
     generator = torch.Generator().manual_seed(options.seed)
     with options.progress.task("train the index", None, "keys"):
         sample = torch.randperm(store.rows, generator=generator)[:_TRAINING_KEYS]
-        try:
-            if len(sample):
-                index.train(store.keys_at(sample).float().numpy())
-        except RuntimeError as error:
-            raise InvalidArgumentError(
-                f"factory {factory!r} cannot be trained on {len(sample)} keys "
-                f"({_reason(error)}); ask for fewer lists"
-            ) from error
+        keys = store.keys_at(sample).float().numpy()
+    if len(keys):
+        with _refusing(factory, f"cannot be trained on {len(keys)} keys"):
+            index.train(keys)
     return index
 
 

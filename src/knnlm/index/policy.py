@@ -1,12 +1,13 @@
 """Which index a datastore is searched with: the registry of backends, the choice and the upkeep."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.choices import IndexKind, parse_choice
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.folder import remove_strays
 from knnlm.datastore.stored_index import IndexFile, StoredIndex, store_index, stored_index
 from knnlm.errors import (
@@ -21,6 +22,7 @@ from knnlm.index.exact import ExactBackend, ExactIndex
 from knnlm.index.faiss import FaissBackend
 from knnlm.index.ivf.backend import IVFBackend
 from knnlm.index.protocol import Index
+from knnlm.model.device import parse_device
 from knnlm.progress import SILENT, Progress
 
 BACKENDS: dict[IndexKind, Backend] = {
@@ -46,7 +48,7 @@ def choose_kind(store: Datastore) -> IndexKind:
 
 
 def build_index(
-    store: Datastore,
+    store: Datastore | str | Path,
     kind: str = "auto",
     *,
     factory: str | None = None,
@@ -60,12 +62,15 @@ def build_index(
 ) -> Index:
     """Build the index that a datastore is searched with from now on.
 
-    kind: see `IndexKind`, and `choose_kind` for "auto". The rest: see `IndexOptions`.
+    store: a datastore or its folder's path. kind: see `IndexKind`, and `choose_kind` for "auto".
+    The rest: see `IndexOptions`.
 
     Raises InvalidArgumentError, DatastoreLockedError, DatastoreWriteError.
     """
-    asked = parse_choice(IndexKind, "kind", kind)
-    options = IndexOptions(factory, nprobe, recall, k, queries, seed, device, progress)
+    store, asked = open_datastore(store), parse_choice(IndexKind, "kind", kind)
+    options = IndexOptions(
+        factory, nprobe, recall, k, queries, seed, str(parse_device(device)), progress
+    )
     with store.writer():
         chosen = _chosen(store, asked)
         if (factory is not None) != BACKENDS[chosen].takes_factory:
@@ -76,12 +81,13 @@ def build_index(
         return _build(store, chosen, asked, options)
 
 
-def open_index(store: Datastore, device: str = "cpu") -> Index:
+def open_index(store: Datastore | str | Path, device: str = "cpu") -> Index:
     """Open the index that a datastore is searched with.
 
     Exact where none was built, and where a compaction has left it behind. Raises
     DatastoreCorruptError, with the command that builds it again.
     """
+    store, device = open_datastore(store), str(parse_device(device))
     while True:
         stored = stored_index(store.catalog)
         if stored.numbering != store.numbering:
@@ -101,13 +107,16 @@ def index_kind(store: Datastore) -> IndexKind:
     return IndexKind(stored_index(store.catalog).kind)
 
 
-def keep_index(store: Datastore, device: str = "cpu", progress: Progress = SILENT) -> None:
+def keep_index(
+    store: Datastore | str | Path, device: str = "cpu", progress: Progress = SILENT
+) -> None:
     """Bring a datastore's index up to date after a build or a compaction.
 
     Where "auto" was asked for and now means another kind, that kind is built; an index of a kind
     asked for by name stays of that kind; a damaged one is built again. Raises
     DatastoreLockedError, DatastoreWriteError.
     """
+    store = open_datastore(store)
     with store.writer() as catalog:
         stored = stored_index(catalog)
         kind = _chosen(store, stored.asked)

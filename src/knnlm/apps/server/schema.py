@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from knnlm.evaluation.explanation import Source
 
@@ -20,6 +20,11 @@ Neighbors = Annotated[int, Field(ge=1, le=1 << 31)]
 Lmbda = Annotated[float, Field(ge=0.0, le=1.0)]
 # beyond these bounds, distances divided by T overflow float32
 KnnTemperature = Annotated[float, Field(ge=1e-30, le=1e30)]
+LEAST_LOG_PROB = -9999.0
+LogProb = Annotated[
+    float, AfterValidator(lambda nats: max(nats, LEAST_LOG_PROB))
+]  # no −inf in JSON
+Unsupported = Field(None, description="Not supported.")
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -81,16 +86,10 @@ class CompletionRequest(_Request):
     )
     # fields of the protocol that are accepted only where they change nothing
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Not above n.")
-    suffix: Literal[""] | None = Field(None, description="Not supported.")
-    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Field(
-        None, description="Not supported."
-    )
-    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Field(
-        None, description="Not supported."
-    )
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
-        None, description="Not supported."
-    )
+    suffix: Literal[""] | None = Unsupported
+    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Unsupported
+    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Unsupported
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Unsupported
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "CompletionRequest":
@@ -118,8 +117,8 @@ class LogProbs(BaseModel):
     """Log-probabilities, in nats, of every token of a choice under the mixture."""
 
     tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
+    token_logprobs: list[LogProb | None]
+    top_logprobs: list[dict[str, LogProb] | None]
     text_offset: list[int]
 
 

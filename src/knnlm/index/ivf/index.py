@@ -19,7 +19,6 @@ from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
 from knnlm.index.backend import IndexOptions, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf.appended import Run, read_runs, write_run
-from knnlm.index.ivf.codes import Effort
 from knnlm.index.ivf.file import ArrayWriter
 from knnlm.index.ivf.lists import ProbingQueries, default_nlist, place_rows, train_lists
 from knnlm.index.ivf.parts import Part, planned_part, write_part
@@ -238,32 +237,32 @@ class IVFIndex:
                 torch.full(shape, -1, device=self.device),
             )
         wanted = k
-        effort = Effort()
+        oversampling = 1.1
         if self._base.keys is None:
             wanted = _COMPRESSED_CANDIDATES * k + _SPARE_CANDIDATES
-            effort = Effort(oversampling=1.0)
+            oversampling = 1.0
         nprobe = max(self.nprobe, self.least_nprobe(wanted))
         if self._compiled and len(queries) <= _FEW_QUERIES:
             from knnlm.index.ivf.search_few import search_few
 
-            neighbors = search_few(queries, self._arrays, nprobe, wanted, effort)
+            neighbors = search_few(queries, self._arrays, nprobe, wanted, oversampling)
         else:
-            neighbors = self._search_many(queries, nprobe, wanted, effort)
+            neighbors = self._search_many(queries, nprobe, wanted, oversampling)
         if self._base.keys is None:
             queries = queries.to(self.device)
             neighbors = rescore(self.store, queries, neighbors, k, self._compiled)
         return neighbors
 
     def _search_many(
-        self, queries: Float[Tensor, "query dim"], nprobe: int, k: int, effort: Effort
+        self, queries: Float[Tensor, "query dim"], nprobe: int, k: int, oversampling: float
     ) -> Neighbors:
         prepared = self._prepare(queries, nprobe)
         if self._compiled:
             from knnlm.index.ivf.search_batch import search_batch
 
-            neighbors = search_batch(prepared, self._arrays.parts, self._rows, k, effort)
+            neighbors = search_batch(prepared, self._arrays.parts, self._rows, k, oversampling)
         else:
-            neighbors = search_tensors(prepared, self._parts, self._rows, k, effort)
+            neighbors = search_tensors(prepared, self._parts, self._rows, k, oversampling)
         if not bool(prepared.finite.all()):
             neighbors.squared_distances[~prepared.finite] = torch.inf
             neighbors.rows[~prepared.finite] = -1
