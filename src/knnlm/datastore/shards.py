@@ -54,11 +54,12 @@ def open_shard(folder: Path, expected: ShardFile, settings: Settings) -> Shard:
     """
     path = folder / expected.name
     try:
+        path.open("rb").close()  # safetensors calls an unreadable file missing
         with safe_open(path, "pt") as file:
             shard = Shard(file.get_tensor("keys"), file.get_tensor("values"))
-    except PermissionError as error:
+    except OSError as error:
         raise unreadable(path, error) from error
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise DatastoreCorruptError(
             f"{path} cannot be read ({error}); run: knnlm verify"
         ) from error
