@@ -113,7 +113,6 @@ def knnlm_kinds(store: Datastore, nlist: int, nprobe: int) -> list[Kind]:
             store, IndexOptions(nprobe=nprobe), nlist=nlist, compressed=compressed
         )
         seconds = time.perf_counter() - started
-        # the next kind's file replaces this one, which stays mapped
         kinds.append(Kind(f"knnlm ivf {kind}", _searching(index), seconds, probing=index))
     kinds.append(Kind("knnlm exact", _searching(ExactIndex(store)), batch=256))
     return kinds

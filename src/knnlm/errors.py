@@ -49,7 +49,7 @@ class DatastoreLockedError(KNNLMError, BlockingIOError):
 
 
 class DatastoreCorruptError(KNNLMError, OSError):
-    """Files of the datastore are missing, damaged, or of an unknown format."""
+    """Files of the datastore are missing, damaged, unreadable, or of an unknown format."""
 
 
 class DatastoreWriteError(KNNLMError, OSError):

@@ -6,7 +6,7 @@ from pathlib import Path
 from knnlm.choices import IndexKind, parse_choice
 from knnlm.datastore import compaction, verification
 from knnlm.datastore.append import append_documents
-from knnlm.datastore.catalog import FILE_NAME
+from knnlm.datastore.catalog import catalog_exists
 from knnlm.datastore.compaction import Compaction
 from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.verification import Verification
@@ -101,6 +101,6 @@ def _load(lm: LanguageModel | str | Path, path: Path) -> LanguageModel:
             "lm must be a LanguageModel, or the name or path of one, got "
             f"{type(lm).__name__}: wrap a transformers model and its tokenizer in LanguageModel"
         )
-    if (path / FILE_NAME).exists():
+    if catalog_exists(path):
         return Datastore(path).load_model(str(lm))
     return LanguageModel.load(lm)

@@ -25,6 +25,7 @@ from knnlm.datastore import catalog as catalog_module
 from knnlm.datastore.append import append_documents
 from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog
 from knnlm.datastore.compaction import compact
+from knnlm.datastore.connection import connect
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import writer_lock
 from knnlm.datastore.verification import verify
@@ -75,12 +76,18 @@ def whole(tmp_path_factory: pytest.TempPathFactory, llama_lm: LanguageModel) -> 
     return append_documents(path, llama_lm, DOCUMENTS, **ARGUMENTS)
 
 
+def damage(store: Datastore) -> list[str]:
+    """Return the problems that are more than files which a killed writer left."""
+    stray = "does not belong to the datastore; the next change of the datastore removes it"
+    return [problem for problem in verify(store).problems if not problem.endswith(stray)]
+
+
 def check_sound(path: Path, whole: Datastore) -> int:
     """Check that what a killed build left opens, verifies and is how the whole begins; its rows."""
     if not (path / FILE_NAME).exists():
         return 0
     store = Datastore(path)
-    assert verify(store).problems == ()
+    assert damage(store) == []
     assert torch.equal(store.values, whole.values[: store.rows])
     assert torch.equal(store.keys_at(torch.arange(store.rows)), stored_keys(whole)[: store.rows])
     rows = store.rows
@@ -172,7 +179,7 @@ def kill_after_commit(count: int) -> None:
 
 def kill_inside_sqlite(instructions: int) -> None:
     """Die after so many instructions of SQLite, with pages and journal wherever they are then."""
-    original, passing = catalog_module._connect, countdown(instructions)
+    original, passing = connect, countdown(instructions)
 
     def replacement(path: Path) -> sqlite3.Connection:
         connection = original(path)
@@ -180,7 +187,7 @@ def kill_inside_sqlite(instructions: int) -> None:
         connection.set_progress_handler(passing, 1)
         return connection
 
-    catalog_module._connect = replacement
+    vars(catalog_module)["connect"] = replacement
 
 
 def set_generation(catalog: Catalog, name: str, value: object) -> bool:
@@ -232,8 +239,8 @@ def test_a_build_killed_inside_sqlite_goes_on(tmp_path: Path, llama_lm: Language
     path = tmp_path / "store"
     chance = random.Random(0)
     journals = uncreated = 0
-    # SQLite makes the catalog in its first 382 instructions and is done after 2,606
-    for instructions in [*chance.sample(range(1, 380), 8), *chance.sample(range(400, 2400), 12)]:
+    # SQLite makes the catalog in its first 370 instructions and is done after 5,697
+    for instructions in [*chance.sample(range(1, 365), 8), *chance.sample(range(390, 5500), 12)]:
         shutil.rmtree(path, ignore_errors=True)
 
         def killed(instructions: int = instructions) -> None:
@@ -284,7 +291,7 @@ def test_a_killed_compact_left_the_old_state_or_the_new(
 
     assert ends_by_kill(killed)
     left = Datastore(store.path)
-    assert verify(left).problems == ()
+    assert damage(left) == []
     assert_same(left, new if done else old)
     assert left.forgotten_rows == (0 if done else old.forgotten_rows)
 
@@ -297,11 +304,11 @@ def test_a_killed_compact_left_the_old_state_or_the_new(
 
 @pytest.mark.parametrize(
     ("place", "count"),
-    # SQLite opens the datastore in 233 instructions and forgets in 375 more
+    # SQLite opens the datastore in 1,336 instructions and forgets in 3,819 more
     [
         ("before commit", 1),
         ("after commit", 1),
-        *(("inside SQLite", 300 + n) for n in range(0, 270, 45)),
+        *(("inside SQLite", 1400 + n) for n in range(0, 3600, 600)),
     ],
 )
 def test_a_killed_forget_happened_or_not(
@@ -340,7 +347,10 @@ def test_what_a_killed_build_left_goes_with_the_next_change(
         append_documents(store.path, llama_lm, [Document("new", "A new document.")])
 
     assert ends_by_kill(killed)
-    assert {file.name for file in (store.path / SHARDS).iterdir()} > known
+    strays = {file.name for file in (store.path / SHARDS).iterdir()} - known
+    problems = verify(store).problems
+    assert len(strays) == len(problems) == 1
+    assert f"{strays.pop()}: does not belong to the datastore" in problems[0]
     store.save_parameters(Parameters(), {})
     assert {file.name for file in (store.path / SHARDS).iterdir()} == known
 

@@ -3,24 +3,24 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from index_contract import append, assert_neighbors, clustered, store_of
 
-from knnlm.apps.cli.reports import print_store, warn_of_poor_recall
 from knnlm.choices import IndexKind
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import DatastoreChangedError, InvalidArgumentError
+from knnlm.errors import InvalidArgumentError
 from knnlm.index import policy
 from knnlm.index.available_memory import memory_bytes
-from knnlm.index.backend import Backend, IndexOptions
+from knnlm.index.backend import Backend
 from knnlm.index.exact import ExactIndex
 from knnlm.index.faiss import FaissIndex
 from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.protocol import Index
-from knnlm.index.report import SETTING, describe_datastore, describe_index
+from knnlm.index.report import describe_index
 
 pytest.importorskip("faiss")
 
@@ -115,11 +115,14 @@ def test_a_compaction_leaves_an_index_behind_until_it_is_built_anew(
     policy.build_index(store, kind, factory=factory, k=32)
     store.forget(["d0"])
     compact(store)
-    with pytest.raises(DatastoreChangedError, match="was compacted after its index was built; run"):
-        policy.open_index(store)
+    queries = clustered(50, seed=4)
+    for opened in (store, Datastore(store.path)):
+        index = policy.open_index(opened)
+        assert isinstance(index, ExactIndex)
+        assert_neighbors(store, queries, 16, index.search(queries, 16), 1.0)
+    assert describe_index(store.catalog) == {"kind": "exact", "recall": 1.0}
     policy.keep_index(store)
     assert describe_index(store.catalog)["entries"] == 5400
-    queries = clustered(50, seed=4)
     found = policy.open_index(store).search(queries, 16)
     assert_neighbors(store, queries, 16, found, 0.9)
 
@@ -129,12 +132,10 @@ def test_a_backend_builds_reports_opens_and_keeps(store: Datastore, kind: IndexK
     backend = policy.BACKENDS[kind]
     assert isinstance(backend, Backend)
     factory = "IVF16,Flat" if backend.takes_factory else None
-    options = IndexOptions(factory=factory, k=32, recall=0.99)
     queries = clustered(100, seed=1)
-    with store.writer():
-        built = backend.build(store, options)
+    built = policy.build_index(store, kind, factory=factory, k=32, recall=0.99)
     assert isinstance(built, Index)
-    report = backend.report(store)
+    report = describe_index(store.catalog)
     assert json.loads(json.dumps(report)) == report, "plain values"
     assert 0.95 <= report["recall"] <= 1.0
     expected = built.search(queries, 16)
@@ -142,44 +143,25 @@ def test_a_backend_builds_reports_opens_and_keeps(store: Datastore, kind: IndexK
     assert torch.equal(opened.rows, expected.rows)
     assert torch.equal(opened.squared_distances, expected.squared_distances)
 
-    def keep() -> None:
-        with store.writer():
-            backend.keep(store, IndexOptions())
+    def keep() -> dict[str, Any]:
+        store.refresh()
+        policy.keep_index(store)
         index = backend.open(Datastore(store.path), "cpu")
         assert_neighbors(store, queries, 16, index.search(queries, 16), 0.9)
+        return describe_index(store.catalog)
 
-    keep()
-    assert backend.report(store) == report, "nothing had changed"
+    assert keep() == report, "nothing had changed"
     append(store.path, clustered(300, seed=2).half(), 1, "few")
-    keep()
-    assert backend.report(store) == report, "appended rows need no building"
+    assert keep() == report, "appended rows need no building"
     append(store.path, clustered(3000, seed=3).half(), 1, "many")
     keep()
     store.forget(["d0"])
     compact(store)
-    keep()
-    assert backend.report(store).get("entries", store.rows) == store.rows
+    assert keep().get("entries", store.rows) == store.rows
 
 
 def test_there_is_a_backend_for_every_kind() -> None:
     assert {*policy.BACKENDS, IndexKind.auto} == {*IndexKind}
-
-
-@pytest.mark.parametrize(("kind", "factory"), [("ivf", None), ("faiss", "IVF16,Flat")])
-def test_an_index_without_a_report_in_the_catalog_gets_one_when_it_is_kept(
-    store: Datastore, kind: str, factory: str | None
-) -> None:
-    """As older versions left it."""
-    policy.build_index(store, kind, factory=factory, k=32)
-    facts = describe_index(store.catalog)
-    store.catalog.set(SETTING, {"kind": kind, "asked": kind})
-    unknown = describe_datastore(store.path)
-    assert unknown["index"] == {"kind": kind, "recall": None}
-    warn_of_poor_recall(store.path, unknown["index"])
-    print_store(unknown)
-    policy.open_index(store)
-    policy.keep_index(store)
-    assert describe_index(store.catalog) == facts
 
 
 def test_a_small_datastore_gets_no_index(store: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from knnlm.datastore.catalog import SHARDS, Catalog, StoredShard
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.files import remove_files_except
-from knnlm.datastore.shards import open_shard, write_shard
+from knnlm.datastore.folder import remove_strays
+from knnlm.datastore.shards import open_shard, shard_problem, write_shard
+from knnlm.datastore.stored_index import store_index, stored_index
+from knnlm.errors import DatastoreCorruptError
 from knnlm.progress import SILENT, Progress
 
 
@@ -27,8 +29,8 @@ def compact(store: Datastore, progress: Progress = SILENT) -> Compaction:
 
     Shards without forgotten rows are kept as they are. New shards are written first, then one
     transaction switches to them, and only then are the old files deleted: if killed at any moment,
-    the datastore is either as before or fully compacted. The index is left as it is. Raises
-    DatastoreLockedError, DatastoreWriteError.
+    the datastore is either as before or fully compacted. An index of the old rows goes with them:
+    until it is built again, search is exact. Raises DatastoreLockedError, DatastoreWriteError.
     """
     with store.writer() as catalog:
         alive = store.alive
@@ -36,7 +38,7 @@ def compact(store: Datastore, progress: Progress = SILENT) -> Compaction:
         new = _rewritten(store, alive, progress)
         documents = len(catalog.documents("forgotten"))
         _switch(catalog, alive, old, new)
-        remove_files_except(store.path / SHARDS, {shard.file.name for shard in new})
+        remove_strays(store.path, catalog)
     store.refresh()
     return Compaction(documents, len(alive) - int(alive.sum()), _size_bytes(old) - _size_bytes(new))
 
@@ -60,7 +62,9 @@ def _rewritten(
             if count == shard.file.rows:
                 shards.append(replace(shard, start=rows))
             elif count > 0:
-                contents = open_shard(folder, shard.file.name)
+                if problem := shard_problem(folder, shard.file):
+                    raise DatastoreCorruptError(f"{problem}; restore it from a copy")
+                contents = open_shard(folder, shard.file, store.settings)
                 file = write_shard(
                     folder,
                     f"{number:08d}.safetensors",
@@ -87,6 +91,7 @@ def _switch(
     with catalog.transaction():
         if not bool(alive.all()):
             catalog.renumber()
+            store_index(catalog, stored_index(catalog).dropped())
         for shard in old:
             catalog.move_shard(shard.file.name, starts.get(shard.file.name))
         for shard in new:

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 from knnlm.choices import KeyDtype, parse_choice
-from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog, Settings
+from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog, Settings, catalog_exists
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import ASIDE, LOCK_NAME, writer_lock, writing
 from knnlm.errors import DatastoreMismatchError, DatastoreWriteError, InvalidArgumentError
@@ -25,7 +25,7 @@ def open_or_create(
 
     Raises InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError.
     """
-    if (path / FILE_NAME).exists():
+    if catalog_exists(path):
         store = Datastore(path)
         _check_same(store, window, context, boundary, key_dtype)
         store.check_model(lm)
@@ -92,7 +92,7 @@ def _create(path: Path, settings: Settings) -> Datastore:
         (path / SHARDS).mkdir(exist_ok=True)
     with writer_lock(path):
         try:
-            if not (path / FILE_NAME).exists():
+            if not catalog_exists(path):
                 Catalog.create(path, settings)
         except DatastoreWriteError:
             if is_new:

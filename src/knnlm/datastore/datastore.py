@@ -12,11 +12,25 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knnlm.datastore.catalog import SHARDS, Catalog, Settings, StoredDocument, StoredShard
-from knnlm.datastore.facts import is_learned, read_snapshot
-from knnlm.datastore.files import remove_files_except, writer_lock
-from knnlm.datastore.shards import Shard, open_shard
-from knnlm.errors import DatastoreChangedError, DatastoreMismatchError, InvalidArgumentError
+from knnlm.datastore.catalog import (
+    SHARDS,
+    Catalog,
+    Settings,
+    ShardFile,
+    StoredDocument,
+    StoredShard,
+)
+from knnlm.datastore.facts import (
+    checked_documents,
+    is_learned,
+    read_snapshot,
+    store_parameters,
+    tuned_parameters,
+)
+from knnlm.datastore.files import writer_lock
+from knnlm.datastore.folder import remove_strays
+from knnlm.datastore.shards import Shard, check_keys, check_values, open_shard
+from knnlm.errors import DatastoreCorruptError, DatastoreMismatchError, InvalidArgumentError
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.keyed_model import KeyedModel
@@ -37,11 +51,14 @@ class Passage:
 class Datastore:
     """An open datastore: a snapshot of its committed entries, which `refresh` brings up to date.
 
+    The snapshot is whole: keys, values, documents and passages stay as they are, whatever other
+    processes append, forget or compact.
+
     A row is an entry's number, 0 … rows − 1 in corpus order, stable until `compact`. A document is
     a contiguous range of rows, so the text before any entry is `values[document.start:row]`.
 
-    Raises DatastoreNotFoundError and DatastoreCorruptError (missing or truncated files; contents
-    are checked by `verify`).
+    Raises DatastoreNotFoundError and DatastoreCorruptError (missing or truncated files). What else
+    is damaged is found by `verify`, and is a DatastoreCorruptError where it is met.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -49,6 +66,7 @@ class Datastore:
         self.catalog = Catalog(self.path)
         self.settings: Settings = self.catalog.settings
         self.generation = -1
+        self._open: dict[str, Shard | DatastoreCorruptError] = {}
         self.refresh()
 
     def __len__(self) -> int:
@@ -69,26 +87,59 @@ class Datastore:
         return Datastore(self.path) if changed else self
 
     def refresh(self) -> bool:
-        """Read what other writers have committed since; return whether anything changed."""
+        """Read what other writers have committed since; return whether anything changed.
+
+        Maps all shards, because a mapped file stays readable after a compaction removed it.
+        """
         if self.catalog.generation == self.generation:
             return False
-        snapshot = read_snapshot(self.path, self.catalog, "forgotten")
+        while True:
+            snapshot = read_snapshot(self.path, self.catalog)
+            opened = {shard.file.name: self._opened(shard.file) for shard in snapshot.shards}
+            if self.catalog.generation == snapshot.generation:
+                break  # else files may have been replaced before they were mapped
+        self.snapshot = snapshot
         self.shards: list[StoredShard] = snapshot.shards
         self._starts = [shard.start for shard in snapshot.shards]
-        self._open: dict[str, Shard] = {}
+        self._open = opened
         self.rows = snapshot.rows
-        self._forgotten = snapshot.forgotten
-        self.forgotten_rows = snapshot.forgotten_rows
+        self._documents: list[StoredDocument] | None = None
         self._values: Tensor | None = None
         self.numbering = snapshot.numbering
         self.generation = snapshot.generation
         return True
 
+    def _opened(self, file: ShardFile) -> Shard | DatastoreCorruptError:
+        """Map a shard, or return why that fails: `verify` can open a damaged datastore."""
+        if isinstance(shard := self._open.get(file.name), Shard):
+            return shard
+        try:
+            return open_shard(self.path / SHARDS, file, self.settings)
+        except DatastoreCorruptError as error:
+            return error
+
     def _shard(self, shard: StoredShard) -> Shard:
-        name = shard.file.name
-        if name not in self._open:
-            self._open[name] = open_shard(self.path / SHARDS, name)
-        return self._open[name]
+        self._all_documents()  # whose rows have to fit the shards'
+        opened = self._open[shard.file.name]
+        if isinstance(opened, DatastoreCorruptError):
+            raise opened
+        return opened
+
+    def _all_documents(self) -> list[StoredDocument]:
+        """Return the documents of the snapshot, forgotten ones among them."""
+        if self._documents is None:
+            self._documents = checked_documents(self.path, self.catalog, self.snapshot)
+            stored = sorted(self._documents, key=lambda d: d.start)
+            self._by_row = [document for document in stored if document.stop > document.start]
+            self._forgotten = [document for document in stored if document.forgotten]
+            self._forgotten_rows = sum(d.stop - d.start for d in self._forgotten)
+        return self._documents
+
+    @property
+    def forgotten_rows(self) -> int:
+        """Entries of forgotten documents that are still stored."""
+        self._all_documents()
+        return self._forgotten_rows
 
     @property
     def key_dtype(self) -> torch.dtype:
@@ -106,7 +157,7 @@ class Datastore:
     def values(self) -> Int[Tensor, " rows"]:
         """The token that followed each row's key, int32, in memory."""
         if self._values is None:
-            parts = [self._shard(shard).values for shard in self.shards]
+            parts = [self._values_of(shard, 0, shard.file.rows) for shard in self.shards]
             self._values = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int32)
         return self._values
 
@@ -114,6 +165,7 @@ class Datastore:
     def alive(self) -> Bool[Tensor, " rows"]:
         """False for the rows of forgotten documents."""
         alive = torch.ones(self.rows, dtype=torch.bool)
+        self._all_documents()
         for document in self._forgotten:
             alive[document.start : document.stop] = False
         return alive
@@ -130,39 +182,34 @@ class Datastore:
                 yield shard.start + start, keys[start : start + max_rows]
 
     def keys_at(self, rows: Int[Tensor, " n"]) -> Float[Tensor, "n dim"]:
-        """Gather the keys of any rows, in the dtype on disk; the disk is read in row order."""
+        """Gather the keys of any rows, in the dtype on disk; the disk is read in row order.
+
+        Raises DatastoreCorruptError for a key that is not finite and not forgotten.
+        """
         keys = torch.empty(len(rows), self.settings.dimension, dtype=self.key_dtype)
         ascending, places = rows.sort()
         for shard in self.shards:
             edges = torch.tensor([shard.start, shard.stop])
             low, high = torch.searchsorted(ascending, edges).tolist()
             if high > low:
-                inside = ascending[low:high] - shard.start
-                keys[places[low:high]] = self._shard(shard).keys[inside]
+                chosen = self._shard(shard).keys[ascending[low:high] - shard.start]
+                if not bool(chosen.isfinite().all()):
+                    live = self.alive[ascending[low:high]]
+                    check_keys(self.path / SHARDS / shard.file.name, chosen[live])
+                keys[places[low:high]] = chosen
         return keys
 
-    @contextmanager
-    def _same_numbering(self) -> Iterator[None]:
-        with self.catalog.snapshot():
-            if self.catalog.numbering != self.numbering:
-                raise DatastoreChangedError(
-                    f"{self.path} was compacted since it was opened, which renumbered its rows; "
-                    "open it again"
-                )
-            yield
-
     def documents(self) -> list[StoredDocument]:
-        """Return the documents that are not forgotten, in the order they were stored.
-
-        Raises DatastoreChangedError if a compaction has renumbered rows since `refresh`.
-        """
-        with self._same_numbering():
-            return self.catalog.documents("NOT forgotten")
+        """Return the documents that are not forgotten, in the order they were stored."""
+        return [document for document in self._all_documents() if not document.forgotten]
 
     def document_at(self, row: int) -> StoredDocument:
-        """Return the document of a row, forgotten or not; raises as `documents` does."""
-        with self._same_numbering():
-            return self.catalog.document_at(row)
+        """Return the document of a row, forgotten or not. Raises DatastoreCorruptError."""
+        self._all_documents()
+        place = bisect_right(self._by_row, row, key=lambda document: document.start) - 1
+        if place < 0 or row >= self._by_row[place].stop:
+            raise self.catalog.damaged(f"no document holds row {row}")
+        return self._by_row[place]
 
     def passage(self, row: int, before: int = 24, after: int = 8) -> Passage:
         """Return a row's value with up to `before` and `after` tokens of its document around it."""
@@ -178,13 +225,18 @@ class Datastore:
             if shard.start >= stop:
                 break
             low, high = max(start - shard.start, 0), max(stop - shard.start, 0)
-            parts.append(self._shard(shard).values[low:high])
+            parts.append(self._values_of(shard, low, high))
         return torch.cat(parts)
+
+    def _values_of(self, shard: StoredShard, low: int, high: int) -> Int[Tensor, " n"]:
+        values = self._shard(shard).values[low:high]
+        check_values(self.path / SHARDS / shard.file.name, values, self.settings.vocab_size)
+        return values
 
     @property
     def parameters(self) -> Parameters | None:
-        """The defaults that `tune` stored; None before tuning."""
-        stored = self.catalog.get("parameters")
+        """The defaults that `tune` stored; None before tuning. Raises DatastoreCorruptError."""
+        stored = tuned_parameters(self.catalog)
         return None if stored is None else Parameters(**stored)
 
     @property
@@ -220,7 +272,7 @@ class Datastore:
         if stored is not None:
             stored["others"] = [_resolved(other) for other in others]
         with self.writer(), self.catalog.transaction(entries_change=False):
-            self.catalog.set("parameters", asdict(parameters))
+            store_parameters(self.catalog, asdict(parameters))
             self.catalog.set("tuning", tuning)
             self.catalog.set("mixture", stored)
 
@@ -268,13 +320,13 @@ class Datastore:
 
     @contextmanager
     def writer(self) -> Iterator[Catalog]:
-        """Lock the datastore for writing, refresh, and delete a killed writer's leftover files.
+        """Lock the datastore for writing, refresh, and delete the files that do not belong to it.
 
         Raises DatastoreLockedError at once if another process is writing.
         """
         with writer_lock(self.path):
             self.refresh()
-            remove_files_except(self.path / SHARDS, {shard.file.name for shard in self.shards})
+            remove_strays(self.path, self.catalog)
             yield self.catalog
 
     def forget(self, names: Sequence[str]) -> list[StoredDocument]:
@@ -305,7 +357,7 @@ class Datastore:
 class DocumentsByRow:
     """The documents of a datastore, without forgotten ones, for finding those of many rows.
 
-    Holds the documents of one moment. Raises DatastoreChangedError as `Datastore.documents` does.
+    Holds the documents of one moment.
     """
 
     def __init__(self, store: Datastore) -> None:

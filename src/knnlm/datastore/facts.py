@@ -1,53 +1,51 @@
 """Facts about a datastore, read from its catalog alone; quick to load, as it imports no torch."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from knnlm.datastore.catalog import SHARDS, Catalog, ShardFile, StoredDocument, StoredShard
+from knnlm.datastore.catalog import (
+    SHARDS,
+    Catalog,
+    DocumentRecord,
+    ShardFile,
+    StoredDocument,
+    StoredShard,
+)
+from knnlm.datastore.files import check_file
 from knnlm.errors import DatastoreCorruptError
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A datastore's shards and documents at one moment.
-
-    documents: all of them, or only those that were asked for; always the forgotten ones.
-    """
+    """A datastore's shards and documents, as their records in the catalog, at one moment."""
 
     generation: int
     numbering: int
     shards: list[StoredShard]
-    documents: list[StoredDocument]
+    documents: list[DocumentRecord]
+
+    @classmethod
+    def read(cls, catalog: Catalog) -> "Snapshot":
+        """Read what is committed now. Raises DatastoreCorruptError."""
+        with catalog.snapshot():
+            return cls(catalog.generation, catalog.numbering, catalog.shards(), catalog.records())
 
     @property
     def rows(self) -> int:
         """Entries stored, forgotten ones included."""
         return self.shards[-1].stop if self.shards else 0
 
-    @property
-    def forgotten(self) -> list[StoredDocument]:
-        """The forgotten documents whose entries are still stored."""
-        return [document for document in self.documents if document.forgotten]
 
-    @property
-    def forgotten_rows(self) -> int:
-        """Entries of forgotten documents."""
-        return sum(document.stop - document.start for document in self.forgotten)
-
-
-def read_snapshot(folder: Path, catalog: Catalog, where: str = "") -> Snapshot:
+def read_snapshot(folder: Path, catalog: Catalog) -> Snapshot:
     """Read the shards and documents that are committed now.
 
-    where: an SQL condition that documents must fulfil. Raises DatastoreCorruptError if a shard's
-    file is missing or truncated.
+    Raises DatastoreCorruptError if a shard's file is missing or truncated.
     """
     while True:
-        with catalog.snapshot():
-            snapshot = Snapshot(
-                catalog.generation, catalog.numbering, catalog.shards(), catalog.documents(where)
-            )
+        snapshot = Snapshot.read(catalog)
         try:
             for shard in snapshot.shards:
                 check_size(folder, shard.file)
@@ -57,16 +55,44 @@ def read_snapshot(folder: Path, catalog: Catalog, where: str = "") -> Snapshot:
                 raise  # no compaction has replaced the file meanwhile
 
 
+def row_problems(folder: Path, catalog: Catalog, snapshot: Snapshot) -> Iterator[str]:
+    """Yield how shards and documents do not fit together, and which records are damaged."""
+    expected = 0
+    for shard in snapshot.shards:
+        if shard.start != expected:
+            path = folder / SHARDS / shard.file.name
+            yield f"{path}: starts at row {shard.start}, expected {expected}"
+        expected = shard.stop
+    for record in snapshot.documents:
+        try:
+            catalog.document(record)
+        except DatastoreCorruptError as error:
+            yield str(error)
+    expected = 0
+    ranges = [(start, stop, name) for _, name, _, start, stop, *_ in snapshot.documents]
+    numbers = [each for each in ranges if type(each[0]) is type(each[1]) is int]
+    for start, stop, name in sorted(numbers, key=lambda each: each[:2]):
+        if start != expected:
+            yield f"{folder}: document {name} starts at row {start}, expected {expected}"
+        expected = stop
+    if expected != snapshot.rows:
+        yield f"{folder}: documents end at row {expected} of {snapshot.rows}"
+
+
+def checked_documents(folder: Path, catalog: Catalog, snapshot: Snapshot) -> list[StoredDocument]:
+    """Return the documents of a snapshot that fits together, forgotten ones among them.
+
+    Raises DatastoreCorruptError.
+    """
+    for problem in row_problems(folder, catalog, snapshot):
+        raise DatastoreCorruptError(f"{problem}; run: knnlm verify {folder}")
+    return [catalog.document(record) for record in snapshot.documents]
+
+
 def check_size(folder: Path, file: ShardFile) -> None:
     """Raise DatastoreCorruptError unless a shard's file has the size it was written with."""
-    path = folder / SHARDS / file.name
-    size_bytes = path.stat().st_size if path.exists() else None
-    if size_bytes != file.size_bytes:
-        state = "missing" if size_bytes is None else f"{size_bytes} bytes long"
-        raise DatastoreCorruptError(
-            f"{path} is {state}, written with {file.size_bytes} bytes; restore it from a copy or "
-            "build the datastore again"
-        )
+    remedy = "restore it from a copy or build the datastore again"
+    check_file(folder / SHARDS / file.name, file.size_bytes, remedy)
 
 
 def read_facts(path: str | Path, list_documents: bool = False) -> dict[str, Any]:
@@ -78,18 +104,20 @@ def read_facts(path: str | Path, list_documents: bool = False) -> dict[str, Any]
     folder = Path(path)
     with closing(Catalog(folder)) as catalog:
         snapshot = read_snapshot(folder, catalog)
-        documents = [document for document in snapshot.documents if not document.forgotten]
+        stored = checked_documents(folder, catalog, snapshot)
+        documents = [document for document in stored if not document.forgotten]
+        forgotten_rows = sum(d.stop - d.start for d in stored if d.forgotten)
         facts = {
             "path": str(folder),
-            "entries": snapshot.rows - snapshot.forgotten_rows,
-            "forgotten_entries": snapshot.forgotten_rows,
+            "entries": snapshot.rows - forgotten_rows,
+            "forgotten_entries": forgotten_rows,
             "documents": len(documents),
             "incomplete_documents": [d.name for d in documents if not d.complete],
             "shards": len(snapshot.shards),
             "size_bytes": sum(shard.file.size_bytes for shard in snapshot.shards),
             "generation": snapshot.generation,
             "settings": asdict(catalog.settings),
-            "parameters": catalog.get("parameters"),
+            "parameters": tuned_parameters(catalog),
             "tuning": catalog.get("tuning"),
         }
     if list_documents:
@@ -98,6 +126,24 @@ def read_facts(path: str | Path, list_documents: bool = False) -> dict[str, Any]
             for d in documents
         ]
     return facts
+
+
+def tuned_parameters(catalog: Catalog) -> dict[str, Any] | None:
+    """Return the parameters that `tune` stored, None before tuning. Raises DatastoreCorruptError.
+
+    They are stored twice: damage to one neither changes a prediction nor costs another tuning.
+    """
+    try:
+        parameters: dict[str, Any] | None = catalog.get("parameters")
+    except DatastoreCorruptError:
+        parameters = catalog.get("parameters again")
+    return parameters
+
+
+def store_parameters(catalog: Catalog, parameters: dict[str, Any]) -> None:
+    """Store the parameters that `tune` found; inside a transaction."""
+    catalog.set("parameters", parameters)
+    catalog.set("parameters again", parameters)
 
 
 def is_learned(catalog: Catalog) -> bool:

@@ -1,9 +1,10 @@
-"""Durable changes to files: publishing, fsync, the writer's lock, and one error for a failed write.
+"""Files: durable changes, the writer's lock, checksums, and one error for a failed write.
 
 The only owner of fsync and rename. Knows nothing of shards or documents, and imports no torch.
 """
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,12 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from knnlm.errors import DatastoreLockedError, DatastoreWriteError, KNNLMError
+from knnlm.errors import (
+    DatastoreCorruptError,
+    DatastoreLockedError,
+    DatastoreWriteError,
+    KNNLMError,
+)
 
 ASIDE = ".part"
 """Suffix of a file that is still being written."""
@@ -70,9 +76,53 @@ def writer_lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def remove_files_except(folder: Path, names: set[str]) -> None:
-    """Delete all files in a folder but `names`, such as the leftovers of a killed writer."""
-    with writing(folder):
-        for path in folder.iterdir():
-            if path.name not in names:
-                path.unlink()
+def unreadable(path: Path, error: Exception) -> DatastoreCorruptError:
+    """Return the error for a file that is there and cannot be read."""
+    reason = (getattr(error, "strerror", None) or str(error)).splitlines()[:1]
+    remedy = "restore it from a copy"
+    if isinstance(error, PermissionError):
+        remedy = "change its permissions"
+    return DatastoreCorruptError(f"{path} cannot be read ({''.join(reason)[:200]}); {remedy}")
+
+
+def size_of(path: Path) -> int | None:
+    """Return a file's size in bytes, None if there is none. Raises DatastoreCorruptError."""
+    try:
+        return path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def check_file(path: Path, size_bytes: int, remedy: str) -> None:
+    """Raise DatastoreCorruptError unless a file has the size that it was written with."""
+    found = size_of(path)
+    if found != size_bytes:
+        state = "missing" if found is None else f"{found} bytes long"
+        raise DatastoreCorruptError(f"{path} is {state}, written with {size_bytes} bytes; {remedy}")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_problem(path: Path, size_bytes: int, sha256: str) -> str | None:
+    """Reread a whole file against its checksum; return what is wrong with it, if anything."""
+    try:
+        found = size_of(path)
+        if found is None:
+            return f"{path}: missing"
+        if found != size_bytes:
+            return f"{path}: {found} bytes, written with {size_bytes}"
+        if sha256_of(path) != sha256:
+            return f"{path}: the contents differ from the checksum taken when it was written"
+    except FileNotFoundError:
+        return f"{path}: missing"
+    except DatastoreCorruptError as error:
+        return str(error)
+    except OSError as error:
+        return str(unreadable(path, error))
+    return None

@@ -8,14 +8,15 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from knnlm.datastore.catalog import ShardFile
-from knnlm.datastore.files import ASIDE, publish, writing
-from knnlm.errors import DatastoreChangedError, DatastoreCorruptError
+from knnlm.datastore.catalog import Settings, ShardFile
+from knnlm.datastore.files import ASIDE, file_problem, publish, unreadable, writing
+from knnlm.errors import DatastoreCorruptError
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +25,6 @@ class Shard:
 
     keys: Float[Tensor, "rows dim"]
     values: Int[Tensor, " rows"]
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_shard(
@@ -51,33 +47,44 @@ def write_shard(
     return ShardFile(name, len(values), len(data), hashlib.sha256(data).hexdigest())
 
 
-def open_shard(folder: Path, name: str) -> Shard:
-    """Map a shard's file into memory; nothing is read until it is used.
+def open_shard(folder: Path, expected: ShardFile, settings: Settings) -> Shard:
+    """Map a shard's file into memory; nothing but its header is read until it is used.
 
-    Raises DatastoreChangedError if the file is gone, DatastoreCorruptError if it is malformed.
+    Raises DatastoreCorruptError if the file is gone, malformed, or not of the expected shape.
     """
-    path = folder / name
+    path = folder / expected.name
     try:
+        path.open("rb").close()  # safetensors calls an unreadable file missing
         with safe_open(path, "pt") as file:
-            return Shard(file.get_tensor("keys"), file.get_tensor("values"))
-    except FileNotFoundError as error:
-        raise DatastoreChangedError(
-            f"{path} is gone: the datastore was compacted since it was opened; open it again"
-        ) from error
-    except (SafetensorError, OSError) as error:
+            shard = Shard(file.get_tensor("keys"), file.get_tensor("values"))
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except SafetensorError as error:
         raise DatastoreCorruptError(
             f"{path} cannot be read ({error}); run: knnlm verify"
         ) from error
+    shape = (expected.rows, settings.dimension)
+    if tuple(shard.keys.shape) != shape or tuple(shard.values.shape) != shape[:1]:
+        found = tuple(shard.keys.shape)
+        raise DatastoreCorruptError(f"{path}: keys are {found}, expected {shape}")
+    dtypes = (getattr(torch, settings.key_dtype), torch.int32)
+    if (shard.keys.dtype, shard.values.dtype) != dtypes:
+        raise DatastoreCorruptError(f"{path}: keys are {shard.keys.dtype}, expected {dtypes[0]}")
+    return shard
+
+
+def check_values(path: Path, values: Int[Tensor, " n"], vocab_size: int) -> None:
+    """Raise DatastoreCorruptError for a token that the model does not have."""
+    if bool(((values < 0) | (values >= vocab_size)).any()):
+        raise DatastoreCorruptError(f"{path}: a value is outside the vocabulary")
+
+
+def check_keys(path: Path, keys: Float[Tensor, "n dim"]) -> None:
+    """Raise DatastoreCorruptError for a key that is not finite."""
+    if not bool(keys.isfinite().all()):
+        raise DatastoreCorruptError(f"{path}: a key is not finite")
 
 
 def shard_problem(folder: Path, expected: ShardFile) -> str | None:
     """Reread a whole shard against its checksum; return what is wrong with it, if anything."""
-    path = folder / expected.name
-    if not path.exists():
-        return f"{path}: missing"
-    size_bytes = path.stat().st_size
-    if size_bytes != expected.size_bytes:
-        return f"{path}: {size_bytes} bytes, written with {expected.size_bytes}"
-    if _file_sha256(path) != expected.sha256:
-        return f"{path}: the contents differ from the checksum taken when it was written"
-    return None
+    return file_problem(folder / expected.name, expected.size_bytes, expected.sha256)

@@ -1,12 +1,16 @@
 """Verification: rereading every file of a datastore against its checksums."""
 
-from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
-from knnlm.datastore.catalog import SHARDS, StoredShard
+from knnlm.datastore.catalog import SHARDS, Catalog, StoredShard
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.shards import open_shard, shard_problem
-from knnlm.errors import KNNLMError
+from knnlm.datastore.facts import Snapshot, row_problems
+from knnlm.datastore.files import file_problem
+from knnlm.datastore.folder import stray_problems
+from knnlm.datastore.shards import check_keys, check_values, open_shard, shard_problem
+from knnlm.datastore.stored_index import StoredIndex, stored_index
+from knnlm.errors import DatastoreCorruptError, KNNLMError
 from knnlm.progress import SILENT, Progress
 
 
@@ -20,52 +24,54 @@ class Verification:
 
 
 def verify(store: Datastore, progress: Progress = SILENT) -> Verification:
-    """Reread every byte against its checksum, and check that rows and documents fit together."""
-    store.refresh()
-    documents = store.catalog.documents()
-    problems = [problem] if (problem := store.catalog.problem()) else []
-    size_bytes = sum(shard.file.size_bytes for shard in store.shards)
-    with progress.task("verify", size_bytes, "bytes") as advance:
-        expected_start = 0
-        for shard in store.shards:
-            problems += _shard_problems(store, shard, expected_start)
-            expected_start = shard.stop
-            advance(shard.file.size_bytes)
-    expected_start = 0
-    for document in sorted(documents, key=lambda d: (d.start, d.stop)):
-        if document.start != expected_start:
-            problems.append(
-                f"{store.path}: document {document.name} starts at row {document.start}, "
-                f"expected {expected_start}"
-            )
-        expected_start = document.stop
-    if expected_start != store.rows:
-        problems.append(f"{store.path}: documents end at row {expected_start} of {store.rows}")
-    if problems and store.refresh():  # another process changed it meanwhile
+    """Reread every byte against its checksum, and check that rows and documents fit together.
+
+    The catalog's settings, the shards and the index's files have checksums; files that do not
+    belong are named.
+    """
+    try:
+        # another connection, because the store's own may remember pages that were damaged since
+        with closing(Catalog(store.path)) as catalog:
+            problems = catalog.problems()
+            if problems:  # what else it says cannot be relied on
+                return Verification(len(store.shards), store.rows, tuple(problems))
+            snapshot, index = Snapshot.read(catalog), stored_index(catalog)
+            problems += _file_problems(store, snapshot.shards, index, progress)
+            problems += row_problems(store.path, catalog, snapshot)
+            problems += stray_problems(store.path, catalog)
+            changed = snapshot.generation != catalog.generation or index != stored_index(catalog)
+    except DatastoreCorruptError as error:
+        return Verification(len(store.shards), store.rows, (str(error),))
+    if problems and changed:  # another process changed it meanwhile
         return verify(store, progress)
-    return Verification(len(store.shards), store.rows, tuple(problems))
+    return Verification(len(snapshot.shards), snapshot.rows, tuple(problems))
 
 
-def _shard_problems(store: Datastore, shard: StoredShard, expected_start: int) -> Iterable[str]:
-    folder = store.path / SHARDS
-    problem = shard_problem(folder, shard.file) or _contents_problem(store, shard)
-    if problem is not None:
-        yield problem
-    if shard.start != expected_start:
-        path = folder / shard.file.name
-        yield f"{path}: starts at row {shard.start}, expected {expected_start}"
+def _file_problems(
+    store: Datastore, shards: list[StoredShard], index: StoredIndex, progress: Progress
+) -> list[str]:
+    problems = []
+    size_bytes = sum(shard.file.size_bytes for shard in shards)
+    size_bytes += sum(file.size_bytes for file in index.files)
+    with progress.task("verify", size_bytes, "bytes") as advance:
+        for shard in shards:
+            problem = shard_problem(store.path / SHARDS, shard.file)
+            problem = problem or _contents_problem(store, shard)
+            problems += [problem] if problem else []
+            advance(shard.file.size_bytes)
+        for file in index.files:
+            problem = file_problem(store.path / file.name, file.size_bytes, file.sha256)
+            problems += [f"{problem}; run: knnlm index {store.path}"] if problem else []
+            advance(file.size_bytes)
+    return problems
 
 
 def _contents_problem(store: Datastore, shard: StoredShard) -> str | None:
-    path = store.path / SHARDS / shard.file.name
+    folder = store.path / SHARDS
     try:
-        contents = open_shard(store.path / SHARDS, shard.file.name)
+        contents = open_shard(folder, shard.file, store.settings)
+        check_keys(folder / shard.file.name, contents.keys)
+        check_values(folder / shard.file.name, contents.values, store.settings.vocab_size)
     except KNNLMError as error:
         return str(error)
-    expected = (shard.file.rows, store.settings.dimension)
-    if tuple(contents.keys.shape) != expected or len(contents.values) != shard.file.rows:
-        return f"{path}: keys are {tuple(contents.keys.shape)}, expected {expected}"
-    if not bool(contents.keys.isfinite().all()):
-        return f"{path}: a key is not finite"
-    outside = (contents.values < 0) | (contents.values >= store.settings.vocab_size)
-    return f"{path}: a value is outside the vocabulary" if bool(outside.any()) else None
+    return None

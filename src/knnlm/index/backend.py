@@ -5,15 +5,18 @@ member of `IndexKind`.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from knnlm.choices import check_number, check_seed
+from knnlm.choices import IndexKind, check_number, check_seed
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import InvalidArgumentError
+from knnlm.datastore.stored_index import IndexFile, StoredIndex, stored_index
+from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError, InvalidArgumentError
 from knnlm.index.protocol import Index
+from knnlm.index.report import IndexReport
 from knnlm.mixture.parameters import check_k
 from knnlm.progress import SILENT, Progress
 
@@ -49,37 +52,76 @@ class IndexOptions:
             check_number("nprobe", self.nprobe, 1)
 
 
+def live_rows(store: Datastore, count: int) -> Bool[Tensor, " rows"]:
+    """Return which of the first `count` rows are searched: those after the snapshot's are not.
+
+    At least the snapshot's own rows are returned.
+    """
+    alive = store.alive
+    return torch.nn.functional.pad(alive, (0, max(0, count - len(alive))))
+
+
+def recorded_index(store: Datastore, *kinds: IndexKind) -> tuple[StoredIndex, IndexReport]:
+    """Return what the catalog records of an index of one of some kinds, which `store` can use.
+
+    Raises DatastoreNotFoundError and DatastoreChangedError.
+    """
+    stored = stored_index(store.catalog)
+    if stored.report is None or stored.kind not in kinds:
+        raise DatastoreNotFoundError(
+            f"{store.path} has no {kinds[0]} index; make one with: "
+            f"knnlm index {store.path} --kind {kinds[0]}"
+        )
+    if stored.numbering != store.numbering:
+        raise DatastoreChangedError(
+            f"{store.path} was compacted and indexed again since it was opened; open it again"
+        )
+    return stored, IndexReport.from_dict(stored.report)
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """An index as it was built: until its files are in the catalog, no reader sees them.
+
+    report, files: as in `StoredIndex`; None and () for exact search, which has no files.
+    """
+
+    index: Index
+    report: IndexReport | None = None
+    files: tuple[IndexFile, ...] = ()
+
+
 @runtime_checkable
 class Backend(Protocol):
-    """One kind of index: how it is built, opened, reported and kept up to date.
+    """One kind of index: how it is built, opened and kept up to date.
 
     takes_factory: whether a build needs a FAISS factory string; the others refuse one.
     """
 
     takes_factory: bool
 
-    def build(self, store: Datastore, options: IndexOptions) -> Index:
-        """Build the index of a datastore in place of an older one of this kind, and measure it.
+    def build(self, store: Datastore, options: IndexOptions) -> Built:
+        """Write the index of a datastore to files with new names, and measure it.
 
         For the one writer of the datastore. Raises InvalidArgumentError and DatastoreWriteError.
         """
         ...
 
     def open(self, store: Datastore, device: str) -> Index:
-        """Open the index that `build` wrote.
+        """Open the index that the catalog names; it answers for the rows of `store`.
 
-        Raises DatastoreNotFoundError, DatastoreCorruptError, and DatastoreChangedError, with the
-        command to run, if the datastore was compacted since.
+        Rows that it lacks are searched beside it; those appended after `store` was opened are
+        masked. Raises DatastoreNotFoundError, DatastoreCorruptError, and DatastoreChangedError if
+        rows were renumbered since.
         """
         ...
 
-    def report(self, store: Datastore) -> dict[str, Any]:
-        """Return the facts about the index as plain values, among them its `recall`."""
-        ...
+    def keep(
+        self, store: Datastore, stored: StoredIndex, options: IndexOptions
+    ) -> tuple[IndexFile, ...] | None:
+        """Return the index's files, with new ones for rows appended since.
 
-    def keep(self, store: Datastore, options: IndexOptions) -> None:
-        """Bring the index up to date after rows were appended, forgotten or renumbered.
-
-        For the one writer of the datastore. Builds the index again where that is necessary.
+        None if it has to be built again. For the one writer of the datastore. Raises
+        DatastoreCorruptError and DatastoreWriteError.
         """
         ...

@@ -1,14 +1,15 @@
 """Exact search: every live key, one GEMM for each block of keys; the reference for other kinds."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.index.backend import IndexOptions
+from knnlm.datastore.stored_index import IndexFile, StoredIndex
+from knnlm.index.backend import Built, IndexOptions
 from knnlm.index.protocol import Neighbors, check_search
 
 RESIDENT_BYTES = 2 << 30
@@ -117,17 +118,16 @@ class ExactBackend:
 
     takes_factory = False
 
-    def build(self, store: Datastore, options: IndexOptions) -> ExactIndex:
+    def build(self, store: Datastore, options: IndexOptions) -> Built:
         """Return the index; exact search needs no file."""
-        return ExactIndex(store, options.device)
+        return Built(ExactIndex(store, options.device))
 
     def open(self, store: Datastore, device: str) -> ExactIndex:
         """Return the index."""
         return ExactIndex(store, device)
 
-    def report(self, store: Datastore) -> dict[str, Any]:
-        """Return the recall, which is 1 by definition."""
-        return {"recall": 1.0}
-
-    def keep(self, store: Datastore, options: IndexOptions) -> None:
-        """Do nothing: the index follows every change of the datastore."""
+    def keep(
+        self, store: Datastore, stored: StoredIndex, options: IndexOptions
+    ) -> tuple[IndexFile, ...]:
+        """Return no files: the index follows every change of the datastore."""
+        return ()

@@ -5,10 +5,9 @@ Distances are FAISS's own: where keys are coded, those of the codes, unless the 
 refines them.
 """
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -18,82 +17,55 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.files import ASIDE, publish, remove_files_except, writing
-from knnlm.errors import (
-    DatastoreChangedError,
-    DatastoreCorruptError,
-    DatastoreNotFoundError,
-    InvalidArgumentError,
-    KNNLMError,
-)
-from knnlm.index.backend import IndexOptions
+from knnlm.datastore.files import ASIDE, file_problem, publish, writing
+from knnlm.datastore.stored_index import FOLDER, IndexFile, StoredIndex, unused_name
+from knnlm.errors import DatastoreCorruptError, InvalidArgumentError, KNNLMError
+from knnlm.index.backend import Built, IndexOptions, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search, merge_neighbors
 from knnlm.index.report import IndexReport, Measured
 
-FOLDER = "faiss"
-_REPORT = "report.json"
+_K_FACTOR = 4.0
 _TRAINING_KEYS = 262_144
 _ADDED_AT_ONCE = 65_536
 _FAISS_ABSENT = 3e38  # FAISS pads with the largest float32
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """The contents of report.json: the file of an index, how it is searched, and its report."""
-
-    file: str
-    factory: str
-    k_factor: float
-    report: IndexReport
-
-    def to_dict(self) -> dict[str, Any]:
-        own = {"file": self.file, "factory": self.factory, "k_factor": self.k_factor}
-        return own | self.report.to_dict()
-
-    @classmethod
-    def from_dict(cls, plain: dict[str, Any]) -> "_Stored":
-        report = IndexReport.from_dict(plain)
-        return cls(plain["file"], plain["factory"], plain["k_factor"], report)
 
 
 class FaissIndex:
     """The FAISS index of a datastore as `build` wrote it; follows every change of `store`.
 
     Rows appended since are searched exactly; forgotten ones are masked, or left out of a larger
-    search where FAISS cannot mask. Raises DatastoreNotFoundError if there is no such index,
-    DatastoreCorruptError, and DatastoreChangedError after a compaction.
+    search where FAISS cannot mask. After a compaction that `store` has seen, search is exact until
+    the index is opened again. Raises DatastoreNotFoundError if there is no such index,
+    DatastoreCorruptError, and DatastoreChangedError if the datastore was compacted after the index
+    was built.
     """
 
     exact_distances = False  # of codes, in most kinds
 
     def __init__(self, store: Datastore) -> None:
-        stored = _read_stored(store)
-        file = _folder(store) / stored.file
-        faiss = _faiss()
-        try:
-            index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
-        except RuntimeError as error:
-            raise DatastoreCorruptError(
-                f"{file} cannot be read ({_reason(error)}); run: {_command(store, stored.factory)}"
-            ) from error
-        self._open(store, stored, index)
+        stored, report = recorded_index(store, IndexKind.faiss)
+        self.file = stored.files[0]
+        self._open(store, _read_index(store, stored), report, _K_FACTOR)
 
-    def _open(self, store: Datastore, stored: _Stored, index: Any) -> None:
+    def _open(self, store: Datastore, index: Any, report: IndexReport, k_factor: float) -> None:
         self.store = store
-        self.nprobe = stored.report.nprobe
-        self._stored = stored
+        self.report = report
+        self.nprobe = report.nprobe
         self._index = index
+        self._k_factor = k_factor
         self._generation = -1
+        self._behind: ExactIndex | None = None
         self._follow()
 
     @classmethod
     def build(
-        cls, store: Datastore, options: IndexOptions, *, k_factor: float = 4.0
+        cls, store: Datastore, options: IndexOptions, *, k_factor: float = _K_FACTOR
     ) -> "FaissIndex":
-        """Train and fill an index, in place of an older one, and measure it.
+        """Train and fill an index in a new file, which the catalog does not name yet.
 
         options.factory: as "IVF1024,Flat" or "OPQ96_384,IVF1024,PQ96x4fs,RFlat". k_factor: how
         many candidates a refining index rescores for each neighbor.
@@ -110,46 +82,34 @@ class FaissIndex:
             if store.rows:  # before anything is written
                 wanted = _Wanted(options.nprobe or 1, k_factor, None, 1)
                 index.search(keys[:1].float().numpy(), 1, params=_parameters(index, wanted))
-        folder = _folder(store)
-        file = folder / f"{store.generation:08d}.index"
-        _write_index(index, file)
+        name = unused_name(store.path, f"{FOLDER}/faiss/{store.generation:08d}.index")
+        _write_index(index, store.path / name)
         lists = _lists(index)
+        built = cls.__new__(cls)
+        built.file = IndexFile.written(store.path, name, 0, store.rows)
         report = IndexReport(
             rows=store.rows,
             generation=store.generation,
             numbering=store.numbering,
             nprobe=options.nprobe or lists or 1,
-            bytes_per_entry=file.stat().st_size / max(1, store.rows),
+            bytes_per_entry=built.file.size_bytes / max(1, store.rows),
             measured=Measured(options.k, options.recall, 0.0, 0, 0.0),
         )
-        built = cls.__new__(cls)
-        built._open(store, _Stored(file.name, options.factory, k_factor, report), index)
+        built._open(store, index, report, k_factor)
         most = lists if options.nprobe is None else None
         measured = choose_nprobe(built, store, options, most)
-        report = replace(report, nprobe=built.nprobe, measured=measured)
-        built._stored = replace(built._stored, report=report)
-        with writing(folder):
-            aside = folder / (_REPORT + ASIDE)
-            aside.write_text(json.dumps(built._stored.to_dict()), encoding="utf-8")
-            publish(aside, folder / _REPORT)
-        remove_files_except(folder, {file.name, _REPORT})
+        built.report = replace(report, nprobe=built.nprobe, measured=measured)
         return built
-
-    @property
-    def report(self) -> IndexReport:
-        """What the index was built from, and what was measured then."""
-        return self._stored.report
 
     def _follow(self) -> None:
         store = self.store
         if self._generation == store.generation:
             return
         if store.numbering != self.report.numbering:
-            raise DatastoreChangedError(
-                f"{store.path} was compacted after its index was built; run: "
-                f"{_command(store, self._stored.factory)}"
-            )
-        alive = store.alive
+            self._behind = self._behind or ExactIndex(store)
+            self._generation = store.generation
+            return
+        alive = live_rows(store, self.report.rows)
         indexed = alive[: self.report.rows]
         self._dead = None if bool(indexed.all()) else ~indexed
         self._selector = None if self._dead is None else _selector(indexed)
@@ -168,6 +128,8 @@ class FaissIndex:
         """Return the k nearest that FAISS finds; see `Index.search`."""
         check_search(queries, k, self.store.settings.dimension)
         self._follow()
+        if self._behind is not None:
+            return self._behind.search(queries, k)
         vectors = queries.detach().to("cpu", torch.float32).contiguous()
         neighbors = self._search(vectors, k)
         if self._appended is not None:
@@ -200,7 +162,7 @@ class FaissIndex:
         return self._dead is None or not bool(self._dead.all())
 
     def _ask(self, vectors: np.ndarray, k: int, selector: Any) -> Neighbors:
-        wanted = _Wanted(self.nprobe, self._stored.k_factor, selector, k)
+        wanted = _Wanted(self.nprobe, self._k_factor, selector, k)
         parameters = _parameters(self._index, wanted)
         distances, rows = self._index.search(vectors, k, params=parameters)
         absent = (rows < 0) | (distances > _FAISS_ABSENT)
@@ -234,31 +196,21 @@ class FaissBackend:
 
     takes_factory = True
 
-    def build(self, store: Datastore, options: IndexOptions) -> FaissIndex:
+    def build(self, store: Datastore, options: IndexOptions) -> Built:
         """See `FaissIndex.build`."""
-        return FaissIndex.build(store, options)
+        index = FaissIndex.build(store, options)
+        return Built(index, index.report, (index.file,))
 
     def open(self, store: Datastore, device: str) -> FaissIndex:
         """Open the index; FAISS computes on the CPU, whatever the device."""
         return FaissIndex(store)
 
-    def report(self, store: Datastore) -> dict[str, Any]:
-        """Return the facts in the index's own report."""
-        return _read_stored(store).report.facts()
-
-    def keep(self, store: Datastore, options: IndexOptions) -> None:
-        """Build the index again, from the same factory string, if rows were renumbered."""
-        stored = _read_stored(store)
-        if stored.report.numbering != store.numbering:
-            self.build(store, replace(options, factory=stored.factory))
-
-
-def _folder(store: Datastore) -> Path:
-    return store.path / "index" / FOLDER
-
-
-def _command(store: Datastore, factory: str) -> str:
-    return f"knnlm index {store.path} --kind faiss --factory {factory}"
+    def keep(
+        self, store: Datastore, stored: StoredIndex, options: IndexOptions
+    ) -> tuple[IndexFile, ...]:
+        """Return the same files: appended rows are searched exactly."""
+        _read_index(store, stored)
+        return stored.files
 
 
 def _reason(error: Exception) -> str:
@@ -279,14 +231,23 @@ def _refusing(factory: str, step: str) -> Iterator[None]:
         ) from error
 
 
-def _read_stored(store: Datastore) -> _Stored:
-    path = _folder(store) / _REPORT
+def _read_index(store: Datastore, stored: StoredIndex) -> Any:
+    """Map an index. FAISS trusts its files, so the whole file is checked before."""
+    (file,) = stored.files
+    path = store.path / file.name
+    command = f"run: knnlm index {store.path} --kind faiss --factory {stored.factory}"
+    if problem := file_problem(path, file.size_bytes, file.sha256):
+        raise DatastoreCorruptError(f"{problem}; {command}")
+    faiss = _faiss()
     try:
-        return _Stored.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise DatastoreNotFoundError(
-            f"{store.path} has no FAISS index; make one with: {_command(store, 'IVF1024,Flat')}"
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise DatastoreCorruptError(
+            f"{path} cannot be read ({_reason(error)}); {command}"
         ) from error
+    if (index.d, index.ntotal) != (store.settings.dimension, file.stop):
+        raise DatastoreCorruptError(f"{path} is an index of other keys; {command}")
+    return index
 
 
 def _trained(store: Datastore, factory: str, options: IndexOptions) -> Any:

@@ -66,7 +66,9 @@ def choose_nprobe(
         for step in steps:
             index.nprobe = step
             neighbors = _without(index.search(measured, wanted), own_rows)
-            recall = _recall(neighbors, truth, index.exact_distances)
+            if not index.exact_distances:
+                neighbors = _with_exact_distances(store, measured, neighbors)
+            recall = _recall(neighbors, truth)
             advance(1)
             if recall >= options.recall:
                 break
@@ -101,7 +103,18 @@ def _without(neighbors: Neighbors, own_rows: Int[Tensor, " query"]) -> Neighbors
     return Neighbors(neighbors.squared_distances, rows)
 
 
-def _recall(neighbors: Neighbors, truth: Neighbors, exact_distances: bool) -> float:
+def _with_exact_distances(
+    store: Datastore, queries: Float[Tensor, "query dim"], neighbors: Neighbors
+) -> Neighbors:
+    distances = torch.full_like(neighbors.squared_distances, torch.inf)
+    for number, query in enumerate(queries):
+        present = neighbors.present[number]
+        keys = store.keys_at(neighbors.rows[number, present]).float()
+        distances[number, present] = (keys - query).square().sum(dim=1)
+    return Neighbors(distances, neighbors.rows)
+
+
+def _recall(neighbors: Neighbors, truth: Neighbors) -> float:
     """Return the share of the true neighbors that was found.
 
     Of entries that are equally near, such as copies of a text, each counts as right.
@@ -112,9 +125,7 @@ def _recall(neighbors: Neighbors, truth: Neighbors, exact_distances: bool) -> fl
     hits = total = 0
     for number, true_rows in enumerate(truth.rows):
         true_rows = true_rows[true_rows >= 0]
-        right = torch.isin(neighbors.rows[number], true_rows)
-        if exact_distances:
-            right |= near_enough[number]
+        right = torch.isin(neighbors.rows[number], true_rows) | near_enough[number]
         hits += min(int((right & neighbors.present[number]).sum()), len(true_rows))
         total += len(true_rows)
     return hits / max(1, total)

@@ -1,22 +1,27 @@
 """Which index a datastore is searched with: the registry of backends, the choice and the upkeep."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.choices import IndexKind, parse_choice
-from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.datastore import Datastore, open_datastore
-from knnlm.errors import InvalidArgumentError
+from knnlm.datastore.folder import remove_strays
+from knnlm.datastore.stored_index import IndexFile, StoredIndex, store_index, stored_index
+from knnlm.errors import (
+    DatastoreChangedError,
+    DatastoreCorruptError,
+    DatastoreNotFoundError,
+    InvalidArgumentError,
+)
 from knnlm.index.available_memory import memory_bytes
 from knnlm.index.backend import Backend, IndexOptions
-from knnlm.index.exact import ExactBackend
+from knnlm.index.exact import ExactBackend, ExactIndex
 from knnlm.index.faiss import FaissBackend
 from knnlm.index.ivf.backend import IVFBackend
 from knnlm.index.protocol import Index
-from knnlm.index.report import SETTING, index_setting
 from knnlm.model.device import parse_device
 from knnlm.progress import SILENT, Progress
 
@@ -66,31 +71,40 @@ def build_index(
     options = IndexOptions(
         factory, nprobe, recall, k, queries, seed, str(parse_device(device)), progress
     )
-    with store.writer() as catalog:
+    with store.writer():
         chosen = _chosen(store, asked)
-        backend = BACKENDS[chosen]
-        if (factory is not None) != backend.takes_factory:
+        if (factory is not None) != BACKENDS[chosen].takes_factory:
             raise InvalidArgumentError(
                 f"factory goes with kind faiss and only with it, got kind {kind!r} and factory "
                 f"{factory!r}: for instance kind faiss, factory IVF1024,Flat"
             )
-        index = backend.build(store, options)
-        _save(catalog, {"kind": chosen, "asked": asked, "report": backend.report(store)})
-    return index
+        return _build(store, chosen, asked, options)
 
 
 def open_index(store: Datastore | str | Path, device: str = "cpu") -> Index:
-    """Open the index that a datastore is searched with; exact where none was built.
+    """Open the index that a datastore is searched with.
 
-    Raises DatastoreChangedError, with the command to run, if the datastore was compacted since.
+    Exact where none was built, and where a compaction has left it behind. Raises
+    DatastoreCorruptError, with the command that builds it again.
     """
-    store = open_datastore(store)
-    return BACKENDS[index_kind(store)].open(store, str(parse_device(device)))
+    store, device = open_datastore(store), str(parse_device(device))
+    while True:
+        stored = stored_index(store.catalog)
+        if stored.numbering != store.numbering:
+            return ExactIndex(store, device)
+        try:
+            index = BACKENDS[IndexKind(stored.kind)].open(store, device)
+        except (DatastoreNotFoundError, DatastoreCorruptError, DatastoreChangedError):
+            if stored_index(store.catalog) == stored:
+                raise
+            continue  # another process has replaced the index meanwhile
+        if stored_index(store.catalog) == stored:
+            return index
 
 
 def index_kind(store: Datastore) -> IndexKind:
-    """Return the kind of index that a datastore is searched with."""
-    return IndexKind(index_setting(store.catalog)["kind"])
+    """Return the kind of index that was last built for a datastore."""
+    return IndexKind(stored_index(store.catalog).kind)
 
 
 def keep_index(
@@ -99,24 +113,49 @@ def keep_index(
     """Bring a datastore's index up to date after a build or a compaction.
 
     Where "auto" was asked for and now means another kind, that kind is built; an index of a kind
-    asked for by name stays of that kind. Raises DatastoreLockedError, DatastoreWriteError.
+    asked for by name stays of that kind; a damaged one is built again. Raises
+    DatastoreLockedError, DatastoreWriteError.
     """
     store = open_datastore(store)
-    setting = index_setting(store.catalog)
-    kind, asked = index_kind(store), setting["asked"]
-    if kind != _chosen(store, asked):
-        build_index(store, asked, device=device, progress=progress)
-        return
     with store.writer() as catalog:
-        BACKENDS[kind].keep(store, IndexOptions(device=device, progress=progress))
-        _save(catalog, {"kind": kind, "asked": asked, "report": BACKENDS[kind].report(store)})
+        stored = stored_index(catalog)
+        kind = _chosen(store, stored.asked)
+        options = IndexOptions(stored.factory, device=device, progress=progress)
+        files = _kept_files(store, stored, kind, options)
+        if files is None:
+            _build(store, kind, stored.asked, options)
+        else:
+            _commit(store, replace(stored, files=files))
 
 
 def _chosen(store: Datastore, asked: str) -> IndexKind:
     return choose_kind(store) if asked == IndexKind.auto else IndexKind(asked)
 
 
-def _save(catalog: Catalog, setting: dict[str, Any]) -> None:
-    if setting != index_setting(catalog):
-        with catalog.transaction(entries_change=False):
-            catalog.set(SETTING, setting)
+def _kept_files(
+    store: Datastore, stored: StoredIndex, kind: IndexKind, options: IndexOptions
+) -> tuple[IndexFile, ...] | None:
+    """Return the files that hold an index from now on; None if it has to be built again."""
+    if kind != stored.kind:
+        return None
+    if kind != IndexKind.exact and stored.numbering != store.numbering:
+        return None
+    try:
+        return BACKENDS[kind].keep(store, stored, options)
+    except DatastoreCorruptError:
+        return None  # if it is the datastore that is damaged, building says so
+
+
+def _build(store: Datastore, kind: IndexKind, asked: str, options: IndexOptions) -> Index:
+    built = BACKENDS[kind].build(store, options)
+    report = None if built.report is None else built.report.to_dict()
+    _commit(store, StoredIndex(kind, asked, options.factory, report, built.files))
+    return built.index
+
+
+def _commit(store: Datastore, index: StoredIndex) -> None:
+    """Make an index's files visible, and remove those of the older one."""
+    if index != stored_index(store.catalog):
+        with store.catalog.transaction(entries_change=False):
+            store_index(store.catalog, index)
+    remove_strays(store.path, store.catalog)

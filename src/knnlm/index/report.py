@@ -4,17 +4,14 @@ Plain values only: importing this file loads neither torch nor any search librar
 """
 
 from contextlib import closing
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from knnlm.choices import IndexKind
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.facts import read_facts
-
-SETTING = "index"
-_NEVER_BUILT = {"kind": IndexKind.exact, "asked": IndexKind.auto, "report": {"recall": 1.0}}
-_UNKNOWN = {"recall": None}  # older versions kept no report in the catalog
+from knnlm.datastore.stored_index import stored_index
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +33,28 @@ class Measured:
 class IndexReport:
     """What an approximate index was built from and how well it searches.
 
-    rows, generation, numbering: the datastore's when the index was built; files of older versions
-    may have no generation. nprobe: how many lists a query looks into; 1 without lists.
+    rows, generation, numbering: the datastore's when the index was built. nprobe: how many lists a
+    query looks into; 1 without lists.
     """
 
     rows: int
+    generation: int
     numbering: int
     nprobe: int
     bytes_per_entry: float
     measured: Measured
-    generation: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as an index keeps it in its own files."""
+        """Return the report as the catalog keeps it."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "IndexReport":
-        """Read a report from the metadata of an index's files, which may say more."""
-        known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
-        return cls(**known | {"measured": Measured(**plain["measured"])})
+        """Read a report from its form in the catalog."""
+        return cls(**plain | {"measured": Measured(**plain["measured"])})
 
     def facts(self) -> dict[str, Any]:
-        """Return the facts that the catalog keeps."""
+        """Return the facts that `knnlm info` shows."""
         return {
             "recall": self.measured.recall,
             "target_recall": self.measured.target_recall,
@@ -71,20 +67,16 @@ class IndexReport:
         }
 
 
-def index_setting(catalog: Catalog) -> dict[str, Any]:
-    """Return the kind of index that was built, the kind that was asked for, and the report."""
-    setting: dict[str, Any] = catalog.get(SETTING) or _NEVER_BUILT
-    return setting
-
-
 def describe_index(catalog: Catalog) -> dict[str, Any]:
-    """Return the kind of a datastore's index and the facts about it, as plain values.
+    """Return how a datastore is searched now, and the facts about its index, as plain values.
 
-    recall: the share of the k true nearest found, measured when the index was built; None where
-    an older version built it.
+    kind: "exact" also while an index that a compaction invalidated is not built again. recall: the
+    share of the k true nearest found, measured when the index was built.
     """
-    setting = index_setting(catalog)
-    return {"kind": setting["kind"], **setting.get("report", _UNKNOWN)}
+    stored = stored_index(catalog)
+    if stored.report is None:
+        return {"kind": IndexKind.exact, "recall": 1.0}
+    return {"kind": stored.kind, **IndexReport.from_dict(stored.report).facts()}
 
 
 def describe_datastore(path: str | Path, list_documents: bool = False) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from index_contract import append, assert_neighbors, clustered, store_of
 from stores import small_disk
 
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.stored_index import FOLDER, stored_index
+from knnlm.datastore.verification import verify
 from knnlm.errors import DatastoreCorruptError, DatastoreWriteError
-from knnlm.index.backend import IndexOptions
-from knnlm.index.ivf import appended as ivf_appended, parts as ivf_parts
-from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
+from knnlm.index import policy
+from knnlm.index.ivf import parts as ivf_parts
+from knnlm.index.ivf.index import FILE_NAME, IVFIndex
 from knnlm.index.policy import build_index, keep_index
-from knnlm.index.report import index_setting
 
 QUERIES = clustered(60, seed=1)
 
@@ -145,7 +146,7 @@ def test_a_crash_before_the_replaced_files_are_gone(
     grow(store, 100, "newer")
 
     with monkeypatch.context() as patched:
-        patched.setattr(ivf_appended, "_remove", die)
+        patched.setattr(policy, "remove_strays", die)
         with pytest.raises(KeyboardInterrupt):
             keep_index(store)
     assert files(store) == [run_name(6000, 6500), run_name(6000, 6600), FILE_NAME]
@@ -153,21 +154,26 @@ def test_a_crash_before_the_replaced_files_are_gone(
     assert_right(store, IVFIndex(Datastore(store.path)))
     keep_index(store)
     assert files(store) == [run_name(6000, 6600), FILE_NAME]
+    assert verify(store).problems == ()
 
 
 def test_a_file_of_another_index_is_not_taken(store: Datastore, tmp_path: Path) -> None:
-    """As after a kill between building an index anew and removing what belonged to the old one."""
     other = store_of(tmp_path / "other", clustered(6000).half())
-    compressed = index_setting(store.catalog)["kind"] == "compressed"
-    IVFIndex.build(other, IndexOptions(recall=0.99, k=32, seed=5), compressed=compressed)
+    build_index(other, stored_index(store.catalog).kind, recall=0.99, k=32, seed=5)
     grow(store, 500, "new")
     keep_index(store)
     foreign = (store.path / FOLDER / run_name(6000, 6500)).read_bytes()
     shutil.copy(other.path / FOLDER / FILE_NAME, store.path / FOLDER / FILE_NAME)
-    assert_right(store, IVFIndex(Datastore(store.path)))
+    with pytest.raises(DatastoreCorruptError, match="knnlm index"):
+        IVFIndex(Datastore(store.path))
     keep_index(store)
-    assert (store.path / FOLDER / run_name(6000, 6500)).read_bytes() != foreign
     assert_right(store, IVFIndex(Datastore(store.path)))
+    grow(store, 500, "newer")
+    keep_index(store)
+    (run,) = (store.path / FOLDER).glob("ivf-*-*.safetensors")
+    run.write_bytes(foreign)
+    with pytest.raises(DatastoreCorruptError, match="knnlm index"):
+        IVFIndex(Datastore(store.path))
 
 
 def test_building_anew_leaves_one_file(store: Datastore) -> None:
@@ -175,8 +181,8 @@ def test_building_anew_leaves_one_file(store: Datastore) -> None:
     keep_index(store)
     grow(store, 1500, "many")
     keep_index(store)
-    assert files(store) == [FILE_NAME]
-    assert IVFIndex.stored_report(store).rows == 8000
+    assert files(store) == ["ivf-2.safetensors"], "the other name was in use"
+    assert IVFIndex(store).report.rows == 8000
 
 
 def test_a_damaged_file_is_reported(store: Datastore) -> None:

@@ -12,6 +12,7 @@ from stores import small_disk
 
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.stored_index import FOLDER
 from knnlm.errors import (
     DatastoreChangedError,
     DatastoreCorruptError,
@@ -24,8 +25,9 @@ from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf import index as ivf_index, lists as ivf_lists
 from knnlm.index.ivf.candidates import Candidates, nearest_of
 from knnlm.index.ivf.codes import Coder
-from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
+from knnlm.index.ivf.index import FILE_NAME, IVFIndex
 from knnlm.index.ivf.products import float_products, integer_products
+from knnlm.index.policy import build_index
 from knnlm.index.protocol import Index, Neighbors
 
 RECALL = 0.97
@@ -111,7 +113,8 @@ def test_all_lists_give_exact_search(store: Datastore) -> None:
 
 def test_report_says_what_was_measured(store: Datastore) -> None:
     queries = clustered(500, seed=1)
-    index = IVFIndex.build(store, IndexOptions(recall=0.9, k=64, queries=queries))
+    index = build_index(store, "ivf", recall=0.9, k=64, queries=queries)
+    assert isinstance(index, IVFIndex)
     report = index.report
     assert report.rows == 6000
     assert report.nprobe < index.nlist
@@ -141,8 +144,10 @@ def test_the_same_keys_give_the_same_file(tmp_path: Path) -> None:
     assert one[header:] == other[header:]
 
 
-def test_appended_rows_are_found_and_compaction_is_refused(store: Datastore) -> None:
-    index = IVFIndex.build(store, IndexOptions(recall=0.99, k=128))
+def test_appended_rows_are_found_and_a_compacted_store_is_searched_exactly(
+    store: Datastore,
+) -> None:
+    index = build_index(store, "ivf", recall=0.99, k=128)
     queries = clustered(100, seed=1)
     for prefix in ("new", "newer"):
         append(store.path, clustered(900, seed=8).half() + 0.25, 3, prefix)
@@ -155,10 +160,12 @@ def test_appended_rows_are_found_and_compaction_is_refused(store: Datastore) -> 
     store.forget(["new1", "d3"])
     assert_neighbors(store, queries, 40, index.search(queries, 40), 0.97)
     compact(store)
-    with pytest.raises(DatastoreChangedError, match="knnlm index"):
-        index.search(queries, 40)
-    with pytest.raises(DatastoreChangedError, match="knnlm index"):
+    assert_neighbors(store, queries, 40, index.search(queries, 40), 1.0)
+    with pytest.raises(DatastoreNotFoundError, match="knnlm index"):
         IVFIndex(store)
+    build_index(store, "ivf")
+    with pytest.raises(DatastoreChangedError, match="open it again"):
+        IVFIndex(opened.store)
     assert_neighbors(
         store,
         queries,
@@ -171,7 +178,7 @@ def test_appended_rows_are_found_and_compaction_is_refused(store: Datastore) -> 
 def test_a_build_that_fails_leaves_the_old_index(
     store: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    IVFIndex.build(store, IndexOptions(nprobe=4))
+    build_index(store, "ivf", nprobe=4)
     before = (store.path / FOLDER / FILE_NAME).read_bytes()
 
     def die(*arguments: object) -> None:
@@ -195,7 +202,7 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_damaged_or_missing_file_is_reported(store: Datastore) -> None:
     with pytest.raises(DatastoreNotFoundError, match="knnlm index"):
         IVFIndex(store)
-    IVFIndex.build(store, IndexOptions(nprobe=4))
+    build_index(store, "ivf", nprobe=4)
     path = store.path / FOLDER / FILE_NAME
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(DatastoreCorruptError, match="knnlm index"):

@@ -111,9 +111,9 @@ def build(
 def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":
     """Load the model to build with; also return the rows that an existing datastore has."""
     import knnlm
-    from knnlm.datastore.catalog import FILE_NAME
+    from knnlm.datastore.catalog import catalog_exists
 
-    if not (path / FILE_NAME).exists():
+    if not catalog_exists(path):
         lm = knnlm.LanguageModel.load(
             model.name or _DEFAULT_MODEL,
             key=(key or Key.ffn_input).value,

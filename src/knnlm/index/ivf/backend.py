@@ -1,9 +1,8 @@
 """The inverted file as a search backend: with a copy of the keys, or compressed to codes."""
 
-from typing import Any
-
 from knnlm.datastore.datastore import Datastore
-from knnlm.index.backend import IndexOptions
+from knnlm.datastore.stored_index import IndexFile, StoredIndex
+from knnlm.index.backend import Built, IndexOptions
 from knnlm.index.ivf.index import IVFIndex
 
 _GROWN = 1.25  # times the rows it was built from: then an index is built again
@@ -17,25 +16,22 @@ class IVFBackend:
     def __init__(self, *, compressed: bool = False) -> None:
         self._compressed = compressed
 
-    def build(self, store: Datastore, options: IndexOptions) -> IVFIndex:
+    def build(self, store: Datastore, options: IndexOptions) -> Built:
         """See `IVFIndex.build`."""
-        return IVFIndex.build(store, options, compressed=self._compressed)
+        index = IVFIndex.build(store, options, compressed=self._compressed)
+        return Built(index, index.report, (index.file,))
 
     def open(self, store: Datastore, device: str) -> IVFIndex:
-        """Open the index that `build` wrote."""
+        """Open the index that the catalog names."""
         return IVFIndex(store, device)
 
-    def report(self, store: Datastore) -> dict[str, Any]:
-        """Return the facts in the report of the index's file."""
-        return IVFIndex.stored_report(store).facts()
-
-    def keep(self, store: Datastore, options: IndexOptions) -> None:
-        """Build the index again after a compaction or much growth, else write the appended rows.
+    def keep(
+        self, store: Datastore, stored: StoredIndex, options: IndexOptions
+    ) -> tuple[IndexFile, ...] | None:
+        """Write the appended rows to a file; after much growth the index is to be built again.
 
         Until they are a quarter of the whole, appended and forgotten entries need no rebuilding.
         """
-        report = IVFIndex.stored_report(store)
-        if report.numbering != store.numbering or store.rows > _GROWN * report.rows:
-            self.build(store, options)
-        elif store.rows > report.rows:
-            IVFIndex.keep_appended(store, options.progress)
+        if store.rows > _GROWN * stored.files[0].stop:
+            return None
+        return IVFIndex.keep_appended(store, stored.files, options.progress)

@@ -96,14 +96,18 @@ class ArrayWriter:
             publish(self.aside, self._path)
 
 
+def _first_line(error: Exception) -> str:
+    return "".join(str(error).splitlines()[:1])[:200]
+
+
 def read_arrays(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Map a file; return its metadata and arrays. Raises DatastoreCorruptError."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = {name: json.loads(value) for name, value in file.metadata().items()}
+            metadata = {name: json.loads(value) for name, value in (file.metadata() or {}).items()}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise DatastoreCorruptError(
-            f"{path} cannot be read ({error}); run: knnlm index {path.parent.parent}"
+            f"{path} cannot be read ({_first_line(error)}); run: knnlm index {path.parent.parent}"
         ) from error
     return metadata, arrays

@@ -5,21 +5,25 @@ the lists nearest to a query, and the keys of its best candidates.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError, InvalidArgumentError
-from knnlm.index.backend import IndexOptions
-from knnlm.index.ivf.appended import identity, read_runs, remove_runs, write_run
-from knnlm.index.ivf.file import ArrayWriter, read_arrays
-from knnlm.index.ivf.lists import Lists, ProbingQueries, default_nlist, place_rows, train_lists
+from knnlm.datastore.stored_index import FOLDER, IndexFile, stored_index, unused_name
+from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
+from knnlm.index.backend import IndexOptions, live_rows, recorded_index
+from knnlm.index.exact import ExactIndex
+from knnlm.index.ivf.appended import Run, read_runs, write_run
+from knnlm.index.ivf.file import ArrayWriter
+from knnlm.index.ivf.lists import ProbingQueries, default_nlist, place_rows, train_lists
 from knnlm.index.ivf.parts import Part, planned_part, write_part
 from knnlm.index.ivf.products import LARGEST_EXACT_CODE_DIM
+from knnlm.index.ivf.reading import identity, read_base
 from knnlm.index.ivf.rescore import rescore
 from knnlm.index.ivf.search_tensors import search_tensors
 from knnlm.index.measure import choose_nprobe
@@ -28,7 +32,6 @@ from knnlm.index.report import IndexReport, Measured
 from knnlm.progress import SILENT, Progress
 from knnlm.threads import workers
 
-FOLDER = "index"
 FILE_NAME = "ivf.safetensors"
 _QUERIES_AT_ONCE = 8192
 _CANDIDATES_AT_ONCE = 1 << 23
@@ -46,6 +49,8 @@ class IVFIndex:
     Appended rows are added to the lists, forgotten ones masked. nprobe: how many lists a query
     looks into; where that many could not hold enough neighbors, it looks into more.
 
+    After a compaction that `store` has seen, search is exact until the index is opened again.
+
     device: where searches compute, "cpu" or a GPU. Raises DatastoreNotFoundError if there is no
     such index, DatastoreCorruptError, and DatastoreChangedError if the datastore was compacted
     after the index was built.
@@ -54,15 +59,18 @@ class IVFIndex:
     exact_distances = True
 
     def __init__(self, store: Datastore, device: str = "cpu") -> None:
-        self._open(store, _file(store), device)
+        stored, report = recorded_index(store, IndexKind.ivf, IndexKind.compressed)
+        self._open(store, stored.files[0], report, device)
 
-    def _open(self, store: Datastore, path: Path, device: str) -> None:
-        metadata, arrays = read_arrays(path)
+    def _open(self, store: Datastore, file: IndexFile, report: IndexReport, device: str) -> None:
         self.store = store
         self.device = torch.device(device)
-        self.report = IndexReport.from_dict(metadata["report"])
+        self.file = file
+        self.report = report
         self.nprobe = self.report.nprobe
-        self._base, self._lists = _base_and_lists(arrays)
+        self._base, self._lists = read_base(store, file)
+        self._runs: list[Run] = []
+        self._behind: ExactIndex | None = None
         self._lists_on_device = self._lists.to(self.device)
         self._tail: tuple[int, int, Part] | None = None  # first row, stop, in memory
         self._generation = -1
@@ -84,7 +92,7 @@ class IVFIndex:
         nlist: int | None = None,
         code_dim: int | None = None,
     ) -> "IVFIndex":
-        """Build the index of a datastore, in place of an older one, and measure it.
+        """Build the index of a datastore in a new file, which the catalog does not name yet.
 
         compressed: keep codes only and read the keys of candidates from the datastore; otherwise
         the keys are copied. nlist: how many lists; None: about 1.35 √entries. code_dim: how many
@@ -108,15 +116,20 @@ class IVFIndex:
             bytes_per_entry=0.0,
             measured=Measured(options.k, options.recall, 0.0, 0, 0.0),
         )
-        path = store.path / FOLDER / FILE_NAME
+        name = unused_name(store.path, f"{FOLDER}/{FILE_NAME}")
         list_arrays = lists.arrays()
-        with ArrayWriter(path, list_arrays | planned_part(store.rows, lists).arrays()) as writer:
-            for name, array in list_arrays.items():
-                writer.write(name, array)
+        arrays = list_arrays | planned_part(store.rows, lists).arrays()
+        with ArrayWriter(store.path / name, arrays) as writer:
+            for array_name, array in list_arrays.items():
+                writer.write(array_name, array)
             write_part(writer, store, lists, placement, progress)
-            writer.write_header({"report": report.to_dict()})
+            metadata = {"identity": identity(lists, placement.starts)}
+            writer.write_header(metadata)
             index = cls.__new__(cls)
-            index._open(store, writer.aside, options.device)
+            aside = f"{FOLDER}/{writer.aside.name}"
+            size_bytes = writer.aside.stat().st_size
+            file = IndexFile(aside, 0, store.rows, size_bytes, sha256="")
+            index._open(store, file, report, options.device)
             most = nlist if options.nprobe is None else None
             measured = choose_nprobe(index, store, options, most)
             index.report = replace(
@@ -125,45 +138,41 @@ class IVFIndex:
                 bytes_per_entry=writer.size_bytes / max(1, store.rows),
                 measured=measured,
             )
-            writer.write_header({"report": index.report.to_dict()})
+            writer.write_header(metadata | {"report": index.report.to_dict()})
             writer.publish()
-        remove_runs(path.parent)
+        index.file = IndexFile.written(store.path, name, 0, store.rows)
         return index
 
     @staticmethod
-    def stored_report(store: Datastore) -> IndexReport:
-        """Read the report in the file of a datastore's index.
-
-        Raises DatastoreNotFoundError and DatastoreCorruptError.
-        """
-        return IndexReport.from_dict(read_arrays(_file(store))[0]["report"])
-
-    @staticmethod
-    def keep_appended(store: Datastore, progress: Progress = SILENT) -> None:
+    def keep_appended(
+        store: Datastore, files: Sequence[IndexFile], progress: Progress = SILENT
+    ) -> tuple[IndexFile, ...]:
         """Write the rows appended since the build to a file, so that opening codes none of them.
 
-        For the one writer of the datastore. Raises DatastoreNotFoundError, DatastoreCorruptError,
-        DatastoreWriteError.
+        For the one writer of the datastore. Returns the files that hold all rows. Raises
+        DatastoreCorruptError and DatastoreWriteError.
         """
-        path = _file(store)
-        base, lists = _base_and_lists(read_arrays(path)[1])
-        write_run(store, path.parent, lists, len(base.rows), progress)
+        _, lists = read_base(store, files[0])
+        read_runs(store, files[1:], lists)
+        return write_run(store, files, lists, progress)
 
     def _follow(self) -> None:
         store = self.store
         if self._generation == store.generation:
             return
-        if store.numbering != self.report.numbering:
-            raise DatastoreChangedError(
-                f"{store.path} was compacted after its index was built; run: "
-                f"knnlm index {store.path} --kind ivf"
-            )
-        parts = [self._base, *self._appended()]
-        alive = store.alive
+        if store.numbering == self.report.numbering:
+            self._arrange([self._base, *self._appended()])
+        elif self._behind is None:
+            self._behind = ExactIndex(store, str(self.device))
+        self._generation = store.generation
+
+    def _arrange(self, parts: list[Part]) -> None:
+        """Prepare the search of some parts, whose rows may go beyond those of `store`."""
         self._rows = torch.cat([part.rows for part in parts]) if len(parts) > 1 else parts[0].rows
+        alive = live_rows(self.store, int(self._rows.amax()) + 1 if len(self._rows) else 0)
         self._rows = self._rows.to(self.device)
         self._parts = [part.masked(alive).to(self.device) for part in parts]
-        self._searchable = len(store)
+        self._searchable = len(self.store)
         if self._compiled:
             from knnlm.index.ivf.candidates import PartArrays  # numba takes half a second to import
             from knnlm.index.ivf.search_few import IndexArrays, ListArrays
@@ -173,26 +182,40 @@ class IVFIndex:
                 PartArrays(part, first) for part, first in zip(self._parts, ends[:-1], strict=True)
             ]
             self._arrays = IndexArrays(ListArrays(self._lists), arrays, self._rows.numpy())
-        self._generation = store.generation
 
     def _appended(self) -> list[Part]:
         """Return the rows appended since the build: those in files, and the rest in memory."""
         first, rows = len(self._base.rows), self.store.rows
-        if rows == first:
+        if rows <= first:
             return []
-        wanted = identity(self._lists, self.report.numbering)
-        runs = read_runs(self.store.path / FOLDER, wanted, first, rows)
-        covered = runs[-1].stop if runs else first
+        self._runs = self._read_runs()
+        covered = self._runs[-1].stop if self._runs else first
         if covered < rows and (self._tail is None or self._tail[:2] != (covered, rows)):
             placement = place_rows(self.store, self._lists, covered, SILENT)
             self._tail = covered, rows, Part.in_memory(self.store, self._lists, placement)
         tail = [self._tail[2]] if covered < rows and self._tail is not None else []
-        return [*(run.part for run in runs), *tail]
+        return [*(run.part for run in self._runs), *tail]
+
+    def _read_runs(self) -> list[Run]:
+        """Map the files of appended rows; those known before, where the index was built again."""
+        while True:
+            stored = stored_index(self.store.catalog)
+            base, *files = stored.files or (None,)
+            if base != self.file:
+                return self._runs
+            try:
+                wanted = [file for file in files if file.first < self.store.rows]
+                return read_runs(self.store, wanted, self._lists)
+            except DatastoreCorruptError:
+                if stored_index(self.store.catalog) == stored:
+                    raise  # no other process has replaced them meanwhile
 
     def search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
         """Return the k nearest live entries among the probed lists; see `Index.search`."""
         check_search(queries, k, self.store.settings.dimension)
         self._follow()
+        if self._behind is not None:
+            return self._behind.search(queries, k)
         size = max(1, min(_QUERIES_AT_ONCE, _CANDIDATES_AT_ONCE // k))
         if len(queries) <= size:  # without copies: a search for one query is short
             nearest = self._search(queries.detach(), k)
@@ -260,20 +283,6 @@ class IVFIndex:
 
         chunks = workers().chunks(len(queries), _PREPARED_AT_ONCE)
         return ProbingQueries.joined(workers().map(prepare, chunks))
-
-
-def _file(store: Datastore) -> Path:
-    path = store.path / FOLDER / FILE_NAME
-    if not path.is_file():
-        raise DatastoreNotFoundError(
-            f"{store.path} has no ivf index; make one with: knnlm index {store.path} --kind ivf"
-        )
-    return path
-
-
-def _base_and_lists(arrays: dict[str, Tensor]) -> tuple[Part, Lists]:
-    base = Part.from_arrays(arrays)
-    return base, Lists.from_arrays(arrays, None if base.keys is None else base.keys.dtype)
 
 
 def _copy_dtype(store: Datastore) -> torch.dtype:

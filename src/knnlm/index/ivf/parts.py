@@ -37,12 +37,6 @@ class Part:
     keys: Float[Tensor, "n dim"] | None = None
 
     @classmethod
-    def from_arrays(cls, arrays: dict[str, Tensor]) -> "Part":
-        """Pick the arrays of a part out of a file's."""
-        names = {field.name for field in fields(cls)} & arrays.keys()
-        return cls(**{name: arrays[name] for name in names})
-
-    @classmethod
     def in_memory(cls, store: Datastore, lists: Lists, placement: Placement) -> "Part":
         """Code some rows without a file: for the few that were appended since the last build."""
         placed = [(codes, keys) for _, keys, codes in _placed_keys(store, lists, placement, SILENT)]
