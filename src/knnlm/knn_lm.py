@@ -20,6 +20,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
+from knnlm.rules import check_sampling, check_whole
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
 
@@ -100,7 +101,7 @@ class KNNLM:
         holds the tokens before a position in its row.
         """
         reading = self.lm.keys_and_logits(tokens)
-        log_probs = torch.log_softmax(reading.logits, dim=-1)
+        log_probs = self.lm.log_probs(reading.logits)
         cache_view = None
         if self.mixer.uses_cache:
             cache = self.mixer.new_cache(reading.keys)
@@ -153,8 +154,10 @@ class KNNLM:
         `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError if prompt and
         continuation do not fit the model.
         """
-        if max_new_tokens < 1:
-            raise InvalidArgumentError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_whole("max_new_tokens", max_new_tokens)
+        check_sampling(options.get("temperature"), options.get("top_p"), seed)
+        if options.get("temperature") == 0:  # transformers knows no such temperature
+            options |= {"temperature": None, "do_sample": False}
         lm = self.lm
         tokens = torch.tensor([[lm.start_token, *lm.encode([prompt])[0].tolist()]])
         length = tokens.shape[1]

@@ -16,7 +16,12 @@ from knnlm.datastore.catalog import SHARDS, Catalog, Settings, StoredDocument, S
 from knnlm.datastore.facts import is_learned, read_snapshot
 from knnlm.datastore.files import remove_files_except, writer_lock
 from knnlm.datastore.shards import Shard, open_shard
-from knnlm.errors import DatastoreChangedError, DatastoreMismatchError, InvalidArgumentError
+from knnlm.errors import (
+    DatastoreChangedError,
+    DatastoreCorruptError,
+    DatastoreMismatchError,
+    InvalidArgumentError,
+)
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.keyed_model import KeyedModel
@@ -174,9 +179,14 @@ class Datastore:
 
     @property
     def parameters(self) -> Parameters | None:
-        """The defaults that `tune` stored; None before tuning."""
+        """The defaults that `tune` stored; None before tuning. Raises DatastoreCorruptError."""
         stored = self.catalog.get("parameters")
-        return None if stored is None else Parameters(**stored)
+        try:
+            return None if stored is None else Parameters(**stored)
+        except (TypeError, InvalidArgumentError) as error:
+            raise DatastoreCorruptError(
+                f"{self.path}: the stored parameters cannot be used ({error}): tune it again"
+            ) from error
 
     @property
     def tuning(self) -> dict[str, Any] | None:

@@ -28,6 +28,7 @@ from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
+from knnlm.rules import check_whole
 from knnlm.text.windows import Windowing
 
 _HEAVIEST_VOTES = 5
@@ -89,8 +90,7 @@ def explain_scores(
     if not any(len(store) > 0 for store in stores):
         raise InvalidArgumentError(f"{stores[0].path} must have entries to explain with, got none")
     for name, number in [("sources", sources), ("before", before), ("after", after)]:
-        if number < 0:
-            raise InvalidArgumentError(f"{name} must be at least 0, got {number}")
+        check_whole(name, number, least=0)
     has_votes = [mixer.gate is not None or len(store) > 0 for store in stores]
     retrievers = list(compress(mixer.retrievers, has_votes))
     explainer = Explainer(model.lm, retrievers, sources=sources, before=before, after=after)

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.choices import Boundary, Similarity
-from knnlm.errors import InvalidArgumentError
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
 from knnlm.mixture.interpolation import interpolate
@@ -31,6 +30,7 @@ from knnlm.model.reading import (
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
+from knnlm.rules import check_whole
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Window, Windowing, document_windows, stream_windows
 
@@ -129,8 +129,8 @@ def score_documents(
 
     Raises InvalidArgumentError. description: the name of the work in its progress.
     """
-    if max_tokens is not None and max_tokens < 1:
-        raise InvalidArgumentError(f"max_tokens must be at least 1, got {max_tokens}")
+    if max_tokens is not None:
+        check_whole("max_tokens", max_tokens)
     read: dict[int, EncodedDocument] = {}
 
     def note(encoded: EncodedDocument) -> None:

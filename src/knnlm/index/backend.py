@@ -7,13 +7,15 @@ member of `IndexKind`.
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import InvalidArgumentError
-from knnlm.index.protocol import Index
+from knnlm.errors import NonFiniteKeysError
+from knnlm.index.protocol import Index, measurable, why_unmeasurable
 from knnlm.progress import SILENT, Progress
+from knnlm.rules import check_k, check_recall, check_seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class IndexOptions:
     that reach `recall` of the k true nearest. queries: real ones to measure recall with; None:
     stored keys. device: where searches compute, "cpu" or a GPU.
 
-    Raises InvalidArgumentError for a recall outside (0, 1] and for k < 1.
+    Raises InvalidArgumentError for a recall outside (0, 1], for k < 1 and a seed beyond int64.
     """
 
     factory: str | None = None
@@ -37,12 +39,9 @@ class IndexOptions:
     progress: Progress = SILENT
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.recall <= 1.0:
-            raise InvalidArgumentError(
-                f"recall must be above 0 and at most 1, got {self.recall}: try 0.95"
-            )
-        if self.k < 1:
-            raise InvalidArgumentError(f"k must be at least 1, got {self.k}: ask for a neighbor")
+        check_recall(self.recall)
+        check_k(self.k)
+        check_seed(self.seed)
 
 
 @runtime_checkable
@@ -79,3 +78,22 @@ class Backend(Protocol):
         For the one writer of the datastore. Builds the index again where that is necessary.
         """
         ...
+
+
+def check_keys(store: Datastore, keys: Float[Tensor, "n dim"], rows: Int[Tensor, " n"]) -> None:
+    """Refuse stored keys that are not `measurable`; raises NonFiniteKeysError.
+
+    rows: of the keys.
+    """
+    fit = measurable(keys)
+    if not bool(fit.all()):
+        raise unmeasurable_key(store, int(rows[~fit][0]))
+
+
+def unmeasurable_key(store: Datastore, row: int) -> NonFiniteKeysError:
+    """Return the error for a stored key that is not `measurable`."""
+    return NonFiniteKeysError(
+        f"{store.path}: the key of row {row}, in document {store.document_at(row).name!r}, is "
+        f"{why_unmeasurable(store.keys_at(torch.tensor([row])))}, so that it cannot be searched; "
+        "forget that document and run knnlm compact"
+    )

@@ -24,10 +24,10 @@ from knnlm.errors import (
     DatastoreNotFoundError,
     InvalidArgumentError,
 )
-from knnlm.index.backend import IndexOptions
+from knnlm.index.backend import IndexOptions, check_keys
 from knnlm.index.exact import ExactIndex
 from knnlm.index.measure import choose_nprobe
-from knnlm.index.protocol import Neighbors, check_search, merge_neighbors
+from knnlm.index.protocol import Neighbors, check_search, measurable, merge_neighbors
 from knnlm.index.report import IndexReport, Measured
 
 FOLDER = "faiss"
@@ -100,7 +100,8 @@ class FaissIndex:
         assert options.factory is not None, "the policy checks it"
         index = _trained(store, options.factory, options)
         with options.progress.task("add keys", store.rows, "keys") as advance:
-            for _, keys in store.key_blocks(_ADDED_AT_ONCE):
+            for start, keys in store.key_blocks(_ADDED_AT_ONCE):
+                check_keys(store, keys, start + torch.arange(len(keys)))
                 index.add(keys.float().numpy())
                 advance(len(keys))
         folder = _folder(store)
@@ -170,8 +171,8 @@ class FaissIndex:
         )
 
     def _search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
-        finite = queries.isfinite().all(dim=1, keepdim=True)
-        vectors = queries.where(finite, torch.zeros_like(queries)).numpy()
+        usable = measurable(queries)[:, None]
+        vectors = queries.where(usable, torch.zeros_like(queries)).numpy()
         absent = Neighbors(
             torch.full((len(queries), k), torch.inf), torch.full((len(queries), k), -1)
         )
@@ -183,7 +184,7 @@ class FaissIndex:
             if self._selector is None:
                 raise
             neighbors = self._ask_more(vectors, k)
-        present = finite & neighbors.present
+        present = usable & neighbors.present
         return Neighbors(
             neighbors.squared_distances.masked_fill(~present, torch.inf).clamp_min(0.0),
             neighbors.rows.masked_fill(~present, -1),
@@ -282,9 +283,11 @@ def _trained(store: Datastore, factory: str, options: IndexOptions) -> Any:
     generator = torch.Generator().manual_seed(options.seed)
     with options.progress.task("train the index", None, "keys"):
         sample = torch.randperm(store.rows, generator=generator)[:_TRAINING_KEYS]
+        keys = store.keys_at(sample).float()
+        check_keys(store, keys, sample)
         try:
             if len(sample):
-                index.train(store.keys_at(sample).float().numpy())
+                index.train(keys.numpy())
         except RuntimeError as error:
             raise InvalidArgumentError(
                 f"factory {factory!r} cannot be trained on {len(sample)} keys "

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.errors import DatastoreCorruptError
+from knnlm.rules import check_lmbda
 
 
 class BucketedLambda:
@@ -31,11 +32,13 @@ class BucketedLambda:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "BucketedLambda":
-        """Undo `to_tensors`; raises KeyError and DatastoreCorruptError."""
+        """Undo `to_tensors`; raises KeyError, ValueError and DatastoreCorruptError."""
         edges, lmbdas = tensors["edges"], tensors["lmbdas"]
         if len(lmbdas) != len(edges) + 1:
             raise DatastoreCorruptError(
                 f"stored λ by distance must be one more than their {len(edges)} edges, got "
                 f"{len(lmbdas)}: tune the datastore again"
             )
+        for lmbda in lmbdas.tolist():
+            check_lmbda(lmbda)
         return cls(edges, lmbdas)

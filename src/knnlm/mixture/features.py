@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.interpolation import Voters, group_by_token, neighbor_log_weights
 from knnlm.mixture.lm_summary import LMSummary
+from knnlm.rules import check_k, check_temperature
 
 TEMPERATURES = (0.5, 1.0, 2.5)
 """The temperatures of an input's components, in units of the input's own."""
@@ -44,12 +44,8 @@ class GateInput:
     temperature: float
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InvalidArgumentError(f"k must be at least 1, got {self.k}: ask for a neighbor")
-        if not self.temperature > 0.0:
-            raise InvalidArgumentError(
-                f"temperature must be positive, got {self.temperature}: 1 is the paper's"
-            )
+        check_k(self.k)
+        check_temperature(self.temperature)
 
 
 class Weighed(NamedTuple):

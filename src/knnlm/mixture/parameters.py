@@ -1,11 +1,10 @@
 """The three numbers of a kNN-LM, and their rules."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from knnlm.errors import InvalidArgumentError
+from knnlm.rules import check_k, check_lmbda, check_temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +13,8 @@ class Parameters:
 
     k: neighbors retrieved for each token (≥ 1).
     lmbda: the weight λ of p_kNN in p = λ p_kNN + (1 − λ) p_LM (Khandelwal et al. 2020, eq. 3).
-    temperature: T in p_kNN ∝ exp(−d²/T), in units of squared distance (> 0; the paper's is 1).
+    temperature: T in p_kNN ∝ exp(−d²/T), in units of squared distance (1e-30 … 1e30; the paper's
+    is 1).
 
     Raises InvalidArgumentError.
     """
@@ -24,17 +24,9 @@ class Parameters:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise InvalidArgumentError(f"k must be at least 1, got {self.k}: ask for a neighbor")
-        if not 0.0 <= self.lmbda <= 1.0:
-            raise InvalidArgumentError(
-                f"lmbda (λ) must lie in [0, 1], got {self.lmbda}: 0 is the language model alone, "
-                "1 the neighbors alone"
-            )
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise InvalidArgumentError(
-                f"temperature must be positive and finite, got {self.temperature}: 1 is the paper's"
-            )
+        check_k(self.k)
+        check_lmbda(self.lmbda)
+        check_temperature(self.temperature)
 
 
 def parameters_to_dict(parameters: Sequence[Parameters]) -> dict[str, Any] | list[dict[str, Any]]:

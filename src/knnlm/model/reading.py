@@ -218,7 +218,8 @@ def read_scores(
 ) -> Iterator[WindowScores]:
     """Yield the keys and the model's own log-probabilities of each window's new tokens.
 
-    likeliest: how many of the model's likeliest tokens to return in each place, on the CPU.
+    likeliest: how many of the model's likeliest tokens to return in each place, on the CPU. Raises
+    UnsupportedModelError for NaN.
     """
     affordable = _LOGITS_BYTES // (4 * lm.vocab_size)
     for numbers in _batches(windows, min(default_batch_tokens(lm), affordable)):
@@ -227,8 +228,8 @@ def read_scores(
             window = windows[number]
             new = slice(window.context, window.positions)
             log_probs, summaries, tops = [], [], []
-            for distribution, target_log_probs in log_softmax_slices(
-                reading.logits[row, new], torch.from_numpy(window.targets)
+            for distribution, target_log_probs in _log_prob_slices(
+                lm, reading.logits[row, new], torch.from_numpy(window.targets)
             ):
                 log_probs.append(target_log_probs)
                 if summarize:
@@ -245,8 +246,8 @@ def read_scores(
             )
 
 
-def log_softmax_slices(
-    logits: Float[Tensor, "new vocab"], targets: Int[Tensor, " new"]
+def _log_prob_slices(
+    lm: LanguageModel, logits: Float[Tensor, "new vocab"], targets: Int[Tensor, " new"]
 ) -> Iterator[tuple[Float[Tensor, "slice vocab"], Float[Tensor, " slice"]]]:
     """Yield (log p of the vocabulary, log p of the targets) for a few positions at a time.
 
@@ -257,7 +258,7 @@ def log_softmax_slices(
         torch.split(targets.to(logits.device, torch.int64), _SOFTMAX_ROWS),
         strict=True,
     ):
-        log_probs = torch.log_softmax(some_logits, dim=-1)
+        log_probs = lm.log_probs(some_logits)
         yield log_probs, log_probs.gather(1, some_targets[:, None])[:, 0]
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Int32
 
 from knnlm.choices import Boundary, parse_choice
 from knnlm.errors import InvalidArgumentError
+from knnlm.rules import LARGEST, check_whole
 
 Tokens = Int32[np.ndarray, " _"]  # any number of token ids
 
@@ -135,8 +136,8 @@ class _Sequence:
 
 def check_window(window: int, context: int) -> None:
     """Raise InvalidArgumentError unless 0 ≤ context < window."""
-    if window < 1:
-        raise InvalidArgumentError(f"window must be at least 1, got {window}: choose a larger one")
+    check_whole("window", window, remedy=": choose a larger one")
+    check_whole("context", context, least=-LARGEST)
     if not 0 <= context < window:
         raise InvalidArgumentError(
             f"context must be at least 0 and less than window ({window}), got {context}: "
@@ -236,10 +237,7 @@ def limit_windows(windows: Iterable[Window], max_new: int | None) -> Iterator[Wi
     if max_new is None:
         yield from windows
         return
-    if max_new < 0:
-        raise InvalidArgumentError(
-            f"max_new must be at least 0, got {max_new}: use None for no limit"
-        )
+    check_whole("max_new", max_new, least=0, remedy=": use None for no limit")
     left = max_new
     for window in windows if left else ():
         if window.new >= left:

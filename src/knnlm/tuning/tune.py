@@ -10,6 +10,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.mixture.parameters import Parameters, parameters_to_dict
 from knnlm.mixture.stored import TunedMixture
 from knnlm.progress import SILENT, Progress
+from knnlm.rules import check_whole
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
 from knnlm.tuning.fitting import Fit, fit_mixture
@@ -96,8 +97,8 @@ def tune(
             raise InvalidArgumentError(
                 f"{retriever.store.path} must have entries to tune on, got none"
             )
-    if max_k is not None and max_k < 1:
-        raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
+    if max_k is not None:
+        check_whole("max_k", max_k, remedy=": ask for a neighbor")
     text = read_held_out(
         model,
         documents,

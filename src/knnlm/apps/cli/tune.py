@@ -16,7 +16,7 @@ from knnlm.apps.cli.opening import (
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.choices import ModelDtype
-from knnlm.errors import InvalidArgumentError
+from knnlm.rules import check_whole
 
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
 _Plot = Annotated[
@@ -55,8 +55,7 @@ def tune(
     from knnlm.tuning.plot import plot_tuning
 
     documents = knnlm.read_documents(*text, text_column=text_column)
-    if max_k < 1:
-        raise InvalidArgumentError(f"max_k must be at least 1, got {max_k}: ask for a neighbor")
+    check_whole("max_k", max_k, remedy=": ask for a neighbor")
     opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
     picture = plot or store / "tuning.png"
     for folder in (store, picture.parent):

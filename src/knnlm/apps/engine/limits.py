@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from knnlm.errors import InvalidArgumentError
+from knnlm.rules import check_real, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +28,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_batch", "max_queue", "max_body_bytes"):
-            if getattr(self, name) < 1:
-                raise InvalidArgumentError(
-                    f"{name} must be at least 1, got {getattr(self, name)}: choose a larger one"
-                )
-        if not self.request_seconds > 0.0:
+            check_whole(name, getattr(self, name), remedy=": choose a larger one")
+        if not check_real("request_seconds", self.request_seconds) > 0.0:
             raise InvalidArgumentError(
                 f"request_seconds must be positive, got {self.request_seconds}"
             )
-        if not self.grace_seconds >= 0.0:
+        if not check_real("grace_seconds", self.grace_seconds) >= 0.0:
             raise InvalidArgumentError(
                 f"grace_seconds must be at least 0, got {self.grace_seconds}: 0 ends at once"
             )

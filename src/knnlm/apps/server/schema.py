@@ -1,10 +1,27 @@
 """Every field of the JSON in requests and responses: OpenAI's completions, and our own."""
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from knnlm.evaluation.explanation import Source
+from knnlm.rules import (
+    GREATEST_TEMPERATURE,
+    LEAST_TEMPERATURE,
+    check_lmbda,
+    check_sampling_temperature,
+    check_temperature,
+)
+
+
+def _rule(check: Callable[[object], None]) -> AfterValidator:
+    def checked(number: float) -> float:
+        check(number)
+        return number
+
+    return AfterValidator(checked)
+
 
 Text = Annotated[str, Field(max_length=1 << 20)]
 TokenIds = Annotated[
@@ -17,9 +34,12 @@ Prompt = (
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 )
 Neighbors = Annotated[int, Field(ge=1, le=1 << 31)]
-Lmbda = Annotated[float, Field(ge=0.0, le=1.0)]
-# beyond these bounds, distances divided by T overflow float32
-KnnTemperature = Annotated[float, Field(ge=1e-30, le=1e30)]
+# Bounds describe the protocol, in which sampling temperatures end at 2; rules are the library's.
+Lmbda = Annotated[float, Field(ge=0.0, le=1.0), _rule(check_lmbda)]
+KnnTemperature = Annotated[
+    float, Field(ge=LEAST_TEMPERATURE, le=GREATEST_TEMPERATURE), _rule(check_temperature)
+]
+SamplingTemperature = Annotated[float, Field(ge=0.0, le=2.0), _rule(check_sampling_temperature)]
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -53,7 +73,7 @@ class CompletionRequest(_Request):
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = Field(
         None, description="The most tokens to generate; by default 16."
     )
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
+    temperature: SamplingTemperature | None = Field(
         None, description="Sampling temperature; 0 takes the likeliest token. By default 1."
     )
     top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(

@@ -241,9 +241,9 @@ class IVFIndex:
             neighbors = search_batch(prepared, self._arrays.parts, self._rows, k, effort)
         else:
             neighbors = search_tensors(prepared, self._parts, self._rows, k, effort)
-        if not bool(prepared.finite.all()):
-            neighbors.squared_distances[~prepared.finite] = torch.inf
-            neighbors.rows[~prepared.finite] = -1
+        if not bool(prepared.measurable.all()):
+            neighbors.squared_distances[~prepared.measurable] = torch.inf
+            neighbors.rows[~prepared.measurable] = -1
         return neighbors
 
     def least_nprobe(self, k: int) -> int:

@@ -27,7 +27,7 @@ from knnlm.index.ivf.codes import MARGIN, Effort
 from knnlm.index.ivf.kernels import Kept
 from knnlm.index.ivf.kernels_few import CodedKeys, CoderArrays
 from knnlm.index.ivf.lists import Lists
-from knnlm.index.protocol import Neighbors
+from knnlm.index.protocol import Neighbors, measurable
 from knnlm.threads import workers
 
 _SPARE_CANDIDATES = 32
@@ -107,9 +107,10 @@ def search_few(
     distances = np.empty((len(queries), k), np.float32)
     nearest_rows = np.empty((len(queries), k), np.int64)
     vectors = queries.float().contiguous().numpy()
+    usable = measurable(queries).tolist()
 
     def search(number: int) -> None:
-        if np.isfinite(vectors[number]).all():
+        if usable[number]:
             candidates = _candidates(vectors[number], index, nprobe, k, effort)
             one = slice(number, number + 1)
             distances[one], nearest_rows[one] = nearest_in(candidates, index.rows, k)
