@@ -7,7 +7,6 @@ from knnlm.datastore.catalog import SHARDS, StoredShard
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import open_shard, shard_problem
 from knnlm.errors import KNNLMError
-from knnlm.index.protocol import measurable, why_unmeasurable
 from knnlm.progress import SILENT, Progress
 
 
@@ -66,7 +65,7 @@ def _contents_problem(store: Datastore, shard: StoredShard) -> str | None:
     expected = (shard.file.rows, store.settings.dimension)
     if tuple(contents.keys.shape) != expected or len(contents.values) != shard.file.rows:
         return f"{path}: keys are {tuple(contents.keys.shape)}, expected {expected}"
-    if not bool(measurable(contents.keys).all()):
-        return f"{path}: a key is {why_unmeasurable(contents.keys)}"
+    if not bool(contents.keys.isfinite().all()):
+        return f"{path}: a key is not finite"
     outside = (contents.values < 0) | (contents.values >= store.settings.vocab_size)
     return f"{path}: a value is outside the vocabulary" if bool(outside.any()) else None

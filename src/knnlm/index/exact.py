@@ -20,12 +20,18 @@ _STREAMED_QUERIES = 4096  # many, so that the disk is read rarely
 _WIDENED_ROWS = 1 << 14  # keys converted at once
 _PAIRED_NUMBERS = 1 << 23  # of keys that are gathered at once
 _TOLERANCE = 1e-4
+_SPARE_CANDIDATES = 16  # beyond the k nearest: where these are too few, the product is repeated
 
 
 class _Block(NamedTuple):
     start: int
     keys: Float[Tensor, "rows dim"]  # centered
     squared_norms: Float[Tensor, " rows"]  # +inf where forgotten
+
+
+class _Candidates(NamedTuple):
+    squared_distances: Float[Tensor, "query candidate"]  # ascending, +inf where absent
+    rows: Int[Tensor, "query candidate"]
 
 
 class _Found(NamedTuple):
@@ -156,38 +162,48 @@ class ExactIndex:
             (block.start, torch.addmm(block.squared_norms, centered, block.keys.T, alpha=-2))
             for block in blocks
         )
-        nearest, rows = _least(scored, centered, k)
-        squared_norms = centered.square().sum(dim=1, keepdim=True)
-        return self._checked(queries, squared_norms, (nearest + squared_norms).clamp_min(0.0), rows)
+        nearest, rows = _least(scored, centered, k + _SPARE_CANDIDATES)
+        squared_norms = centered.square().sum(dim=1)
+        squared = (nearest + squared_norms[:, None]).clamp_min(0.0)
+        return self._checked(queries, squared_norms, _Candidates(squared, rows), k)
 
     def _checked(
         self,
         queries: Float[Tensor, "query dim"],
-        squared_norms: Float[Tensor, "query 1"],
-        squared: Float[Tensor, "query k"],
-        rows: Int[Tensor, "query k"],
+        squared_norms: Float[Tensor, " query"],
+        found: _Candidates,
+        k: int,
     ) -> _Found:
-        """Find out which queries are resolved, and replace those of their distances that are off.
+        """Choose the nearest of what the product found, and find out which queries are resolved.
 
-        squared_norms: of the centered queries. squared, rows: what the product found.
+        squared_norms: of the centered queries. found: k nearest candidates and some more.
         """
-        off = squared < squared_norms * _ratio(queries.shape[1], squared.dtype)
-        present = squared.isfinite()
-        resolved = ~(off.any(dim=1) & (off == present).all(dim=1))
-        # Where all k neighbors are copies of the query, none can be nearer.
+        squared, rows = found
+        loss = _loss(queries.shape[1], squared.dtype)
+        # below this, a squared distance may be off by more than the tolerance
+        least = squared_norms * (2 / (math.sqrt(_TOLERANCE / loss) - 1)) ** 2
+        if not bool((squared[:, 0] < least).any()):
+            resolved = torch.ones_like(least, dtype=torch.bool)
+            return _Found(squared[:, :k], rows[:, :k], resolved)
+        off = squared < least[:, None]
+        kth = squared[:, k - 1]
+        # what lies beyond is farther than the k-th, whatever the product has lost
+        bound = kth + 2 * loss * (2 * squared_norms.sqrt() + kth.sqrt()).square()
+        resolved = ~off[:, k - 1] | (squared[:, -1] > bound)
+        # If a query has k copies of itself, nothing is nearer.
         copies = (~resolved).nonzero()[:, 0]
-        last = present[copies].sum(dim=1, keepdim=True) - 1
-        farthest = self._differences(queries[copies], rows[copies].gather(1, last)[:, 0])
-        copies = copies[farthest == 0]
+        copies = copies[self._differences(queries[copies], rows[copies, k - 1]) == 0]
         resolved[copies] = True
-        places, columns = (off & resolved[:, None]).nonzero(as_tuple=True)
+        places, columns = (off & (squared <= bound[:, None]) & resolved[:, None]).nonzero(
+            as_tuple=True
+        )
         exact = self._differences(queries[places], rows[places, columns])
         squared[places, columns] = exact.to(squared.dtype)
-        resolved[copies] = ~((squared[copies] > 0) & present[copies]).any(dim=1)
         disordered = (squared.diff(dim=1) < 0).any(dim=1).nonzero()[:, 0]
         squared[disordered], order = squared[disordered].sort(dim=1)
         rows[disordered] = rows[disordered].gather(1, order)
-        return _Found(squared, rows, resolved)
+        resolved[copies] = squared[copies, k - 1] == 0
+        return _Found(squared[:, :k], rows[:, :k], resolved)
 
     def _differences(
         self, queries: Float[Tensor, "pair dim"], rows: Int[Tensor, " pair"]
@@ -217,10 +233,9 @@ class ExactIndex:
         return _Found(nearest, rows, torch.ones(len(queries), dtype=torch.bool, device=device))
 
 
-def _ratio(dimension: int, dtype: torch.dtype) -> float:
-    """Return the d² / |q|² below which the product's d² is not within the tolerance."""
-    loss = 32 * math.sqrt(max(1.0, dimension / 576)) * torch.finfo(dtype).eps / 2
-    return (2 / (math.sqrt(_TOLERANCE / loss) - 1)) ** 2
+def _loss(dimension: int, dtype: torch.dtype) -> float:
+    """Return γ: the product loses at most γ (|q| + |k|)² of a squared distance."""
+    return 32 * math.sqrt(max(1.0, dimension / 576)) * torch.finfo(dtype).eps / 2
 
 
 def _least(
