@@ -19,9 +19,9 @@ def check_whole(
     """Refuse all but whole numbers from `least` to `most`; remedy: ends the message."""
     if isinstance(number, bool) or not isinstance(number, Integral):
         raise InvalidArgumentError(f"{name} must be a whole number, got {number!r}")
-    if number < least:
+    if int(number) < least:
         raise InvalidArgumentError(f"{name} must be at least {least}, got {number}{remedy}")
-    if number > most:
+    if int(number) > most:
         raise InvalidArgumentError(f"{name} must be at most {most}, got {number}")
 
 

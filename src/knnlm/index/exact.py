@@ -54,10 +54,11 @@ class ExactIndex:
     |q|² + |k|² − 2 q·k would cancel. What is lost is at most γ (|q| + |k|)², with centered norms,
     γ = 32 u √max(1, dim / 576), and u = 2⁻²⁴ in float32 (measured: a half of it). A neighbor at
     distance d has |k| ≤ |q| + d, so that d² is off by at most γ (2|q| + d)². Where that exceeds
-    1e-4 d², d² is computed from the difference of query and key; where it does so for a query's
-    last neighbor, others may be nearer, and the query is searched for again in float64
-    (u = 2⁻⁵³), and where even that cannot tell, by the differences from all keys. Language
-    models' keys seldom need this, except in models with a few huge coordinates.
+    1e-4 d², d² is computed again as Σ (q − k)². A few candidates more than k are kept: where the
+    farthest of them is not beyond the k-th by twice that loss, closer entries may have been left
+    out, and the query is searched for again in float64 (u = 2⁻⁵³) and, where even that cannot
+    tell, by the differences from all keys. That is rare, except in models whose hidden states
+    have a few huge coordinates. Matrix products must be in full float32, as by default in torch.
 
     Keys stay in memory as float32 if that takes at most `resident_bytes`; a larger datastore is
     read from its mapped shards once for every 4,096 queries. Follows every change of the
@@ -192,16 +193,18 @@ class ExactIndex:
         resolved = ~off[:, k - 1] | (squared[:, -1] > bound)
         # If a query has k copies of itself, nothing is nearer.
         copies = (~resolved).nonzero()[:, 0]
-        copies = copies[self._differences(queries[copies], rows[copies, k - 1]) == 0]
-        resolved[copies] = True
+        if len(copies):
+            copies = copies[self._differences(queries[copies], rows[copies, k - 1]) == 0]
+            resolved[copies] = True
         places, columns = (off & (squared <= bound[:, None]) & resolved[:, None]).nonzero(
             as_tuple=True
         )
         exact = self._differences(queries[places], rows[places, columns])
         squared[places, columns] = exact.to(squared.dtype)
         disordered = (squared.diff(dim=1) < 0).any(dim=1).nonzero()[:, 0]
-        squared[disordered], order = squared[disordered].sort(dim=1)
-        rows[disordered] = rows[disordered].gather(1, order)
+        if len(disordered):
+            squared[disordered], order = squared[disordered].sort(dim=1)
+            rows[disordered] = rows[disordered].gather(1, order)
         resolved[copies] = squared[copies, k - 1] == 0
         return _Found(squared[:, :k], rows[:, :k], resolved)
 
@@ -210,7 +213,9 @@ class ExactIndex:
     ) -> Float[Tensor, " pair"]:
         """Return the squared distance of each query to the key of one row, Σ (q − k)²."""
         distances = queries.new_empty(len(rows))
-        for some in torch.arange(len(rows)).split(max(1, _PAIRED_NUMBERS // queries.shape[1])):
+        size = max(1, _PAIRED_NUMBERS // queries.shape[1])
+        for start in range(0, len(rows), size):
+            some = slice(start, start + size)
             keys = self.store.keys_at(rows[some].cpu()).to(queries)
             distances[some] = (queries[some] - keys).square().sum(dim=1)
         return distances
