@@ -13,7 +13,7 @@ from index_contract import store_of
 from torch import Tensor
 
 from knnlm.errors import NonFiniteKeysError
-from knnlm.index import exact
+from knnlm.index import exact, measure
 from knnlm.index.exact import ExactIndex
 from knnlm.index.protocol import MAX_NORM, Neighbors, measurable
 
@@ -165,3 +165,23 @@ def test_what_can_be_measured() -> None:
     longest[:, 0] = torch.tensor([0.0, MAX_NORM, 1.01 * MAX_NORM, torch.inf, torch.nan])
     assert measurable(longest).tolist() == [True, True, False, False, False]
     assert measurable(torch.full((1, 3), 6e4).half()).tolist() == [True]
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_the_recall_of_exact_search_is_1_and_that_of_other_entries_is_not(
+    tmp_path: Path, scale: float
+) -> None:
+    """Among copies and near copies too, and whatever the scale of the keys."""
+    generator = torch.Generator().manual_seed(3)
+    keys = scale * copies(generator)
+    index = ExactIndex(store_of(tmp_path / "s", keys))
+    queries = keys[::5] + scale * 1e-2 * torch.randn(60, DIMENSION, generator=generator)
+    true = (queries.double()[:, None] - keys.double()).square().sum(dim=-1)
+    for k in (1, 10, 40):
+        truth = index.search(queries, k)
+        # the highest rows of equals, where exact search may return others
+        distances, columns = true.flip(1).sort(dim=1, stable=True)
+        best = Neighbors(distances[:, :k].float(), ROWS - 1 - columns[:, :k])
+        assert measure._recall(best, truth, exact_distances=True) == 1.0
+        worst = Neighbors(distances[:, -k:].float(), ROWS - 1 - columns[:, -k:])
+        assert measure._recall(worst, truth, exact_distances=True) == 0.0

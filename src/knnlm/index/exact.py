@@ -14,12 +14,13 @@ from knnlm.index.backend import IndexOptions, unmeasurable_key
 from knnlm.index.protocol import MAX_NORM, Neighbors, check_search, measurable
 
 RESIDENT_BYTES = 2 << 30
+TOLERANCE = 1e-4
+"""How far off a squared distance may be, in units of itself."""
 _SCORES = 1 << 25  # distances held at once
 _RESIDENT_QUERIES = 256
 _STREAMED_QUERIES = 4096  # many, so that the disk is read rarely
 _WIDENED_ROWS = 1 << 14  # keys converted at once
 _PAIRED_NUMBERS = 1 << 23  # of keys that are gathered at once
-_TOLERANCE = 1e-4
 _SPARE_CANDIDATES = 16  # beyond the k nearest: where these are too few, the product is repeated
 
 
@@ -182,7 +183,7 @@ class ExactIndex:
         squared, rows = found
         loss = _loss(queries.shape[1], squared.dtype)
         # below this, a squared distance may be off by more than the tolerance
-        least = squared_norms * (2 / (math.sqrt(_TOLERANCE / loss) - 1)) ** 2
+        least = squared_norms * (2 / (math.sqrt(TOLERANCE / loss) - 1)) ** 2
         if not bool((squared[:, 0] < least).any()):
             resolved = torch.ones_like(least, dtype=torch.bool)
             return _Found(squared[:, :k], rows[:, :k], resolved)

@@ -39,8 +39,8 @@ class Index(Protocol):
         """Return the k nearest live entries, on the queries' device.
 
         Forgotten entries are never returned. Where fewer than k are found, or where a query is not
-        `measurable`, the rest is absent. Raises InvalidArgumentError for k < 1 or another
-        dimension.
+        finite or longer than 1e18, the rest is absent. Raises InvalidArgumentError for k < 1 or
+        another dimension.
         """
         ...
 
