@@ -152,7 +152,7 @@ def measure_curves(kinds: list[Kind], queries: Queries, truth: Rows, nprobes: li
 
 
 def measure(
-    kinds: list[Kind], queries: Queries, truth: Rows, k: int, repetitions: int, singles: int
+    kinds: list[Kind], queries: Queries, truth: Rows, *, k: int, repetitions: int, singles: int
 ) -> None:
     """Measure the recall of all kinds, and time them in turn."""
     for kind in kinds:
@@ -225,7 +225,8 @@ def main() -> None:
             kind.batch = min(kind.batch, len(queries))
         for k in arguments.k:
             print(f"measuring k = {k}", file=sys.stderr)
-            measure(kinds, queries, truth, k, arguments.repetitions, arguments.singles)
+            repetitions, singles = arguments.repetitions, arguments.singles
+            measure(kinds, queries, truth, k=k, repetitions=repetitions, singles=singles)
             measure_curves(kinds, queries, truth[:, :k], arguments.curve)
     report(kinds, arguments, len(keys))
 

@@ -27,6 +27,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
 from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.lm_summary import LMSummary
+from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import cut_documents, read_scores
 from knnlm.provenance import write_results
@@ -196,7 +197,7 @@ class Experiment:
                 parts.append(scores)
                 advance(windows[scores.number].new)
         parts.sort(key=lambda scores: scores.number)
-        summary = LMSummary.join([part.summary for part in parts if part.summary is not None])
+        summary = join([part.summary for part in parts if part.summary is not None])
         spans = [span for window in windows for span in window.spans]
         columns = {
             "keys": torch.cat([part.keys for part in parts]),

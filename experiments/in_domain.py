@@ -215,10 +215,10 @@ def learned(
     voters = [own.nearest(p.k) for own, p in zip(voters, parameters, strict=True)]
     test_voters = [own.nearest(p.k) for own, p in zip(test_voters, parameters, strict=True)]
     examples = make_examples(inputs, valid.lm, valid.lm_log_probs, voters, valid.targets)
-    fitted = fit_gate(inputs, examples)
-    votes = fitted.gate(test.lm, test_voters)
+    gate, held_out_log_probs = fit_gate(inputs, examples)
+    votes = gate(test.lm, test_voters)
     components = [one.for_targets(test.targets) for one in votes]
-    return fitted.held_out_log_probs, interpolate(test.lm_log_probs, components)
+    return held_out_log_probs, interpolate(test.lm_log_probs, components)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Here three collections, each with its own datastore and with the other two; k 10
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from experiment import Experiment
 from measuring import PAPERS_RECIPE, component, perplexity, target_neighbors
@@ -27,9 +28,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         curves[domain.name] = {}
         for other in domains:
             neighbors = target_neighbors(test, experiment.voters(experiment.store(other), test))
-            votes = component(neighbors, PAPERS_RECIPE)
+            votes = component(neighbors, replace(PAPERS_RECIPE, lmbda=1.0))
             curves[domain.name][other.name] = [
-                perplexity(interpolate(test.lm_log_probs, [votes._replace(lmbda=lmbda)]))
+                perplexity(
+                    interpolate(test.lm_log_probs, [votes._replace(lmbda=lmbda * votes.lmbda)])
+                )
                 for lmbda in LMBDAS
             ]
     best = {

@@ -1,7 +1,6 @@
 """Predictions of held-out tokens by the LM, by neighbors, and by a mixture of them."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -62,7 +61,8 @@ def component(neighbors: TargetNeighbors, parameters: Parameters) -> TargetVotes
     nearest = neighbors.nearest(parameters.k)
     log_weights = neighbor_log_weights(nearest.squared_distances, parameters.temperature)
     log_probs = target_knn_log_probs(log_weights, nearest.votes)
-    return TargetVotes(log_probs, parameters.lmbda, nearest.squared_distances[:, 0].isfinite())
+    present = nearest.squared_distances[:, 0].isfinite()
+    return TargetVotes(log_probs, parameters.lmbda * present.float())
 
 
 def mixed(neighbors: TargetNeighbors, parameters: Parameters) -> Float[Tensor, " token"]:
@@ -141,8 +141,3 @@ def frequencies(store: Datastore, held_out: HeldOut) -> dict[str, Bool[Tensor, "
 def percent(change: float) -> str:
     """Format a relative change as a percentage."""
     return f"{100 * change:+.1f} %".replace("-", "−")
-
-
-def join_voters(parts: Sequence[Voters]) -> Voters:
-    """Return the voters of consecutive queries."""
-    return Voters(*(torch.cat(column) for column in zip(*parts, strict=True)))

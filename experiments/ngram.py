@@ -10,6 +10,7 @@ Kneser-Ney (one discount for each order, n1 / (n1 + 2 n2)).
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from experiment import Experiment
@@ -93,10 +94,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     ngrams = KneserNey(store.values.tolist(), experiment.lm.vocab_size)
 
     recipe = papers_recipe(neighbors)
-    everywhere = torch.ones(len(valid), dtype=torch.bool)
-    of_ngrams = TargetVotes(ngrams.log_probs(valid), 0.0, everywhere)
-    test_ngrams = TargetVotes(ngrams.log_probs(test), 0.0, everywhere.new_ones(len(test)))
-    of_neighbors, test_knn = component(neighbors, recipe), component(test_neighbors, recipe)
+    # λ = 1 wherever a component is present; the fitted weights are multiplied with it
+    of_ngrams = TargetVotes(ngrams.log_probs(valid), torch.ones(len(valid)))
+    test_ngrams = TargetVotes(ngrams.log_probs(test), torch.ones(len(test)))
+    alone = replace(recipe, lmbda=1.0)
+    of_neighbors, test_knn = component(neighbors, alone), component(test_neighbors, alone)
 
     measured = {
         "LM": measure(test, test.lm_log_probs),
@@ -107,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         ("+ kNN", [of_neighbors], [test_knn]),
         ("+ kNN + n-grams", [of_neighbors, of_ngrams], [test_knn, test_ngrams]),
     ]:
-        ratios = [relative_probs(c.log_probs, valid.lm_log_probs, c.present) for c in on_valid]
+        ratios = [relative_probs(c.log_probs, valid.lm_log_probs, c.lmbda > 0) for c in on_valid]
         weights = fit_weights(torch.stack(ratios, dim=1))
-        weighted = [c._replace(lmbda=w) for c, w in zip(on_test, weights, strict=True)]
+        weighted = [c._replace(lmbda=w * c.lmbda) for c, w in zip(on_test, weights, strict=True)]
         numbers = measure(test, interpolate(test.lm_log_probs, weighted))
         measured[name] = {"lmbdas": weights, **numbers}
     for name, numbers in measured.items():

@@ -1,6 +1,8 @@
 """Small datastores: their texts, what must be equal however they came to be, the disk they fill."""
 
+import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -101,3 +103,18 @@ def small_disk(path: Path, kibibytes: int) -> Iterator[SmallDisk]:
     finally:
         # lazily: tensors may still be mapped from its files
         subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Return the digest of every file below a folder, by its path."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.is_file()
+        else "folder"
+        for path in folder.rglob("*")
+    }
+
+
+def is_progress(line: str) -> bool:
+    """A bar, or the unit of its rate where the line was too long for both."""
+    return "━" in line or re.fullmatch(r"(\w+/s)?", line.strip()) is not None

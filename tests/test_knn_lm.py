@@ -177,9 +177,7 @@ def test_absent_neighbors_vote_for_nothing(store: Datastore) -> None:
     retriever = Retriever(store, ExactIndex(store), Parameters())
     # row −1 must not be read as row 0, nor as the last one
     for target in (value, store.values[0].item(), store.values[-1].item()):
-        votes = retriever.votes_for_targets(
-            Neighbors(distances, rows), torch.tensor([target, target], dtype=torch.int32)
-        )
+        votes = retriever.tokens(Neighbors(distances, rows)) == target
         assert votes.tolist() == [[target == value, False], [False, False]]
 
 
@@ -504,10 +502,10 @@ def test_wrong_types_are_refused_in_one_line(
         with refusal(InvalidArgumentError, "store must be a datastore, its folder's path, or a se"):
             KNNLM(llama_lm, wrong)
     for wrong, kind in ((llama_lm.model, "LlamaForCausalLM"), (None, "NoneType")):
-        with refusal(InvalidArgumentError, "lm must be a LanguageModel, or", f"got a {kind}: wrap"):
+        with refusal(InvalidArgumentError, "lm must be a LanguageModel, or", f"got {kind}: wrap"):
             KNNLM(wrong, store)
     for wrong in (llama_lm, "model"):
-        with refusal(InvalidArgumentError, "model must be a transformers PreTrainedModel, got a"):
+        with refusal(InvalidArgumentError, "model must be a transformers PreTrainedModel, got "):
             attach(wrong, store)
 
 

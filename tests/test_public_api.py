@@ -3,6 +3,8 @@
 import builtins
 import importlib.metadata
 import inspect
+import subprocess
+import sys
 
 import pytest
 
@@ -11,9 +13,13 @@ from knnlm import errors
 from knnlm.errors import KNNLMError, MissingDependencyError, missing_dependency
 
 PUBLIC = [
+    "Advance",
     "Attachment",
     "AttachmentError",
+    "Boundary",
     "CacheParameters",
+    "Compaction",
+    "Credit",
     "Datastore",
     "DatastoreChangedError",
     "DatastoreCorruptError",
@@ -24,29 +30,50 @@ PUBLIC = [
     "Document",
     "Documents",
     "Explanation",
+    "Fit",
+    "FrequencyBucket",
     "Generation",
     "Index",
+    "IndexKind",
     "InvalidArgumentError",
     "InvalidTextError",
     "KNNLM",
     "KNNLMError",
+    "Key",
+    "KeyDtype",
     "LanguageModel",
+    "Measure",
     "MissingDependencyError",
+    "ModelDtype",
     "ModelNotFoundError",
     "Neighbors",
     "NonFiniteKeysError",
     "Parameters",
+    "Passage",
     "PerplexityReport",
+    "Progress",
     "Retriever",
+    "Seconds",
+    "Settings",
+    "Similarity",
+    "Source",
+    "StoredDocument",
+    "Sweep",
     "TextNotFoundError",
+    "Trial",
+    "TunedMixture",
     "Tuning",
     "UnsupportedModelError",
+    "Verification",
+    "Vote",
+    "Weights",
     "Windowing",
     "attach",
     "build",
     "build_index",
     "compact",
     "explain",
+    "keep_index",
     "open_index",
     "read_documents",
     "sum_credits",
@@ -113,4 +140,36 @@ def test_a_missing_dependency_tells_the_remedy() -> None:
     assert str(error) == (
         "reading hf: datasets needs the package datasets: pip install 'knnlm[data]' "
         "(from a clone: pip install '.[data]')"
+    )
+
+
+def test_a_wrong_type_is_one_clear_line() -> None:
+    """In a process of its own, where no argument is type-checked before it arrives."""
+    program = """if True:
+        import knnlm
+        for call in [
+            lambda: knnlm.build_index(5),
+            lambda: knnlm.open_index(5),
+            lambda: knnlm.keep_index(5),
+            lambda: knnlm.compact(5),
+            lambda: knnlm.verify(5),
+            lambda: knnlm.tune(5, []),
+            lambda: knnlm.explain("docs.store", "text"),
+        ]:
+            try:
+                call()
+            except knnlm.InvalidArgumentError as error:
+                print(error)
+    """
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    *of_stores, of_model = answer.stdout.splitlines()
+    assert len(of_stores) == 6
+    assert set(of_stores) == {
+        "store must be a datastore, its folder's path, or a sequence of these where several are "
+        "possible, got 5 (int)"
+    }
+    assert of_model == (
+        "model must be a KNNLM, got 'docs.store' (str): make one with KNNLM(model, store)"
     )

@@ -70,13 +70,14 @@ def is_real(value: Any) -> bool:
 
 
 RULES: dict[str, Callable[[Any], bool]] = {
-    "k": lambda value: is_whole(value) and 1 <= value <= ENTRIES,
+    "k": lambda value: is_whole(value) and 1 <= value < 2**31,
     "lmbda": lambda value: is_real(value) and 0 <= value <= 1,
     "temperature": lambda value: is_real(value) and 1e-30 <= value <= 1e30,
     "sampling": lambda value: is_real(value) and (value == 0 or 1e-30 <= value <= 1e30),
     "top_p": lambda value: is_real(value) and 0 <= value <= 1,
     "seed": lambda value: is_whole(value) and -(2**63) <= value < 2**63,
-    "size": lambda value: is_whole(value) and 1 <= value < 2**63,
+    "size": lambda value: is_whole(value) and 1 <= value < 2**31,
+    "amount": lambda value: is_whole(value) and 1 <= value < 2**63,
     "recall": lambda value: is_real(value) and 0 < value <= 1,
 }
 
@@ -108,14 +109,20 @@ def stored(store: Datastore, **changed: Any) -> None:
     """Read default parameters from a catalog that holds a value."""
     parameters = {"k": 4, "lmbda": 0.5, "temperature": 1.0} | changed
     parameters = json.loads(json.dumps(parameters, default=float))
+    try:
+        write_parameters(store, parameters)
+        assert store.parameters is not None
+    except DatastoreCorruptError as error:
+        raise InvalidArgumentError(str(error)) from error
+    finally:
+        write_parameters(store, None)
+
+
+def write_parameters(store: Datastore, parameters: dict[str, Any] | None) -> None:
     catalog = Catalog(store.path)
     with catalog.transaction(entries_change=False):
         catalog.set("parameters", parameters)
     catalog.close()
-    try:
-        assert store.parameters is not None
-    except DatastoreCorruptError as error:
-        raise InvalidArgumentError(str(error)) from error
 
 
 def stored_mixture(votes: dict[str, Any], lmbdas: tuple[Any, ...] = (0.5,)) -> None:
@@ -165,8 +172,8 @@ ENTRANCES: list[tuple[str, str, Callable[[Datastore, Any], Any]]] = [
     ("seed", "server", lambda _, value: requested(seed=value)),
     ("size", "CacheParameters", lambda _, value: CacheParameters(value, Parameters())),
     ("size", "Windowing", lambda _, value: Windowing(window=value, context=0)),
-    ("size", "max_tokens", lambda _, value: Limits(max_tokens=value)),
-    ("size", "max_queue", lambda _, value: Limits(max_queue=value)),
+    ("amount", "max_tokens", lambda _, value: Limits(max_tokens=value)),
+    ("amount", "max_queue", lambda _, value: Limits(max_queue=value)),
     ("recall", "IndexOptions", lambda _, value: IndexOptions(recall=value)),
 ]
 # what an entrance refuses by a limit of its own, or takes to be the default
@@ -195,10 +202,8 @@ def test_every_entrance_gives_the_same_verdict(
         if isinstance(value, list) and entrance == "server":
             continue  # one value for each datastore
         expected = RULES[rule](value)
-        if rule == "k" and is_whole(value) and value > ENTRIES:
-            expected = 1 <= value < 2**63 and entrance != "choose_parameters"
-            if entrance == "ExactIndex":
-                continue  # finds all entries, and pads the result: k is a matter of memory
+        if entrance == "choose_parameters" and expected:
+            expected = value <= ENTRIES
         if rule == "sampling" and entrance == "server":
             expected &= is_real(value) and value <= PROTOCOL["server"]
         assert verdict(call, store, value) == expected, (value, expected)
@@ -221,9 +226,8 @@ def test_generate_refuses_the_same(model: KNNLM, name: str) -> None:
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1, math.inf])
 def test_stored_lmbdas_by_distance(bad: float) -> None:
-    tensors = {"edges": torch.tensor([1.0]), "lmbdas": torch.tensor([0.5, bad])}
     with pytest.raises(InvalidArgumentError, match=r"lmbda \(λ\) must lie in \[0, 1\]"):
-        BucketedLambda.from_tensors(tensors)
+        BucketedLambda(torch.tensor([1.0]), torch.tensor([0.5, bad]))
 
 
 @pytest.mark.parametrize("seed", [-(2**63), -1, 0, 2**31, 2**63 - 1])

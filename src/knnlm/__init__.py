@@ -5,102 +5,116 @@
     model = knnlm.KNNLM(lm, store)
     model.perplexity(knnlm.read_documents("held-out/"))
 
-The names below are loaded on first use: importing the package imports no torch.
+Importing the package imports no torch: whatever needs it is loaded on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
+from knnlm.errors import (
+    AttachmentError as AttachmentError,
+    DatastoreChangedError as DatastoreChangedError,
+    DatastoreCorruptError as DatastoreCorruptError,
+    DatastoreLockedError as DatastoreLockedError,
+    DatastoreMismatchError as DatastoreMismatchError,
+    DatastoreNotFoundError as DatastoreNotFoundError,
+    DatastoreWriteError as DatastoreWriteError,
+    InvalidArgumentError as InvalidArgumentError,
+    InvalidTextError as InvalidTextError,
+    KNNLMError as KNNLMError,
+    MissingDependencyError as MissingDependencyError,
+    ModelNotFoundError as ModelNotFoundError,
+    NonFiniteKeysError as NonFiniteKeysError,
+    TextNotFoundError as TextNotFoundError,
+    UnsupportedModelError as UnsupportedModelError,
+)
+
 if TYPE_CHECKING:
-    from knnlm.attachment.attachment import Attachment as Attachment
-    from knnlm.attachment.attachment import attach as attach
-    from knnlm.datastore.datastore import Datastore as Datastore
-    from knnlm.errors import AttachmentError as AttachmentError
-    from knnlm.errors import DatastoreChangedError as DatastoreChangedError
-    from knnlm.errors import DatastoreCorruptError as DatastoreCorruptError
-    from knnlm.errors import DatastoreLockedError as DatastoreLockedError
-    from knnlm.errors import DatastoreMismatchError as DatastoreMismatchError
-    from knnlm.errors import DatastoreNotFoundError as DatastoreNotFoundError
-    from knnlm.errors import DatastoreWriteError as DatastoreWriteError
-    from knnlm.errors import InvalidArgumentError as InvalidArgumentError
-    from knnlm.errors import InvalidTextError as InvalidTextError
-    from knnlm.errors import KNNLMError as KNNLMError
-    from knnlm.errors import MissingDependencyError as MissingDependencyError
-    from knnlm.errors import ModelNotFoundError as ModelNotFoundError
-    from knnlm.errors import NonFiniteKeysError as NonFiniteKeysError
-    from knnlm.errors import TextNotFoundError as TextNotFoundError
-    from knnlm.errors import UnsupportedModelError as UnsupportedModelError
+    from knnlm.attachment.attachment import Attachment as Attachment, attach as attach
+    from knnlm.choices import (
+        Boundary as Boundary,
+        IndexKind as IndexKind,
+        Key as Key,
+        KeyDtype as KeyDtype,
+        ModelDtype as ModelDtype,
+        Similarity as Similarity,
+        Weights as Weights,
+    )
+    from knnlm.datastore.catalog import Settings as Settings, StoredDocument as StoredDocument
+    from knnlm.datastore.compaction import Compaction as Compaction
+    from knnlm.datastore.datastore import Datastore as Datastore, Passage as Passage
+    from knnlm.datastore.verification import Verification as Verification
     from knnlm.evaluation.explain import explain as explain
-    from knnlm.evaluation.explanation import Explanation as Explanation
-    from knnlm.evaluation.explanation import sum_credits as sum_credits
-    from knnlm.evaluation.perplexity import PerplexityReport as PerplexityReport
-    from knnlm.index.policy import build_index as build_index
-    from knnlm.index.policy import open_index as open_index
-    from knnlm.index.protocol import Index as Index
-    from knnlm.index.protocol import Neighbors as Neighbors
-    from knnlm.knn_lm import KNNLM as KNNLM
-    from knnlm.knn_lm import Generation as Generation
-    from knnlm.maintenance import build as build
-    from knnlm.maintenance import compact as compact
-    from knnlm.maintenance import verify as verify
+    from knnlm.evaluation.explanation import (
+        Credit as Credit,
+        Explanation as Explanation,
+        Source as Source,
+        Vote as Vote,
+        sum_credits as sum_credits,
+    )
+    from knnlm.evaluation.perplexity import (
+        Measure as Measure,
+        PerplexityReport as PerplexityReport,
+        Seconds as Seconds,
+    )
+    from knnlm.evaluation.tally import FrequencyBucket as FrequencyBucket
+    from knnlm.index.policy import (
+        build_index as build_index,
+        keep_index as keep_index,
+        open_index as open_index,
+    )
+    from knnlm.index.protocol import Index as Index, Neighbors as Neighbors
+    from knnlm.knn_lm import KNNLM as KNNLM, Generation as Generation
+    from knnlm.maintenance import build as build, compact as compact, verify as verify
     from knnlm.mixture.continuous_cache import CacheParameters as CacheParameters
     from knnlm.mixture.parameters import Parameters as Parameters
+    from knnlm.mixture.stored import TunedMixture as TunedMixture
     from knnlm.model.language_model import LanguageModel as LanguageModel
+    from knnlm.progress import Advance as Advance, Progress as Progress
     from knnlm.retrieval.retriever import Retriever as Retriever
-    from knnlm.text.corpus import Document as Document
-    from knnlm.text.corpus import Documents as Documents
-    from knnlm.text.corpus import read_documents as read_documents
+    from knnlm.text.corpus import (
+        Document as Document,
+        Documents as Documents,
+        read_documents as read_documents,
+    )
     from knnlm.text.windows import Windowing as Windowing
-    from knnlm.tuning.tune import Tuning as Tuning
-    from knnlm.tuning.tune import tune as tune
+    from knnlm.tuning.fitting import Fit as Fit
+    from knnlm.tuning.sweep import Sweep as Sweep, Trial as Trial
+    from knnlm.tuning.tune import Tuning as Tuning, tune as tune
 
 __version__ = "0.1.0"
 
-_MODULES = {
-    "Attachment": "attachment.attachment",
-    "AttachmentError": "errors",
-    "CacheParameters": "mixture.continuous_cache",
-    "Datastore": "datastore.datastore",
-    "DatastoreChangedError": "errors",
-    "DatastoreCorruptError": "errors",
-    "DatastoreLockedError": "errors",
-    "DatastoreMismatchError": "errors",
-    "DatastoreNotFoundError": "errors",
-    "DatastoreWriteError": "errors",
-    "Document": "text.corpus",
-    "Documents": "text.corpus",
-    "Explanation": "evaluation.explanation",
-    "Generation": "knn_lm",
-    "Index": "index.protocol",
-    "InvalidArgumentError": "errors",
-    "InvalidTextError": "errors",
-    "KNNLM": "knn_lm",
-    "KNNLMError": "errors",
-    "LanguageModel": "model.language_model",
-    "MissingDependencyError": "errors",
-    "ModelNotFoundError": "errors",
-    "Neighbors": "index.protocol",
-    "NonFiniteKeysError": "errors",
-    "Parameters": "mixture.parameters",
-    "PerplexityReport": "evaluation.perplexity",
-    "Retriever": "retrieval.retriever",
-    "TextNotFoundError": "errors",
-    "Tuning": "tuning.tune",
-    "UnsupportedModelError": "errors",
-    "Windowing": "text.windows",
-    "attach": "attachment.attachment",
-    "build": "maintenance",
-    "build_index": "index.policy",
-    "compact": "maintenance",
-    "explain": "evaluation.explain",
-    "open_index": "index.policy",
-    "read_documents": "text.corpus",
-    "sum_credits": "evaluation.explanation",
-    "tune": "tuning.tune",
-    "verify": "maintenance",
+# what takes long to load: module → names
+_LAZY = {
+    "attachment.attachment": ("Attachment", "attach"),
+    "choices": ("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "Weights"),
+    "datastore.catalog": ("Settings", "StoredDocument"),
+    "datastore.compaction": ("Compaction",),
+    "datastore.datastore": ("Datastore", "Passage"),
+    "datastore.verification": ("Verification",),
+    "evaluation.explain": ("explain",),
+    "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
+    "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
+    "evaluation.tally": ("FrequencyBucket",),
+    "index.policy": ("build_index", "keep_index", "open_index"),
+    "index.protocol": ("Index", "Neighbors"),
+    "knn_lm": ("Generation", "KNNLM"),
+    "maintenance": ("build", "compact", "verify"),
+    "mixture.continuous_cache": ("CacheParameters",),
+    "mixture.parameters": ("Parameters",),
+    "mixture.stored": ("TunedMixture",),
+    "model.language_model": ("LanguageModel",),
+    "progress": ("Advance", "Progress"),
+    "retrieval.retriever": ("Retriever",),
+    "text.corpus": ("Document", "Documents", "read_documents"),
+    "text.windows": ("Windowing",),
+    "tuning.fitting": ("Fit",),
+    "tuning.sweep": ("Sweep", "Trial"),
+    "tuning.tune": ("Tuning", "tune"),
 }
+_MODULES = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = sorted(_MODULES)
+__all__ = sorted([*_MODULES, *(name for name in globals() if name.endswith("Error"))])
 
 
 def __getattr__(name: str) -> object:

@@ -4,6 +4,9 @@ Each one is a `KNNLMError` and also the built-in error that a caller who does no
 catch. Messages are one line: the argument, the rule, the value it had, and the remedy.
 """
 
+import importlib
+from typing import Any
+
 
 class KNNLMError(Exception):
     """Base of all errors raised on purpose; the command line prints it in one line and exits 1."""
@@ -71,3 +74,18 @@ def missing_dependency(package: str, purpose: str, extra: str) -> MissingDepende
         f"{purpose} needs the package {package}: pip install 'knnlm[{extra}]' "
         f"(from a clone: pip install '.[{extra}]')"
     )
+
+
+def import_optional(module: str, purpose: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Raises MissingDependencyError if the package is not installed. Whatever else prevents the
+    import, such as too little memory, keeps its own error.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != package:
+            raise
+        raise missing_dependency(package, purpose, extra) from None

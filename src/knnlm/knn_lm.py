@@ -16,11 +16,11 @@ from knnlm.evaluation.explanation import Explanation
 from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
-from knnlm.model.language_model import LanguageModel
+from knnlm.model.language_model import LanguageModel, check_text
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
-from knnlm.rules import check_sampling, check_whole
+from knnlm.rules import check_sampling_temperature, check_seed, check_top_p, check_whole
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
 
@@ -74,7 +74,7 @@ class KNNLM:
         elif not isinstance(lm, LanguageModel):
             raise InvalidArgumentError(
                 "lm must be a LanguageModel, or the hub name or folder of one, got "
-                f"a {type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
+                f"{type(lm).__name__}: wrap a model in knnlm.LanguageModel(model, tokenizer)"
             )
         self.lm = lm
         given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}
@@ -151,13 +151,13 @@ class KNNLM:
         options: those of transformers' `generate` (do_sample, temperature, top_p, num_beams, …),
         where temperature is the sampling temperature; all of them act on the mixture. seed: makes
         sampling repeatable and leaves torch's own random numbers alone. Any of the model's
-        `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError if prompt and
-        continuation do not fit the model.
+        `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError for
+        arguments outside their rules, and if prompt and continuation do not fit the model.
         """
-        check_whole("max_new_tokens", max_new_tokens)
-        check_sampling(options.get("temperature"), options.get("top_p"), seed)
-        if options.get("temperature") == 0:  # transformers knows no such temperature
-            options |= {"temperature": None, "do_sample": False}
+        max_new_tokens = check_whole("max_new_tokens", max_new_tokens)
+        seed = None if seed is None else check_seed(seed)
+        check_text("prompt", prompt)
+        options = _checked(options)
         lm = self.lm
         tokens = torch.tensor([[lm.start_token, *lm.encode([prompt])[0].tolist()]])
         length = tokens.shape[1]
@@ -193,3 +193,14 @@ class KNNLM:
         new = output[0, length:].tolist()
         text = lm.decode(new[:-1] if new and new[-1] in lm.end_tokens else new)
         return Generation(prompt, text, new)
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Check the options of `generate` whose rules are our own."""
+    rules = [("temperature", check_sampling_temperature), ("top_p", check_top_p)]
+    for name, check in rules:
+        if options.get(name) is not None:
+            options = {**options, name: check(options[name])}
+    if options.get("temperature") == 0.0:  # transformers knows no such temperature
+        options = {**options, "temperature": None, "do_sample": False}
+    return options

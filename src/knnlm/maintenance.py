@@ -8,7 +8,7 @@ from knnlm.datastore import compaction, verification
 from knnlm.datastore.append import append_documents
 from knnlm.datastore.catalog import FILE_NAME
 from knnlm.datastore.compaction import Compaction
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.verification import Verification
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import build_index, keep_index
@@ -82,7 +82,7 @@ def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compa
 
     Raises DatastoreLockedError, DatastoreWriteError.
     """
-    opened = _opened(store)
+    opened = open_datastore(store)
     removed = compaction.compact(opened, progress)
     keep_index(opened, progress=progress)
     return removed
@@ -90,7 +90,7 @@ def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compa
 
 def verify(store: Datastore | str | Path, progress: Progress = SILENT) -> Verification:
     """Reread every byte against its checksum, and check that rows and documents fit together."""
-    return verification.verify(_opened(store), progress)
+    return verification.verify(open_datastore(store), progress)
 
 
 def _load(lm: LanguageModel | str | Path, path: Path) -> LanguageModel:
@@ -104,7 +104,3 @@ def _load(lm: LanguageModel | str | Path, path: Path) -> LanguageModel:
     if (path / FILE_NAME).exists():
         return Datastore(path).load_model(str(lm))
     return LanguageModel.load(lm)
-
-
-def _opened(store: Datastore | str | Path) -> Datastore:
-    return store if isinstance(store, Datastore) else Datastore(store)

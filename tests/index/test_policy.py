@@ -1,20 +1,26 @@
 """The choice of an index, its upkeep, and what is told of it."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
 from index_contract import append, assert_neighbors, clustered, store_of
 
+from knnlm.apps.cli.reports import print_store, warn_of_poor_recall
+from knnlm.choices import IndexKind
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreChangedError, InvalidArgumentError
 from knnlm.index import policy
 from knnlm.index.available_memory import memory_bytes
+from knnlm.index.backend import Backend, IndexOptions
 from knnlm.index.exact import ExactIndex
 from knnlm.index.faiss import FaissIndex
 from knnlm.index.ivf.index import IVFIndex
-from knnlm.index.report import describe_index
+from knnlm.index.protocol import Index
+from knnlm.index.report import SETTING, describe_datastore, describe_index
 
 pytest.importorskip("faiss")
 
@@ -118,6 +124,64 @@ def test_a_compaction_leaves_an_index_behind_until_it_is_built_anew(
     assert_neighbors(store, queries, 16, found, 0.9)
 
 
+@pytest.mark.parametrize("kind", policy.BACKENDS)
+def test_a_backend_builds_reports_opens_and_keeps(store: Datastore, kind: IndexKind) -> None:
+    backend = policy.BACKENDS[kind]
+    assert isinstance(backend, Backend)
+    factory = "IVF16,Flat" if backend.takes_factory else None
+    options = IndexOptions(factory=factory, k=32, recall=0.99)
+    queries = clustered(100, seed=1)
+    with store.writer():
+        built = backend.build(store, options)
+    assert isinstance(built, Index)
+    report = backend.report(store)
+    assert json.loads(json.dumps(report)) == report, "plain values"
+    assert 0.95 <= report["recall"] <= 1.0
+    expected = built.search(queries, 16)
+    opened = backend.open(Datastore(store.path), "cpu").search(queries, 16)
+    assert torch.equal(opened.rows, expected.rows)
+    assert torch.equal(opened.squared_distances, expected.squared_distances)
+
+    def keep() -> None:
+        with store.writer():
+            backend.keep(store, IndexOptions())
+        index = backend.open(Datastore(store.path), "cpu")
+        assert_neighbors(store, queries, 16, index.search(queries, 16), 0.9)
+
+    keep()
+    assert backend.report(store) == report, "nothing had changed"
+    append(store.path, clustered(300, seed=2).half(), 1, "few")
+    keep()
+    assert backend.report(store) == report, "appended rows need no building"
+    append(store.path, clustered(3000, seed=3).half(), 1, "many")
+    keep()
+    store.forget(["d0"])
+    compact(store)
+    keep()
+    assert backend.report(store).get("entries", store.rows) == store.rows
+
+
+def test_there_is_a_backend_for_every_kind() -> None:
+    assert {*policy.BACKENDS, IndexKind.auto} == {*IndexKind}
+
+
+@pytest.mark.parametrize(("kind", "factory"), [("ivf", None), ("faiss", "IVF16,Flat")])
+def test_an_index_without_a_report_in_the_catalog_gets_one_when_it_is_kept(
+    store: Datastore, kind: str, factory: str | None
+) -> None:
+    """As older versions left it."""
+    policy.build_index(store, kind, factory=factory, k=32)
+    facts = describe_index(store.catalog)
+    store.catalog.set(SETTING, {"kind": kind, "asked": kind})
+    unknown = describe_datastore(store.path)
+    assert unknown["index"] == {"kind": kind, "recall": None}
+    warn_of_poor_recall(store.path, unknown["index"])
+    print_store(unknown)
+    policy.open_index(store)
+    policy.keep_index(store)
+    assert describe_index(store.catalog) == facts
+
+
 def test_a_small_datastore_gets_no_index(store: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "EXACT_UP_TO", 10_000)
     policy.keep_index(store)
@@ -138,3 +202,11 @@ def test_a_small_datastore_gets_no_index(store: Datastore, monkeypatch: pytest.M
 def test_refusals(store: Datastore, arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
         policy.build_index(store, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_path_is_as_good_as_the_datastore(store: Datastore) -> None:
+    policy.build_index(store.path, "ivf", k=32)
+    policy.keep_index(str(store.path))
+    queries = clustered(20, seed=1)
+    opened = policy.open_index(store.path).search(queries, 8)
+    assert torch.equal(opened.rows, policy.open_index(store).search(queries, 8).rows)

@@ -64,7 +64,7 @@ def assert_equal_to_brute_force(
     weights = neighbor_log_weights(-view.similarities, 1 / theta)
     present = view.values >= 0
     nothing = torch.full((len(keys), VOCAB), -torch.inf)
-    component = Votes(weights, view.values.clamp_min(0), 1.0, present.any(dim=1))
+    component = Votes(weights, view.values.clamp_min(0), present.any(dim=1).float())
     dense = interpolate_vocabulary(nothing, [component.by_token()]).exp()
     votes = (view.values == targets[:, None]) & present
     sparse = target_knn_log_probs(weights, votes).exp()

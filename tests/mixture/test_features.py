@@ -11,6 +11,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.features import TEMPERATURES, GateInput, count_features, query_features, weigh
 from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.lm_summary import LMSummary, summarize_lm
+from knnlm.mixture.rows import select
 
 VOCAB = 9
 
@@ -113,7 +114,7 @@ def test_a_query_is_described_alike_alone_and_among_others() -> None:
     together = features_of(gate_input, voters, lm)
     for query in range(30):
         alone = slice(query, query + 1)
-        found = features_of(gate_input, voters.of(alone), lm.of(alone))
+        found = features_of(gate_input, select(voters, alone), select(lm, alone))
         torch.testing.assert_close(found[0], together[query])
 
 

@@ -30,6 +30,7 @@ from knnlm.mixture.interpolation import (
     sum_by_token,
 )
 from knnlm.mixture.lm_summary import summarize_lm
+from knnlm.mixture.rows import select
 
 VOCAB = 11
 INPUTS = [GateInput(16, 2.0), GateInput(5, 1.0)]
@@ -192,7 +193,7 @@ def test_many_queries_are_weighed_as_one() -> None:
     together = gate(summary, voters)
     for query in (0, 511, 512, 1199):
         one = slice(query, query + 1)
-        alone = gate(summary.of(one), [own.of(one) for own in voters])
+        alone = gate(select(summary, one), [select(own, one) for own in voters])
         for mine, ours in zip(alone, together, strict=True):
             torch.testing.assert_close(lmbda_of(mine)[0], lmbda_of(ours)[query])
             torch.testing.assert_close(mine.log_weights[0], ours.log_weights[query])
@@ -245,7 +246,7 @@ def test_a_gate_sure_of_the_lm_gives_the_lm() -> None:
 def test_no_query_needs_no_votes() -> None:
     lm, voters, _ = some_queries()
     none = slice(0, 0)
-    votes = random_gate()(summarize_lm(lm).of(none), [own.of(none) for own in voters])
+    votes = random_gate()(select(summarize_lm(lm), none), [select(own, none) for own in voters])
     assert [own.log_weights.shape for own in votes] == [(0, 16), (0, 5)]
     assert [lmbda_of(own).shape for own in votes] == [(0,), (0,)]
 
@@ -262,8 +263,8 @@ def test_one_bucket_is_the_paper_s_mixture() -> None:
     own = voters[0]
     lmbda = BucketedLambda(torch.empty(0), torch.tensor([0.25]))(own.squared_distances)
     weights = neighbor_log_weights(own.squared_distances, 2.0)
-    adaptive = Votes(weights, own.tokens, lmbda, own.present)
+    adaptive = Votes(weights, own.tokens, lmbda)
     assert torch.equal(
         of_targets(lm, [adaptive], targets),
-        of_targets(lm, [adaptive._replace(lmbda=0.25)], targets),
+        of_targets(lm, [adaptive._replace(lmbda=0.25 * own.present.float())], targets),
     )

@@ -24,8 +24,8 @@ LOG_ZERO = -10_000.0
 def dense_knn_log_probs(log_weights: Tensor, tokens: Tensor, vocab_size: int) -> Tensor:
     """log p_kNN over the vocabulary: the mixture at λ = 1, −inf for a query without neighbors."""
     nothing = torch.full((len(tokens), vocab_size), -torch.inf)
-    everyone = torch.ones(len(tokens), dtype=torch.bool)
-    return interpolate_vocabulary(nothing, [Votes(log_weights, tokens, 1.0, everyone).by_token()])
+    everywhere = torch.ones(len(tokens))
+    return interpolate_vocabulary(nothing, [Votes(log_weights, tokens, everywhere).by_token()])
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +66,9 @@ def test_sparse_scores_equal_the_originals(
     torch.testing.assert_close(as_log_zero(knn)[scored], expected[scored], atol=1e-5, rtol=1e-5)
 
     lm = oracle["lm_log_probs"].gather(1, targets[:, None])[:, 0]
-    present = torch.ones(len(targets), dtype=torch.bool)
+    everywhere = torch.ones(len(targets))
     for lmbda in (0.25, 0.65):
-        mixed = interpolate(lm, [TargetVotes(knn, lmbda, present)])
+        mixed = interpolate(lm, [TargetVotes(knn, lmbda * everywhere)])
         expected = oracle[f"combined_{precision}_{function}_lambda{lmbda}"]
         torch.testing.assert_close(mixed[scored], expected[scored], atol=1e-5, rtol=1e-5)
 
@@ -88,8 +88,7 @@ def test_dense_scores_equal_knn_transformers(
     knn = knn.masked_fill(underflowed, -torch.inf)
     torch.testing.assert_close(as_log_zero(knn), expected, atol=1e-5, rtol=1e-5)
 
-    present = torch.ones(len(values), dtype=torch.bool)
-    component = Votes(weights, values, 0.25, present)
+    component = Votes(weights, values, torch.full((len(values),), 0.25))
     mixed = interpolate_vocabulary(oracle["lm_log_probs"], [component.by_token()])
     expected = oracle[f"full_interpolated_T{temperature}_lambda0.25"]
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
@@ -142,7 +141,9 @@ def test_probabilities_sum_to_one() -> None:
     ones = torch.ones(len(lm))
     torch.testing.assert_close(knn.exp().sum(dim=1)[present], ones[present], atol=1e-5, rtol=0)
     for lmbda in (0.0, 0.3, 1.0):
-        mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present).by_token()])
+        mixed = interpolate_vocabulary(
+            lm, [Votes(weights, values, lmbda * present.float()).by_token()]
+        )
         torch.testing.assert_close(mixed.exp().sum(dim=1), ones, atol=1e-5, rtol=0)
 
 
@@ -152,15 +153,15 @@ def test_the_ends_of_lmbda_are_exact() -> None:
     weights = neighbor_log_weights(distances, 1.0)
     knn = dense_knn_log_probs(weights, values, vocab_size)
     assert torch.equal(
-        interpolate_vocabulary(lm, [Votes(weights, values, 0.0, present).by_token()]), lm
+        interpolate_vocabulary(lm, [Votes(weights, values, 0.0 * present.float()).by_token()]), lm
     )
-    at_one = interpolate_vocabulary(lm, [Votes(weights, values, 1.0, present).by_token()])
+    at_one = interpolate_vocabulary(lm, [Votes(weights, values, present.float()).by_token()])
     assert torch.equal(at_one[present], knn[present])
     assert torch.equal(at_one[~present], lm[~present]), "without a neighbor, p is p_LM"
     for target in range(vocab_size):
         alone, own = lm[:, target], knn[:, target]
-        assert torch.equal(interpolate(alone, [TargetVotes(own, 0.0, present)]), alone)
-        one = interpolate(alone, [TargetVotes(own, 1.0, present)])
+        assert torch.equal(interpolate(alone, [TargetVotes(own, 0.0 * present.float())]), alone)
+        one = interpolate(alone, [TargetVotes(own, present.float())])
         assert torch.equal(one, own.where(present, alone))
 
 
@@ -169,12 +170,12 @@ def test_lmbda_and_temperature_may_differ_by_query() -> None:
     present = distances.isfinite().any(dim=1)
     lmbda, temperature = torch.linspace(0, 1, len(lm)), torch.linspace(0.5, 9, len(lm))
     weights = neighbor_log_weights(distances, temperature[:, None])
-    mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda, present).by_token()])
+    mixed = interpolate_vocabulary(lm, [Votes(weights, values, lmbda * present.float()).by_token()])
     for query, (weight, own) in enumerate(zip(lmbda.tolist(), temperature.tolist(), strict=True)):
         one = slice(query, query + 1)
         own_weights = neighbor_log_weights(distances[one], own)
         alone = interpolate_vocabulary(
-            lm[one], [Votes(own_weights, values[one], weight, present[one]).by_token()]
+            lm[one], [Votes(own_weights, values[one], weight * present[one].float()).by_token()]
         )
         torch.testing.assert_close(mixed[query], alone[0])
 
@@ -185,7 +186,9 @@ def test_gradients_count_a_token_of_many_votes_once() -> None:
     weights, present = neighbor_log_weights(distances, 2.0), distances.isfinite().any(dim=1)
     knn = dense_knn_log_probs(weights, values, lm.shape[1])
     logits = lm.clone().requires_grad_()
-    mixed = interpolate_vocabulary(logits, [Votes(weights, values, 0.4, present).by_token()])
+    mixed = interpolate_vocabulary(
+        logits, [Votes(weights, values, 0.4 * present.float()).by_token()]
+    )
     (gradient,) = torch.autograd.grad(mixed.square().sum(), logits)
     lmbda = 0.4 * present[:, None].float()
     plain = torch.log(lmbda * knn.exp() + (1 - lmbda) * logits.exp())
@@ -202,7 +205,7 @@ def test_several_components_equal_float64_arithmetic() -> None:
     for d, v, lmbda in [(distances, values, 0.3), (other_distances, other_values, 0.5)]:
         weights, present = neighbor_log_weights(d, 2.0), d.isfinite().any(dim=1)
         knn = dense_knn_log_probs(weights, v, vocab_size)
-        parts.append(Votes(weights, v, lmbda, present))
+        parts.append(Votes(weights, v, lmbda * present.float()))
         weight = lmbda * present[:, None].double()
         expected = expected + weight * (knn.double().exp() - lm.double().exp())
     mixed = interpolate_vocabulary(lm, [part.by_token() for part in parts])
@@ -210,16 +213,15 @@ def test_several_components_equal_float64_arithmetic() -> None:
     reversed_mixed = interpolate_vocabulary(lm, [part.by_token() for part in parts[::-1]])
     torch.testing.assert_close(mixed, reversed_mixed, atol=1e-5, rtol=1e-5)
     assert torch.equal(interpolate_vocabulary(lm, []), lm)
-    none = [part._replace(lmbda=0.0) for part in parts]
+    none = [part._replace(lmbda=torch.zeros(len(lm))) for part in parts]
     assert torch.equal(interpolate_vocabulary(lm, [part.by_token() for part in none]), lm)
 
 
 def test_lmbdas_that_add_up_to_one_but_for_a_rounding() -> None:
     generator = torch.Generator().manual_seed(0)
     lm = torch.log_softmax(torch.randn(30, 50, generator=generator), dim=-1)[:, 0]
-    present = torch.ones(30, dtype=torch.bool)
-    part = TargetVotes(lm, 0.1, present)
-    mixed = interpolate(lm, [part._replace(lmbda=0.7), part, part, part])
+    part = TargetVotes(lm, torch.full((30,), 0.1))
+    mixed = interpolate(lm, [part._replace(lmbda=torch.full((30,), 0.7)), part, part, part])
     torch.testing.assert_close(mixed, lm, atol=1e-6, rtol=1e-6)
 
 

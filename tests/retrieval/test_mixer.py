@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,8 @@ def test_what_is_stored_comes_back_and_is_for_these_datastores_only(
                 assert torch.equal(one, other)
     assert tuning.mixture.by_distance is not None
     assert stored.by_distance is not None
-    for name, tensor in tuning.mixture.by_distance.to_tensors().items():
-        assert torch.equal(tensor, stored.by_distance.to_tensors()[name])
+    for name, tensor in asdict(tuning.mixture.by_distance).items():
+        assert torch.equal(tensor, getattr(stored.by_distance, name))
     other = build(tmp_path / "other", llama_lm, distinct_documents(1), window=48)
     assert store.mixture([other]) is None
     assert KNNLM(llama_lm, [store, other], lmbda=[0.1, 0.1]).mixer.gate is None
@@ -258,7 +258,7 @@ def test_lambda_by_distance_suits_the_text_that_it_was_fitted_to(
     (retriever,) = model.retrievers
     votes = retriever.vote(retriever.search(keys))
     nearest = retriever.search(keys).squared_distances[:, :1]
-    assert torch.equal(torch.as_tensor(votes.lmbda), buckets(nearest))
+    assert torch.equal(votes.lmbda, buckets(nearest))
 
 
 def test_lambda_by_distance_is_fixed_again_where_lambda_is_given(
@@ -350,8 +350,7 @@ def test_a_mixture_comes_with_its_votes(
     assert mixed.log_probs.shape == lm_log_probs.shape
     for votes, at_seven in zip(mixed.votes, mixed.votes_at(7), strict=True):
         assert torch.equal(votes.log_weights[[7]], at_seven.log_weights)
-        own_lmbda = torch.as_tensor(votes.lmbda).expand(12)[[7]]
-        assert torch.equal(own_lmbda, torch.as_tensor(at_seven.lmbda).expand(1))
+        assert torch.equal(votes.lmbda[[7]], at_seven.lmbda)
     assert summarized == ([] if mixer.gate is None else [12])
 
 

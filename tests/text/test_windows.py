@@ -1,6 +1,6 @@
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.text.windows import (
     Span,
     Window,
-    check_window,
+    Windowing,
     document_windows,
     limit_windows,
     stream_windows,
@@ -77,7 +77,7 @@ def test_document_windows_match_the_reference(window: int, context: int) -> None
         tokens = random_tokens(length, generator)
         sequence = [7, *tokens.tolist()]
         expected = reference_windows(sequence, [3] * len(sequence), 0, window, context, True)
-        windows = plain(document_windows(3, cut(tokens, generator), 7, window, context))
+        windows = plain(document_windows(3, cut(tokens, generator), 7, Windowing(window, context)))
         assert windows == expected
         predicted = [token for read, again, _ in windows for token in read[again + 1 :]]
         assert predicted == tokens.tolist(), "a token is not predicted exactly once"
@@ -93,7 +93,7 @@ def test_document_windows_go_on_after_any_window_and_after_no_other_token(
 
         def run(skip: int, tokens: np.ndarray = tokens) -> list[Plain]:
             pieces = cut(tokens, generator)
-            return plain(document_windows(3, pieces, 7, window, context, skip=skip))
+            return plain(document_windows(3, pieces, 7, Windowing(window, context), skip=skip))
 
         whole = run(0)
         ends = list(itertools.accumulate((len(new) for _, _, new in whole), initial=0))
@@ -116,7 +116,7 @@ def test_document_windows_read_no_further_than_needed() -> None:
             taken += 1
             yield np.arange(10, dtype=np.int32)
 
-    windows = document_windows(0, pieces(), 0, window=25, context=5)
+    windows = document_windows(0, pieces(), 0, Windowing(25, 5))
     for count in range(1, 20):
         next(windows)
         assert taken == -(-(25 + 20 * (count - 1)) // 10)
@@ -124,7 +124,7 @@ def test_document_windows_read_no_further_than_needed() -> None:
 
 def test_windows_own_their_tokens() -> None:
     piece = np.arange(20, dtype=np.int32)
-    windows = document_windows(0, [piece], 99, 10, 4)
+    windows = document_windows(0, [piece], 99, Windowing(10, 4))
     first = next(windows)
     assert first.tokens.tolist() == [99, *range(10)]
     first.tokens[:] = 0
@@ -145,14 +145,14 @@ def test_stream_windows_match_the_reference(window: int, context: int) -> None:
             owners += [10 + n for n, length in enumerate(lengths) for _ in range(length)]
             first = max(0, history_length - 1)
             expected = reference_windows(sequence, owners, first, window, context, False)
-            windows = stream_windows(documents, window, context, history)
+            windows = stream_windows(documents, Windowing(window, context), history)
             assert plain(windows) == expected
 
 
 def test_without_context_a_stream_is_cut_into_equal_blocks() -> None:
     x = np.arange(100, 141, dtype=np.int32)
     empty = np.empty(0, np.int32)
-    windows = list(stream_windows([(0, [x])], 8, 0, empty))
+    windows = list(stream_windows([(0, [x])], Windowing(8, 0), empty))
     for i, window in enumerate(windows):
         assert window.inputs.tolist() == x[i * 8 : (i + 1) * 8].tolist()
         assert window.targets.tolist() == x[i * 8 + 1 : (i + 1) * 8 + 1].tolist()
@@ -164,12 +164,12 @@ def test_stream_windows_go_on_after_any_block(window: int, context: int) -> None
     generator = random.Random(window * 100 + context)
     tokens = random_tokens(50, generator)
     empty = np.empty(0, np.int32)
-    whole = plain(stream_windows([(4, cut(tokens, generator))], window, context, empty))
+    whole = plain(stream_windows([(4, cut(tokens, generator))], Windowing(window, context), empty))
     end = 1
     for index, (_, _, new) in enumerate(whole):
         history = tokens[max(0, end - context - 1) : end]
         rest = [(4, cut(tokens[end:], generator))]
-        resumed = plain(stream_windows(rest, window, context, history))
+        resumed = plain(stream_windows(rest, Windowing(window, context), history))
         assert resumed == whole[index:]
         end += len(new)
     assert end == len(tokens)
@@ -183,7 +183,7 @@ def test_stream_windows_read_no_further_than_needed() -> None:
         for taken in itertools.count(1):
             yield taken, iter([np.arange(10, dtype=np.int32)])
 
-    windows = stream_windows(documents(), 25, 5, np.empty(0, np.int32))
+    windows = stream_windows(documents(), Windowing(25, 5), np.empty(0, np.int32))
     for count in range(1, 20):
         next(windows)
         assert taken == -(-(1 + 20 * count) // 10)
@@ -199,24 +199,17 @@ def test_stream_windows_read_no_further_than_needed() -> None:
     ],
 )
 def test_bad_window_sizes_are_refused(window: int, context: int, parts: list[str]) -> None:
-    empty = np.empty(0, np.int32)
-    attempts: list[Callable[[], object]] = [
-        lambda: check_window(window, context),
-        lambda: list(document_windows(0, [], 0, window, context)),
-        lambda: list(stream_windows([], window, context, empty)),
-    ]
-    for attempt in attempts:
-        with refusal(InvalidArgumentError, *parts):
-            attempt()
-    check_window(1, 0)
-    check_window(4, 3)
+    with refusal(InvalidArgumentError, *parts):
+        Windowing(window, context)
+    Windowing(1, 0)
+    Windowing(4, 3)
 
 
 @pytest.mark.parametrize(("window", "context"), SIZES)
 def test_limited_windows_are_the_first_new_positions(window: int, context: int) -> None:
     generator = random.Random(window * 100 + context)
     parts = [(n, [random_tokens(length, generator)]) for n, length in enumerate([5, 1, 20, 9])]
-    windows = list(stream_windows(parts, window, context, np.empty(0, np.int32)))
+    windows = list(stream_windows(parts, Windowing(window, context), np.empty(0, np.int32)))
     flat = [
         (read[: again + 1 + i + 1], again, owner)
         for read, again, owners in plain(windows)

@@ -11,6 +11,7 @@ from knnlm.mixture.features import TEMPERATURES, GateInput, count_features
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import TargetVotes, Voters, interpolate, target_knn_log_probs
 from knnlm.mixture.lm_summary import summarize_lm
+from knnlm.mixture.rows import join, select
 from knnlm.tuning.by_distance import fit_buckets
 from knnlm.tuning.gate_training import Examples, fit_gate, make_examples
 
@@ -36,12 +37,12 @@ def mixed(gate: LearnedGate, examples: Examples) -> Tensor:
 
 
 def test_a_gate_learns_when_to_ask_the_neighbors() -> None:
-    fitted = fit_gate([INPUT], text_of_two_kinds())
+    gate, held_out_log_probs = fit_gate([INPUT], text_of_two_kinds())
     best_fixed = -math.log(0.81 / 2)
-    assert float(-fitted.held_out_log_probs.mean()) < 0.5 * best_fixed
+    assert float(-held_out_log_probs.mean()) < 0.5 * best_fixed
     unseen = text_of_two_kinds(seed=1)
-    assert float(-mixed(fitted.gate, unseen).mean()) < 0.5 * best_fixed
-    weights = fitted.gate.weights(unseen.features)
+    assert float(-mixed(gate, unseen).mean()) < 0.5 * best_fixed
+    weights = gate.weights(unseen.features)
     sure = unseen.features[:, 0].abs() > 0.5
     neighbors_know = unseen.features[:, 0] > 0
     assert bool((weights[sure & neighbors_know, 1] > 0.8).all())
@@ -54,33 +55,35 @@ def test_what_cannot_be_learned_looks_no_better_held_out() -> None:
     log_probs = torch.randn(tokens, COMPONENTS, generator=generator).mul(2).sub(3)
     noise = torch.randn(tokens, count_features([INPUT]), generator=generator)
     present = torch.ones(tokens, COMPONENTS - 1, dtype=torch.bool)
-    fitted = fit_gate([INPUT], Examples(noise, log_probs, present))
+    gate, held_out_log_probs = fit_gate([INPUT], Examples(noise, log_probs, present))
     equal_shares = (log_probs.logsumexp(dim=1) - math.log(COMPONENTS)).mean()
-    learned = mixed(fitted.gate, Examples(noise, log_probs, present)).mean()
+    learned = mixed(gate, Examples(noise, log_probs, present)).mean()
     assert float(learned) > float(equal_shares), "a gate knows the text it learned from"
-    assert float(fitted.held_out_log_probs.mean()) < float(equal_shares) + 0.02
+    assert float(held_out_log_probs.mean()) < float(equal_shares) + 0.02
 
 
 def test_the_same_seed_gives_the_same_gate() -> None:
     examples = text_of_two_kinds(500)
     state = torch.get_rng_state()
-    one, again = fit_gate([INPUT], examples, seed=3), fit_gate([INPUT], examples, seed=3)
-    other = fit_gate([INPUT], examples, seed=4)
+    (one, held_out), (again, held_out_again) = (
+        fit_gate([INPUT], examples, seed=3) for _ in range(2)
+    )
+    other, _ = fit_gate([INPUT], examples, seed=4)
     assert torch.equal(torch.get_rng_state(), state), "torch's own random numbers are left alone"
-    for mine, same in zip(one.gate.network, again.gate.network, strict=True):
+    for mine, same in zip(one.network, again.network, strict=True):
         assert torch.equal(mine, same)
-    assert not torch.equal(one.gate.network[0], other.gate.network[0])
-    assert torch.equal(one.held_out_log_probs, again.held_out_log_probs)
-    assert not any(parameter.requires_grad for parameter in one.gate.parameters())
+    assert not torch.equal(one.network[0], other.network[0])
+    assert torch.equal(held_out, held_out_again)
+    assert not any(parameter.requires_grad for parameter in one.parameters())
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 300])
 def test_any_amount_of_text_gives_a_gate(tokens: int) -> None:
     examples = text_of_two_kinds(tokens)
-    fitted = fit_gate([INPUT], examples)
-    assert fitted.held_out_log_probs.shape == (tokens,)
-    assert bool(fitted.held_out_log_probs.isfinite().all())
-    torch.testing.assert_close(fitted.gate.weights(examples.features).sum(1), torch.ones(tokens))
+    gate, held_out_log_probs = fit_gate([INPUT], examples)
+    assert held_out_log_probs.shape == (tokens,)
+    assert bool(held_out_log_probs.isfinite().all())
+    torch.testing.assert_close(gate.weights(examples.features).sum(1), torch.ones(tokens))
 
 
 def test_training_sees_what_the_mixture_gives() -> None:
@@ -100,37 +103,36 @@ def test_training_sees_what_the_mixture_gives() -> None:
     summary, own = summarize_lm(lm), lm.gather(1, targets[:, None])[:, 0]
     examples = make_examples(inputs, summary, own, voters, targets)
     halves = [
-        make_examples(inputs, summary.of(h), own[h], [v.of(h) for v in voters], targets[h])
+        make_examples(
+            inputs, select(summary, h), own[h], [select(v, h) for v in voters], targets[h]
+        )
         for h in (slice(0, 320), slice(320, 700))
     ]
-    joined = Examples.join(halves)
+    joined = join(halves)
     torch.testing.assert_close(joined.features, examples.features)
     torch.testing.assert_close(joined.log_probs, examples.log_probs)
     assert torch.equal(joined.present, examples.present)
 
-    fitted = fit_gate(inputs, examples)
-    networks = fitted.gate.networks
-    alone = [fitted.gate.alone(network) for network in range(networks)]
+    gate, held_out_log_probs = fit_gate(inputs, examples)
+    networks = gate.networks
+    alone = [gate.alone(network) for network in range(networks)]
     # each token under the network that did not learn from it, by way of the evaluation
-    for network, gate in enumerate(alone):
+    for network, one in enumerate(alone):
         block = slice(
             math.ceil(700 * network / networks), math.ceil(700 * (network + 1) / networks)
         )
-        there = [o.of(block) for o in voters]
+        there = [select(o, block) for o in voters]
         by_evaluation = interpolate(
             own[block],
             [
                 TargetVotes(
                     target_knn_log_probs(v.log_weights, o.tokens == targets[block, None]),
                     v.lmbda,
-                    o.present,
                 )
-                for v, o in zip(gate(summary.of(block), there), there, strict=True)
+                for v, o in zip(one(select(summary, block), there), there, strict=True)
             ],
         )
-        torch.testing.assert_close(
-            fitted.held_out_log_probs[block], by_evaluation, atol=1e-4, rtol=1e-4
-        )
+        torch.testing.assert_close(held_out_log_probs[block], by_evaluation, atol=1e-4, rtol=1e-4)
 
 
 def test_buckets_have_the_best_lmbda_of_their_range() -> None:

@@ -4,7 +4,6 @@ import json
 import math
 import struct
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -150,7 +149,7 @@ def test_the_sweep_equals_slow_arithmetic(absent: float) -> None:
 
 def test_distances_far_beyond_float32_exponents() -> None:
     neighbors = random_neighbors(40, 8)
-    far = replace(neighbors, squared_distances=neighbors.squared_distances + 2.0**15)
+    far = neighbors._replace(squared_distances=neighbors.squared_distances + 2.0**15)
     for trial in all_trials(sweep(far)):
         assert trial.perplexity == pytest.approx(slow_perplexity(far, trial), rel=1e-5)
 
@@ -236,7 +235,7 @@ def test_several_datastores_are_tuned_together(llama_lm: LanguageModel, tmp_path
 
 def test_jointly_fitted_weights_are_the_best_on_a_grid() -> None:
     one, other = random_neighbors(300, 20, seed=1), random_neighbors(300, 20, seed=2)
-    other = replace(other, lm_log_probs=one.lm_log_probs)
+    other = other._replace(lm_log_probs=one.lm_log_probs)
     given = [Parameters(16, 0.5, 1.0), Parameters(16, 0.5, 3.0)]
     fitted, perplexity = fit_lmbdas([one, other], given)
     lm_probs = one.lm_log_probs.double().exp()
@@ -324,3 +323,13 @@ def test_temperatures_follow_the_scale_of_the_keys(scale: float) -> None:
     scaled = TargetNeighbors(neighbors.lm_log_probs, distances * scale, votes)
     expected, found = sweep(neighbors), sweep(scaled)
     assert found.knn_perplexity == pytest.approx(expected.knn_perplexity, rel=0.005)
+
+
+def test_a_datastore_is_tuned_by_its_path(tmp_path: Path, llama_lm: LanguageModel) -> None:
+    llama_lm.save(tmp_path / "model")
+    lm = LanguageModel.load(tmp_path / "model")
+    store = build(tmp_path / "s", lm, distinct_documents(3), window=64)
+    found = tune(tmp_path / "s", HELD_OUT, max_k=8)
+    assert found.parameters == tune(KNNLM(lm, store), HELD_OUT, max_k=8).parameters
+    found.save(tmp_path / "s", ["held"])
+    assert Datastore(tmp_path / "s").parameters == found.parameters[0]

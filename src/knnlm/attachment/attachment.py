@@ -20,6 +20,7 @@ from knnlm.attachment.sequence_caches import SequenceCaches
 from knnlm.errors import AttachmentError, InvalidArgumentError
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
+from knnlm.mixture.rows import select
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Stores, as_stores
@@ -131,7 +132,7 @@ class Attachment:
             kept = slice_logits_to_keep(kept, given.get("logits_to_keep", 0))
         cache_view = None
         if self.mixer.uses_cache:
-            cache_view = self._caches.read(given, output, read.detach()).of(kept.flatten())
+            cache_view = select(self._caches.read(given, output, read.detach()), kept.flatten())
         lm_log_probs = self._keyed.log_probs(logits)
         begun = self._pending.search
         retrieved = self.mixer.search(keys) if begun is None else begun.result()
@@ -164,7 +165,7 @@ def attach(
     """
     if not isinstance(model, PreTrainedModel):
         raise InvalidArgumentError(
-            f"model must be a transformers PreTrainedModel, got a {type(model).__name__}: load it "
+            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: load it "
             "with AutoModelForCausalLM, or give a LanguageModel's .model"
         )
     stores = as_stores(store)

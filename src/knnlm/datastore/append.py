@@ -26,7 +26,7 @@ from knnlm.index.protocol import measurable, why_unmeasurable
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
-from knnlm.rules import check_whole
+from knnlm.rules import LARGEST, check_whole
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Window
 
@@ -54,7 +54,7 @@ def append_documents(
     """
     for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
         if number is not None:
-            check_whole(name, number)
+            check_whole(name, number, most=LARGEST)
     store = open_or_create(
         Path(path), lm, window=window, context=context, boundary=boundary, key_dtype=key_dtype
     )

@@ -327,5 +327,20 @@ class DocumentsByRow:
         return torch.searchsorted(self._starts, rows.contiguous(), right=True) - 1
 
 
+def open_datastore(store: Datastore | str | Path) -> Datastore:
+    """Return a datastore, opened if it is named by its folder's path.
+
+    Raises InvalidArgumentError for another type, and what opening a `Datastore` raises.
+    """
+    if isinstance(store, Datastore):
+        return store
+    if not isinstance(store, str | Path):
+        raise InvalidArgumentError(
+            "store must be a datastore, its folder's path, or a sequence of these where several "
+            f"are possible, got {store!r} ({type(store).__name__})"
+        )
+    return Datastore(store)
+
+
 def _resolved(store: Datastore) -> str:
     return str(store.path.resolve())

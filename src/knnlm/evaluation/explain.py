@@ -1,8 +1,10 @@
 """How each token of a text is explained: which entries of which documents voted for it."""
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from itertools import accumulate, compress
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -62,13 +64,16 @@ def explain(
     many neighbors are named for each token. before, after: how many tokens of their passages.
     Raises InvalidArgumentError for a text without tokens and a datastore without entries.
     """
+    if not isinstance(model, Explainable):
+        raise InvalidArgumentError(
+            f"model must be a KNNLM, got {model!r} ({type(model).__name__}): make one with "
+            "KNNLM(model, store)"
+        )
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")
-    request = replace(
-        ScoreRequest.for_mixer(model.mixer, model.windowing.boundary),
-        retrievers=model.mixer.retrievers,
-    )
+    request = ScoreRequest.for_mixer(model.mixer, model.windowing.boundary)
+    request = replace(request, retrievers=model.mixer.retrievers)
     scores = score_text(model.lm, tokens, model.windowing, request)
     return explain_scores(model, scores, sources=sources, before=before, after=after)
 
@@ -98,9 +103,8 @@ def explain_scores(
     for part in scores:
         pairs = zip(retrievers, compress(part.neighbors, has_votes), strict=True)
         neighbors = [retriever.keep_nearest(deeper) for retriever, deeper in pairs]
-        cache_neighbors = part.cache_neighbors[0] if part.cache_neighbors else None
-        votes = mixer.votes(retrievers, neighbors, cache_neighbors, part.lm)
-        evidence = Evidence(part.targets, part.lm_log_probs, votes, neighbors, cache_neighbors)
+        votes = mixer.votes(retrievers, neighbors, part.cache_neighbors, part.lm)
+        evidence = Evidence(part.targets, part.lm_log_probs, votes, neighbors, part.cache_neighbors)
         explanations += explainer.explain(evidence)
     return explanations
 
@@ -116,9 +120,10 @@ class Evidence(NamedTuple):
     lm_log_probs: Float[Tensor, " token"]
     votes: Sequence[Votes]
     neighbors: Sequence[Neighbors]
-    cache_neighbors: CacheNeighbors | None = None
+    cache_neighbors: Sequence[CacheNeighbors] = ()
 
 
+@dataclass
 class Explainer:
     """Explains the tokens of one text, in order.
 
@@ -126,22 +131,18 @@ class Explainer:
     with_credits: whether to sum each document's part, for which all neighbors are looked up.
     """
 
-    def __init__(
-        self,
-        lm: LanguageModel,
-        retrievers: Sequence[Retriever],
-        *,
-        sources: int = 3,
-        before: int = 24,
-        after: int = 8,
-        with_credits: bool = True,
-    ) -> None:
-        self._lm = lm
-        self._retrievers = retrievers
-        self._documents = [DocumentsByRow(r.store) for r in retrievers] if with_credits else None
-        self._sources = sources
-        self._before = before
-        self._after = after
+    lm: LanguageModel
+    retrievers: Sequence[Retriever]
+    _: KW_ONLY
+    sources: int = 3
+    before: int = 24
+    after: int = 8
+    with_credits: bool = True
+
+    def __post_init__(self) -> None:
+        self._documents = [
+            DocumentsByRow(own.store) for own in self.retrievers if self.with_credits
+        ]
         self._text: list[int] = []  # the tokens so far, where the continuous cache's passages are
 
     def explain(self, evidence: Evidence) -> Iterator[Explanation]:
@@ -150,7 +151,7 @@ class Explainer:
         self._text += targets
         if not votes:
             for token, log_prob in zip(targets, evidence.lm_log_probs.tolist(), strict=True):
-                yield Explanation(token, self._lm.decode([token]), log_prob, 0.0, log_prob)
+                yield Explanation(token, self.lm.decode([token]), log_prob, 0.0, log_prob)
             return
         components = [own.for_targets(evidence.targets) for own in votes]
         shares = _shares(votes)
@@ -162,21 +163,15 @@ class Explainer:
             [own.log_weights.exp() * shares[:, n, None] for n, own in enumerate(votes)], dim=1
         )
         tokens = torch.cat([own.tokens for own in votes], dim=1)
-        strongest = weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
-        for number, token in enumerate(targets):
-            named = [
-                self._source(evidence, number, column, weight)
-                for column, weight in zip(
-                    strongest.indices[number, : self._sources].tolist(),
-                    strongest.values[number, : self._sources].tolist(),
-                    strict=True,
-                )
-            ]
-            sources = tuple(source for source in named if source is not None)
+        ordered = weights.sort(dim=1, descending=True, stable=True)  # nearest first among equals
+        strongest = (part[:, : self.sources].tolist() for part in (ordered.indices, ordered.values))
+        for number, (token, *named) in enumerate(zip(targets, *strongest, strict=True)):
+            voters = map(partial(self._source, evidence, number), *named)
+            sources = tuple(source for source in voters if source is not None)
             wanted = {token, *(source.token for source in sources)}
             yield Explanation(
                 token=token,
-                text=self._lm.decode([token]),
+                text=self.lm.decode([token]),
                 lm_log_prob=float(evidence.lm_log_probs[number]),
                 knn_prob=float(knn_probs[number]),
                 log_prob=float(log_probs[number]),
@@ -190,53 +185,37 @@ class Explainer:
 
         column: the voter's place in all votes side by side.
         """
-        starts = [0, *accumulate(own.tokens.shape[1] for own in evidence.votes)]
+        found: list[Neighbors | CacheNeighbors] = [*evidence.neighbors, *evidence.cache_neighbors]
+        starts = [0, *accumulate(own.squared_distances.shape[1] for own in found)]
         which = bisect_right(starts, column) - 1
-        place = column - starts[which]
-        if which < len(self._retrievers):
-            nearest = evidence.neighbors[which]
-            row = int(nearest.rows[number, place])
-            distance = float(nearest.squared_distances[number, place])
-            return None if row < 0 else self._stored(which, row, weight, distance)
-        assert evidence.cache_neighbors is not None
-        recent = evidence.cache_neighbors
-        if recent.tokens[number, place] < 0:
-            return None
-        position = len(self._text) - len(evidence.targets) + number
-        position -= int(recent.ages[number, place])
-        return self._recent(position, weight, float(recent.squared_distances[number, place]))
-
-    def _stored(self, which: int, row: int, weight: float, squared_distance: float) -> Source:
-        """Return an entry of a datastore as a source."""
-        store = self._retrievers[which].store
-        passage = store.passage(row, self._before, self._after)
+        nearest, place = found[which], (number, column - starts[which])
+        if isinstance(nearest, Neighbors):
+            row = int(nearest.rows[place])
+            if row < 0:
+                return None
+            store = self.retrievers[which].store
+            path, passage = str(store.path), store.passage(row, self.before, self.after)
+            name, position = passage.document.name, row - passage.document.start
+            token, before, after = passage.value, passage.before.tolist(), passage.after.tolist()
+        else:
+            if nearest.tokens[place] < 0:
+                return None
+            path, row, name, text = "", -1, THIS_TEXT, self._text
+            position = len(text) - len(evidence.targets) + number - int(nearest.ages[place])
+            token = text[position]
+            before = text[max(position - self.before, 0) : position]
+            after = text[position + 1 : position + 1 + self.after]
         return Source(
-            store=str(store.path),
+            store=path,
             row=row,
-            document=passage.document.name,
-            position=row - passage.document.start,
-            token=passage.value,
-            weight=weight,
-            squared_distance=squared_distance,
-            before=self._lm.decode(passage.before),
-            value=self._lm.decode([passage.value]),
-            after=self._lm.decode(passage.after),
-        )
-
-    def _recent(self, position: int, weight: float, squared_distance: float) -> Source:
-        """Return a pair in the continuous cache as a source. position: of its token in the text."""
-        text = self._text
-        return Source(
-            store="",
-            row=-1,
-            document=THIS_TEXT,
+            document=name,
             position=position,
-            token=text[position],
+            token=token,
             weight=weight,
-            squared_distance=squared_distance,
-            before=self._lm.decode(text[max(position - self._before, 0) : position]),
-            value=self._lm.decode([text[position]]),
-            after=self._lm.decode(text[position + 1 : position + 1 + self._after]),
+            squared_distance=float(nearest.squared_distances[place]),
+            before=self.lm.decode(before),
+            value=self.lm.decode([token]),
+            after=self.lm.decode(after),
         )
 
     def _heaviest_votes(
@@ -252,7 +231,7 @@ class Explainer:
         )
         sums = np.bincount(group, weights=weights.numpy()[present], minlength=len(voted))
         return tuple(
-            Vote(int(voted[n]), self._lm.decode(voted[[n]]), float(sums[n]), int(counts[n]))
+            Vote(int(voted[n]), self.lm.decode(voted[[n]]), float(sums[n]), int(counts[n]))
             for rank, n in enumerate(np.argsort(-sums, kind="stable"))
             if rank < _HEAVIEST_VOTES or voted[n] in wanted
         )
@@ -261,22 +240,22 @@ class Explainer:
         self, evidence: Evidence, number: int, log_prob: Float[Tensor, ""]
     ) -> tuple[Credit, ...]:
         """Return each document's part of the probability of one token."""
-        if self._documents is None:
+        if not self.with_credits:
             return ()
-        sums: dict[tuple[str, str], float] = {}
+        sums: defaultdict[tuple[str, str], float] = defaultdict(float)
         for which, own in enumerate(evidence.votes):
             for_token = own.tokens[number] == evidence.targets[number]
-            if which < len(self._retrievers):
+            if which < len(self.retrievers):
                 rows = evidence.neighbors[which].rows[number][for_token]
                 found = self._documents[which]
                 documents = [(found.store, document.name) for document in found.at(rows)]
             else:
                 documents = [("", THIS_TEXT)] * int(for_token.sum())
-            lmbda = torch.as_tensor(own.lmbda).expand(len(own.tokens))[number]
-            parts = (lmbda.log() + own.log_weights[number][for_token] - log_prob).exp()
+            log_weights = own.lmbda[number].log() + own.log_weights[number][for_token]
+            parts = (log_weights - log_prob).exp()
             for document, part in zip(documents, parts.tolist(), strict=True):
                 if part > 0.0:
-                    sums[document] = sums.get(document, 0.0) + part
+                    sums[document] += part
         return sorted_credits(sums)
 
 
@@ -285,11 +264,7 @@ def _shares(votes: Sequence[Votes]) -> Float[Tensor, "query source"]:
 
     Where no source has weight, those with neighbors share it equally.
     """
-    present = torch.stack([own.present for own in votes], dim=1)
-    lmbdas = torch.stack(
-        [torch.as_tensor(own.lmbda).expand(len(own.present)) for own in votes], dim=1
-    )
-    lmbdas = torch.where(present, lmbdas, 0.0)
-    total = lmbdas.sum(dim=1, keepdim=True)
-    shares = torch.where(total > 0.0, lmbdas, present.float())
+    lmbdas = torch.stack([own.lmbda for own in votes], dim=1)
+    present = torch.stack([own.log_weights.amax(dim=1) > -torch.inf for own in votes], dim=1)
+    shares = lmbdas.where(lmbdas.any(dim=1, keepdim=True), present.float())
     return shares / shares.sum(dim=1, keepdim=True).clamp_min(1e-30)

@@ -1,5 +1,6 @@
 """Explanations: why a token got its probability, from which passages, by which documents."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -83,15 +84,14 @@ class Explanation:
 
 def sum_credits(explanations: Iterable[Explanation]) -> tuple[Credit, ...]:
     """Return each document's credit for some tokens together, the greatest first."""
-    sums: dict[tuple[str, str], float] = {}
+    sums: defaultdict[tuple[str, str], float] = defaultdict(float)
     for explanation in explanations:
         for credit in explanation.credits:
-            document = credit.store, credit.document
-            sums[document] = sums.get(document, 0.0) + credit.tokens
+            sums[credit.store, credit.document] += credit.tokens
     return sorted_credits(sums)
 
 
 def sorted_credits(sums: Mapping[tuple[str, str], float]) -> tuple[Credit, ...]:
     """Return the credits of documents, given by (store, name), the greatest first."""
-    documents = sorted(sums, key=lambda document: -sums[document])
-    return tuple(Credit(store, name, sums[store, name]) for store, name in documents)
+    documents = sorted(sums, key=sums.__getitem__, reverse=True)
+    return tuple(Credit(*document, sums[document]) for document in documents)

@@ -2,12 +2,11 @@
 
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-from jaxtyping import Int32
+import torch
 
 from knnlm.choices import Boundary
 from knnlm.errors import InvalidArgumentError
@@ -20,7 +19,7 @@ from knnlm.model.reading import EncodedDocument
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.text.corpus import Document
-from knnlm.text.windows import Window, Windowing
+from knnlm.text.windows import Windowing
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +120,6 @@ def evaluate(
     started = time.perf_counter()
     lm_seconds = search_seconds = 0.0
     tally = Tally(mixer.retrievers, lm.vocab_size)
-    last = _LastDocument()
     request = ScoreRequest.for_mixer(mixer, windowing.boundary)
     text = score_documents(
         lm, documents, windowing, request, max_tokens=max_tokens, progress=progress
@@ -130,11 +128,10 @@ def evaluate(
         tally.add(scores, mixed_log_probs(scores, mixer))
         lm_seconds += scores.lm_seconds
         search_seconds += scores.search_seconds
-        last.add(scores.windows)
     if not tally.scored:
         raise InvalidArgumentError("the text to evaluate must have a token, got none")
     streaming = windowing.boundary == Boundary.stream
-    words, size_bytes = _measure_text(lm, text.documents, tally.scored, last.targets, streaming)
+    words, size_bytes = _measure_text(lm, text.documents, tally, streaming)
     errors = tally.errors()
     lm_nats, knn_nats = tally.nats
     tokens = sum(tally.scored.values())
@@ -159,43 +156,19 @@ def evaluate(
     )
 
 
-class _LastDocument:
-    """The scored tokens of the last document, which `max_tokens` may have cut."""
-
-    def __init__(self) -> None:
-        self._number = -1
-        self._parts: list[Int32[np.ndarray, " part"]] = []
-
-    def add(self, windows: Iterable[Window]) -> None:
-        for window in windows:
-            start = 0
-            for span in window.spans:
-                if span.document != self._number:
-                    self._number, self._parts = span.document, []
-                self._parts.append(window.targets[start : start + span.count])
-                start += span.count
-
-    @property
-    def targets(self) -> Int32[np.ndarray, " target"]:
-        return np.concatenate(self._parts)
-
-
 def _measure_text(
-    lm: LanguageModel,
-    documents: Mapping[int, EncodedDocument],
-    scored: Mapping[int, int],
-    last_targets: Int32[np.ndarray, " target"],
-    streaming: bool,
+    lm: LanguageModel, read: Sequence[EncodedDocument], tally: Tally, streaming: bool
 ) -> tuple[int, int]:
-    """Return the words and bytes of the scored text. scored: how many tokens of each document."""
-    words = sum(documents[number].words for number in scored)
-    size_bytes = sum(documents[number].size_bytes for number in scored)
-    last = documents[max(scored)]
+    """Return the words and bytes of the scored text, whose last document may have been cut."""
+    documents = [document for document in read if document.number in tally.scored]
+    words = sum(document.words for document in documents)
+    size_bytes = sum(document.size_bytes for document in documents)
+    last = documents[-1]
     # a stream predicts the start token of every document but the first
-    has_start_target = streaming and last.number != min(documents)
+    has_start_target = streaming and last is not read[0]
     unpredicted = int(streaming and not has_start_target)
-    if scored[last.number] < last.tokens - unpredicted:
-        text = lm.decode(last_targets[int(has_start_target) :])
+    if tally.scored[last.number] < last.tokens - unpredicted:
+        text = lm.decode(torch.cat(tally.last_targets)[int(has_start_target) :])
         words += len(text.split()) - last.words
         size_bytes += len(text.encode()) - last.size_bytes
     return words, size_bytes

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
 from knnlm.mixture.interpolation import interpolate
 from knnlm.mixture.lm_summary import LMSummary
+from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import (
     EncodedDocument,
@@ -30,7 +32,6 @@ from knnlm.model.reading import (
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
-from knnlm.rules import check_whole
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Window, Windowing, document_windows, stream_windows
 
@@ -99,20 +100,18 @@ class Scores:
 
 def mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
     """Return log p of each scored token; the scores are those that the mixer needs."""
-    cache_neighbors = scores.cache_neighbors[0] if scores.cache_neighbors else None
-    votes = mixer.votes(mixer.searched, scores.neighbors, cache_neighbors, scores.lm)
+    votes = mixer.votes(mixer.searched, scores.neighbors, scores.cache_neighbors, scores.lm)
     return interpolate(scores.lm_log_probs, [one.for_targets(scores.targets) for one in votes])
 
 
-@dataclass(frozen=True, slots=True)
-class DocumentScores:
+class DocumentScores(NamedTuple):
     """The scores of held-out documents, computed while they are iterated over.
 
-    documents: those that were read so far, by number.
+    documents: those that were read so far.
     """
 
     scores: Iterator[Scores]
-    documents: dict[int, EncodedDocument]
+    documents: list[EncodedDocument]
 
 
 def score_documents(
@@ -129,14 +128,8 @@ def score_documents(
 
     Raises InvalidArgumentError. description: the name of the work in its progress.
     """
-    if max_tokens is not None:
-        check_whole("max_tokens", max_tokens)
-    read: dict[int, EncodedDocument] = {}
-
-    def note(encoded: EncodedDocument) -> None:
-        read[encoded.number] = encoded
-
-    windows = cut_documents(lm, documents, windowing, max_tokens, on_document=note)
+    read: list[EncodedDocument] = []
+    windows = cut_documents(lm, documents, windowing, max_tokens, on_document=read.append)
 
     def scores() -> Iterator[Scores]:
         corpus_bytes = total_bytes(documents)
@@ -144,8 +137,8 @@ def score_documents(
             for part in score_windows(lm, windows, request):
                 total: float | None = max_tokens
                 if corpus_bytes is not None:
-                    tokens = sum(document.tokens for document in read.values())
-                    size_bytes = sum(document.size_bytes for document in read.values())
+                    tokens = sum(document.tokens for document in read)
+                    size_bytes = sum(document.size_bytes for document in read)
                     total = min(max_tokens or math.inf, corpus_bytes * tokens / max(size_bytes, 1))
                 advance(len(part.targets), total)
                 yield part
@@ -158,13 +151,12 @@ def score_text(
 ) -> Iterator[Scores]:
     """Score the tokens of one text, cut into windows as a held-out document is."""
     windowing.check_positions(lm.max_window, lm.name)
-    size, context = windowing.window, windowing.context
     pieces = [np.array(tokens, np.int32)]
     if windowing.boundary == Boundary.document:
-        windows = document_windows(0, pieces, lm.start_token, size, context)
+        windows = document_windows(0, pieces, lm.start_token, windowing)
     else:
         pieces.insert(0, np.array([lm.start_token], np.int32))
-        windows = stream_windows([(0, pieces)], size, context, np.empty(0, np.int32))
+        windows = stream_windows([(0, pieces)], windowing, np.empty(0, np.int32))
     return score_windows(lm, windows, request)
 
 
@@ -196,33 +188,28 @@ class _Scorer:
         lm, request = self._lm, self._request
         started = time.perf_counter()
         targets = torch.from_numpy(np.concatenate([window.targets for window in windows]))
-        starts = np.cumsum([0] + [window.new for window in windows]).tolist()
-        log_probs = torch.empty(len(targets))
-        queries = torch.empty(len(targets), lm.dimension)
-        summaries: dict[int, LMSummary] = {}
-        likeliest: dict[int, Likeliest] = {}
-        for scores in read_scores(lm, windows, request.summary, request.likeliest):
-            new = slice(starts[scores.number], starts[scores.number + 1])
-            log_probs[new], queries[new] = scores.log_probs, scores.keys
-            if scores.summary is not None:
-                summaries[scores.number] = scores.summary.cpu()
-            if scores.likeliest is not None:
-                likeliest[scores.number] = scores.likeliest
+        parts = sorted(
+            read_scores(lm, windows, request.summary, request.likeliest), key=attrgetter("number")
+        )
+        log_probs = torch.cat([part.log_probs for part in parts]).cpu()
+        queries = torch.cat([part.keys for part in parts]).cpu()
+        summaries = [part.summary for part in parts if part.summary is not None]
+        likeliest = [part.likeliest for part in parts if part.likeliest is not None]
+        lm_summary = LMSummary(*(column.cpu() for column in join(summaries))) if summaries else None
         read = time.perf_counter()
         neighbors = tuple(retriever.search(queries) for retriever in request.retrievers)
         cache_neighbors = self._find_in_cache(
             windows, torch.split(queries, [window.new for window in windows])
         )
         searched = time.perf_counter()
-        numbers = range(len(windows))
         return Scores(
             windows,
             targets,
             log_probs,
             neighbors,
             cache_neighbors,
-            LMSummary.join([summaries[number] for number in numbers]) if summaries else None,
-            Likeliest.join([likeliest[number] for number in numbers]) if likeliest else None,
+            lm_summary,
+            join(likeliest) if likeliest else None,
             read - started,
             searched - read,
         )

@@ -1,7 +1,7 @@
 """Counts of an evaluation: nats, by document and by the frequency of tokens."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -48,18 +48,21 @@ class Tally:
     """Sums of nats: over documents, and over tokens of similar frequency in the datastores.
 
     scored: the number of tokens counted in each document, by its number. helped, hurt: how many
-    tokens are more, or less, probable under the mixture than under the LM.
+    tokens are more, or less, probable under the mixture than under the LM. last_targets: the tokens
+    counted in the last document, in parts.
     """
 
     def __init__(self, retrievers: Sequence[Retriever], vocab_size: int) -> None:
         self.scored: dict[int, int] = {}
+        self.last_targets: list[Int[Tensor, " part"]] = []
         self.helped = self.hurt = 0
         self._hurt_much = 0.0
         # by document and block number: nats of the LM and of the mixture, and tokens
         self._blocks: dict[tuple[int, int], Float[Tensor, " count"]] = {}
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for retriever in retrievers:
-            counts += _count_tokens(retriever, vocab_size)
+            store = retriever.store
+            counts += torch.bincount(store.values[store.alive], minlength=vocab_size)
         # 0 for none, 1 for 1 … 9, 2 for 10 … 99, …
         self._bucket = counts.double().log10().floor().clamp_min(-1).long() + 1
         buckets = int(self._bucket.max()) + 1
@@ -77,11 +80,13 @@ class Tally:
         self._bucket_tokens += torch.bincount(buckets, minlength=len(self._bucket_tokens))
         self._bucket_nats.index_add_(0, buckets, nats)
         counted = torch.cat([nats, torch.ones(len(nats), 1, dtype=torch.float64)], dim=1)
-        start = 0
-        for window in scores.windows:
-            for span in window.spans:
-                self._add_to_blocks(span.document, counted[start : start + span.count])
-                start += span.count
+        spans = [span for window in scores.windows for span in window.spans]
+        parts = (torch.split(own, [s.count for s in spans]) for own in (scores.targets, counted))
+        for span, targets, own in zip(spans, *parts, strict=True):
+            if span.document not in self.scored:
+                self.last_targets = []
+            self.last_targets.append(targets)
+            self._add_to_blocks(span.document, own)
 
     def _add_to_blocks(self, document: int, counted: Float[Tensor, "token count"]) -> None:
         """Count the next tokens of a document."""
@@ -128,16 +133,14 @@ class Tally:
 
     def frequencies(self) -> tuple[FrequencyBucket, ...]:
         """Return the buckets that have tokens, the rarest first."""
-        return tuple(self._frequencies())
-
-    def _frequencies(self) -> Iterator[FrequencyBucket]:
+        buckets = []
         for number, tokens in enumerate(self._bucket_tokens.tolist()):
             if tokens:
-                lm, mixed = (
-                    perplexity_of(nats / tokens) for nats in self._bucket_nats[number].tolist()
-                )
+                lm, mixed = (self._bucket_nats[number] / tokens).tolist()
                 at_least, at_most = (10 ** (number - 1), 10**number - 1) if number else (0, 0)
-                yield FrequencyBucket(at_least, at_most, tokens, lm, mixed)
+                perplexities = perplexity_of(lm), perplexity_of(mixed)
+                buckets.append(FrequencyBucket(at_least, at_most, tokens, *perplexities))
+        return tuple(buckets)
 
 
 def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -150,10 +153,6 @@ def bootstrap(nats: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray
     drawn = generator.integers(len(tokens), size=(_RESAMPLES, len(tokens)))
     per_token: NDArray[np.float64] = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)[:, None]
     return per_token
-
-
-def _count_tokens(retriever: Retriever, vocab_size: int) -> Int[Tensor, " vocab"]:
-    return torch.bincount(retriever.store.values[retriever.store.alive], minlength=vocab_size)
 
 
 def perplexity_of(nats_per_token: float) -> float:

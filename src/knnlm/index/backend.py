@@ -15,7 +15,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import NonFiniteKeysError
 from knnlm.index.protocol import Index, measurable, why_unmeasurable
 from knnlm.progress import SILENT, Progress
-from knnlm.rules import check_k, check_recall, check_seed
+from knnlm.rules import check_k, check_recall, check_seed, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,8 @@ class IndexOptions:
     that reach `recall` of the k true nearest. queries: real ones to measure recall with; None:
     stored keys. device: where searches compute, "cpu" or a GPU.
 
-    Raises InvalidArgumentError for a recall outside (0, 1], for k < 1 and a seed beyond int64.
+    Raises InvalidArgumentError for a recall outside (0, 1], for k or nprobe below 1 and for a seed
+    beyond int64.
     """
 
     factory: str | None = None
@@ -39,9 +40,11 @@ class IndexOptions:
     progress: Progress = SILENT
 
     def __post_init__(self) -> None:
-        check_recall(self.recall)
-        check_k(self.k)
-        check_seed(self.seed)
+        object.__setattr__(self, "recall", check_recall(self.recall))
+        object.__setattr__(self, "k", check_k(self.k))
+        object.__setattr__(self, "seed", check_seed(self.seed))
+        if self.nprobe is not None:
+            object.__setattr__(self, "nprobe", check_whole("nprobe", self.nprobe))
 
 
 @runtime_checkable

@@ -6,6 +6,8 @@ refines them.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +25,7 @@ from knnlm.errors import (
     DatastoreCorruptError,
     DatastoreNotFoundError,
     InvalidArgumentError,
+    KNNLMError,
 )
 from knnlm.index.backend import IndexOptions, check_keys
 from knnlm.index.exact import ExactIndex
@@ -99,11 +102,15 @@ class FaissIndex:
         """
         assert options.factory is not None, "the policy checks it"
         index = _trained(store, options.factory, options)
-        with options.progress.task("add keys", store.rows, "keys") as advance:
+        refusing = _refusing(options.factory, "cannot be filled and searched")
+        with refusing, options.progress.task("add keys", store.rows, "keys") as advance:
             for start, keys in store.key_blocks(_ADDED_AT_ONCE):
                 check_keys(store, keys, start + torch.arange(len(keys)))
                 index.add(keys.float().numpy())
                 advance(len(keys))
+            if store.rows:  # before anything is written
+                wanted = _Wanted(options.nprobe or 1, k_factor, None, 1)
+                index.search(keys[:1].float().numpy(), 1, params=_parameters(index, wanted))
         folder = _folder(store)
         file = folder / f"{store.generation:08d}.index"
         _write_index(index, file)
@@ -255,9 +262,22 @@ def _command(store: Datastore, factory: str) -> str:
     return f"knnlm index {store.path} --kind faiss --factory {factory}"
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """Return the last line of FAISS's message; the others name its source files."""
-    return str(error).splitlines()[-1]
+    return (str(error).splitlines() or [type(error).__name__])[-1]
+
+
+@contextmanager
+def _refusing(factory: str, step: str) -> Iterator[None]:
+    """Turn the errors of FAISS about an unusual factory string into InvalidArgumentError."""
+    try:
+        yield
+    except KNNLMError:
+        raise
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ValueError) as error:
+        raise InvalidArgumentError(
+            f"factory {factory!r} {step} ({_reason(error)}); try IVF1024,Flat"
+        ) from error
 
 
 def _read_stored(store: Datastore) -> _Stored:
@@ -273,26 +293,16 @@ def _read_stored(store: Datastore) -> _Stored:
 def _trained(store: Datastore, factory: str, options: IndexOptions) -> Any:
     """Return an empty FAISS index, trained on a sample of the keys."""
     dimension = store.settings.dimension
-    try:
+    with _refusing(factory, f"is none of FAISS's for {dimension} dimensions"):
         index = _faiss().index_factory(dimension, factory)
-    except RuntimeError as error:
-        raise InvalidArgumentError(
-            f"factory {factory!r} is none of FAISS's for {dimension} dimensions "
-            f"({_reason(error)}); try IVF1024,Flat"
-        ) from error
     generator = torch.Generator().manual_seed(options.seed)
     with options.progress.task("train the index", None, "keys"):
         sample = torch.randperm(store.rows, generator=generator)[:_TRAINING_KEYS]
         keys = store.keys_at(sample).float()
-        check_keys(store, keys, sample)
-        try:
-            if len(sample):
-                index.train(keys.numpy())
-        except RuntimeError as error:
-            raise InvalidArgumentError(
-                f"factory {factory!r} cannot be trained on {len(sample)} keys "
-                f"({_reason(error)}); ask for fewer lists"
-            ) from error
+    check_keys(store, keys, sample)
+    if len(keys):
+        with _refusing(factory, f"cannot be trained on {len(keys)} keys"):
+            index.train(keys.numpy())
     return index
 
 

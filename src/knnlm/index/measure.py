@@ -70,7 +70,7 @@ def choose_nprobe(
             if recall >= options.recall:
                 break
         started = time.perf_counter()
-        index.search(sample, options.k)
+        index.search(sample, min(options.k, store.rows))
         seconds = time.perf_counter() - started
     milliseconds = seconds * 1e3 / len(sample)
     return Measured(options.k, options.recall, recall, len(measured), milliseconds)

@@ -1,5 +1,6 @@
 """Which index a datastore is searched with: the registry of backends, the choice and the upkeep."""
 
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from knnlm.choices import IndexKind, parse_choice
 from knnlm.datastore.catalog import Catalog
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.available_memory import memory_bytes
 from knnlm.index.backend import Backend, IndexOptions
@@ -16,6 +17,7 @@ from knnlm.index.faiss import FaissBackend
 from knnlm.index.ivf.backend import IVFBackend
 from knnlm.index.protocol import Index
 from knnlm.index.report import SETTING, index_setting
+from knnlm.model.device import parse_device
 from knnlm.progress import SILENT, Progress
 
 BACKENDS: dict[IndexKind, Backend] = {
@@ -41,7 +43,7 @@ def choose_kind(store: Datastore) -> IndexKind:
 
 
 def build_index(
-    store: Datastore,
+    store: Datastore | str | Path,
     kind: str = "auto",
     *,
     factory: str | None = None,
@@ -55,12 +57,15 @@ def build_index(
 ) -> Index:
     """Build the index that a datastore is searched with from now on.
 
-    kind: see `IndexKind`, and `choose_kind` for "auto". The rest: see `IndexOptions`.
+    store: a datastore or its folder's path. kind: see `IndexKind`, and `choose_kind` for "auto".
+    The rest: see `IndexOptions`.
 
     Raises InvalidArgumentError, DatastoreLockedError, DatastoreWriteError.
     """
-    asked = parse_choice(IndexKind, "kind", kind)
-    options = IndexOptions(factory, nprobe, recall, k, queries, seed, device, progress)
+    store, asked = open_datastore(store), parse_choice(IndexKind, "kind", kind)
+    options = IndexOptions(
+        factory, nprobe, recall, k, queries, seed, str(parse_device(device)), progress
+    )
     with store.writer() as catalog:
         chosen = _chosen(store, asked)
         backend = BACKENDS[chosen]
@@ -74,12 +79,13 @@ def build_index(
     return index
 
 
-def open_index(store: Datastore, device: str = "cpu") -> Index:
+def open_index(store: Datastore | str | Path, device: str = "cpu") -> Index:
     """Open the index that a datastore is searched with; exact where none was built.
 
     Raises DatastoreChangedError, with the command to run, if the datastore was compacted since.
     """
-    return BACKENDS[index_kind(store)].open(store, device)
+    store = open_datastore(store)
+    return BACKENDS[index_kind(store)].open(store, str(parse_device(device)))
 
 
 def index_kind(store: Datastore) -> IndexKind:
@@ -87,12 +93,15 @@ def index_kind(store: Datastore) -> IndexKind:
     return IndexKind(index_setting(store.catalog)["kind"])
 
 
-def keep_index(store: Datastore, device: str = "cpu", progress: Progress = SILENT) -> None:
+def keep_index(
+    store: Datastore | str | Path, device: str = "cpu", progress: Progress = SILENT
+) -> None:
     """Bring a datastore's index up to date after a build or a compaction.
 
     Where "auto" was asked for and now means another kind, that kind is built; an index of a kind
     asked for by name stays of that kind. Raises DatastoreLockedError, DatastoreWriteError.
     """
+    store = open_datastore(store)
     setting = index_setting(store.catalog)
     kind, asked = index_kind(store), setting["asked"]
     if kind != _chosen(store, asked):

@@ -1,12 +1,10 @@
 """The continuous cache (Grave et al. 2017): the text read so far votes for the next token.
 
-Each sequence remembers its last `size` (key, value) pairs. They vote as stored entries do,
-p_cache(y) ∝ Σ 1[v_i = y] exp(θ s(h, h_i)), and are one more component of the mixture. Nothing is
-trained and nothing is stored; a sequence never sees another one's pairs.
-
-The paper's s is the dot product. The hidden states of today's models have a large part in common
-and differ in length; both affect a dot product and not a distance, so s = −‖h − h_i‖² is the
-default. A pair is weighed like a stored entry at squared distance −s, with T = 1/θ.
+Each sequence remembers its last `size` (key, value) pairs, which vote as stored entries do:
+p_cache(y) ∝ Σ 1[v_i = y] exp(θ s(h, h_i)). The paper's s is the dot product. The hidden states of
+today's models have a large part in common and differ in length; both affect a dot product and not a
+distance, so s = −‖h − h_i‖² is the default. A pair counts as an entry at squared distance −s, with
+T = 1/θ.
 """
 
 from collections.abc import Sequence
@@ -43,12 +41,12 @@ class CacheParameters:
     similarity: str = Similarity.distance
 
     def __post_init__(self) -> None:
-        _check(self.size, self.similarity)
+        object.__setattr__(self, "size", _check(self.size, self.similarity))
 
 
-def _check(size: int, similarity: str) -> None:
-    check_whole("size", size, remedy=": leave the cache out to remember nothing")
+def _check(size: int, similarity: str) -> int:
     parse_choice(Similarity, "similarity", similarity)
+    return check_whole("size", size, remedy="leave the cache out to remember nothing")
 
 
 class CacheNeighbors(NamedTuple):
@@ -68,8 +66,7 @@ class CacheNeighbors(NamedTuple):
         return Voters(self.squared_distances, self.tokens)
 
 
-@dataclass(frozen=True, slots=True)
-class CacheView:
+class CacheView(NamedTuple):
     """The remembered pairs as each query sees them, the oldest first.
 
     similarities: −∞ where there is no pair. values: the token that followed h_i; −1 where there is
@@ -78,10 +75,6 @@ class CacheView:
 
     similarities: Float[Tensor, "query pair"]
     values: Int[Tensor, "query pair"]
-
-    def of(self, queries: Int[Tensor, " some"]) -> "CacheView":
-        """Return the view of some of the queries."""
-        return CacheView(self.similarities[queries], self.values[queries])
 
     def nearest(self, count: int, size: int | None = None) -> CacheNeighbors:
         """Return the `count` most similar pairs, among the last `size` where that is given."""

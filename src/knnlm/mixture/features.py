@@ -1,13 +1,8 @@
-"""Features: a query as a gate sees it before the next token is known.
+"""Features: how sure the language model is, how near the neighbors are, whether their votes agree.
 
-They say how sure the language model is, how near the neighbors are, and whether their votes agree,
-with each other and with the model. A new feature is a new column: in `weigh` where the neighbors
-alone give it, else in `query_features`. A gate that was trained with other features is then refused
-when its datastore is opened.
-
-A `GateInput` is a datastore or the continuous cache. It enters the mixture as several components,
-the same voters weighed at several temperatures. Features count distances in units of the input's
-temperature, so that they mean the same whatever the scale of the keys.
+A new feature is a new column: in `weigh` where the neighbors alone give it, else in
+`query_features`. A gate that was trained with other features is then refused. Distances are in
+units of the input's temperature, so that features mean the same whatever the scale of the keys.
 """
 
 from collections.abc import Sequence
@@ -15,12 +10,18 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.mixture.interpolation import Voters, group_by_token, neighbor_log_weights
+from knnlm.mixture.interpolation import (
+    TokenSums,
+    Voters,
+    group_by_token,
+    neighbor_log_weights,
+    sum_by_token,
+)
 from knnlm.mixture.lm_summary import LMSummary
-from knnlm.rules import check_k, check_temperature
+from knnlm.mixture.parameters import Parameters
 
 TEMPERATURES = (0.5, 1.0, 2.5)
 """The temperatures of an input's components, in units of the input's own."""
@@ -32,28 +33,25 @@ _LEAST_SHARE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class GateInput:
-    """A datastore or the continuous cache, as a gate sees it.
+    """A datastore or the continuous cache, as a gate sees it: voters weighed at TEMPERATURES.
 
-    k: the most voters that it gives (≥ 1). temperature: T that suits it where weights are fixed
-    (> 0); its components lie around that.
-
-    Raises InvalidArgumentError.
+    k: the most voters that it gives. temperature: T that suits it where weights are fixed. Raises
+    InvalidArgumentError by the rules of `Parameters`.
     """
 
     k: int
     temperature: float
 
     def __post_init__(self) -> None:
-        check_k(self.k)
-        check_temperature(self.temperature)
+        Parameters(k=self.k, temperature=self.temperature)
 
 
 class Weighed(NamedTuple):
-    """An input's voters with all that can be computed before the language model's prediction.
+    """An input's voters, and all that can be computed before the language model's prediction.
 
     log_weights: each voter's log share of the vote, in each component. weights: its share in the
-    middle one. most_votes: the share of the token that gets most there. features: those of
-    `query_features` that need no language model.
+    middle one. most_votes: the share of the token that gets most there. features: those that need
+    no language model.
     """
 
     voters: Voters
@@ -62,14 +60,16 @@ class Weighed(NamedTuple):
     most_votes: Float[Tensor, " query"]
     features: Float[Tensor, "query feature"]
 
+    def by_token(self) -> TokenSums:
+        """Return the votes for every token, in each component."""
+        return sum_by_token(self.log_weights, self.voters.tokens)
+
 
 def weigh(gate_input: GateInput, voters: Voters) -> Weighed:
     """Weigh an input's voters at each of its temperatures, and compute their features."""
+    temperatures = [factor * gate_input.temperature for factor in TEMPERATURES]
     log_weights = torch.stack(
-        [
-            neighbor_log_weights(voters.squared_distances, factor * gate_input.temperature)
-            for factor in TEMPERATURES
-        ]
+        [neighbor_log_weights(voters.squared_distances, one) for one in temperatures]
     )
     weights = log_weights[_MIDDLE].exp()
     distances = voters.squared_distances / gate_input.temperature
@@ -78,7 +78,10 @@ def weigh(gate_input: GateInput, voters: Voters) -> Weighed:
     ranks = [min(2**power, distances.shape[1]) for power in range(gate_input.k.bit_length())]
     features = [log_distances[:, rank - 1] for rank in ranks]
 
-    new, votes = _count_votes(voters, weights)
+    # where a token appears for the first time, and the sum of each token's weights, in any order
+    _, order, first, group = group_by_token(voters.tokens)  # the nearest of a token stays first
+    new = torch.zeros_like(first).scatter_(1, order, first) & voters.squared_distances.isfinite()
+    votes = torch.zeros_like(weights).scatter_add_(1, group, weights.gather(1, order))
     distinct = new.cumsum(dim=1).clamp_min(1)
     features += [distinct[:, rank - 1].log() for rank in ranks[1:]]
     most_votes = votes.amax(dim=1)
@@ -104,16 +107,3 @@ def count_features(inputs: Sequence[GateInput]) -> int:
     voters = [Voters(torch.zeros(0, i.k), torch.zeros(0, i.k).long()) for i in inputs]
     weighed = [weigh(i, v) for i, v in zip(inputs, voters, strict=True)]
     return query_features(lm, weighed).shape[1]
-
-
-def _count_votes(
-    voters: Voters, weights: Float[Tensor, "query k"]
-) -> tuple[Bool[Tensor, "query k"], Float[Tensor, "query k"]]:
-    """Return where a token appears for the first time, and the sum of each token's weights.
-
-    A query's sums stand in no particular order.
-    """
-    _, order, first, group = group_by_token(voters.tokens)  # the nearest of a token stays first
-    new = torch.zeros_like(first).scatter_(1, order, first)
-    votes = torch.zeros_like(weights).scatter_add_(1, group, weights.gather(1, order))
-    return new & voters.squared_distances.isfinite(), votes

@@ -8,10 +8,10 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -26,6 +26,7 @@ from knnlm.mixture.features import (
 )
 from knnlm.mixture.interpolation import LEAST_LM_WEIGHT, TokenSums, TokenVotes, Voters, Votes
 from knnlm.mixture.lm_summary import LMSummary
+from knnlm.mixture.rows import join, select
 
 _QUERIES_AT_ONCE = 512
 _LARGEST_FEATURE = 5.0  # in standard deviations
@@ -70,21 +71,18 @@ class LearnedGate(nn.Module):
         for start in range(0, max(len(lm.token), 1), _QUERIES_AT_ONCE):
             queries = slice(start, start + _QUERIES_AT_ONCE)
             weighed = [
-                weigh(gate_input, own.of(queries))
+                weigh(gate_input, select(own, queries))
                 for gate_input, own in zip(self.inputs, voters, strict=True)
             ]
-            parts.append(self.choose(lm.of(queries), weighed))
-        return [
-            Votes(*(torch.cat(column) for column in zip(*votes, strict=True)))
-            for votes in zip(*parts, strict=True)
-        ]
+            parts.append(self.choose(select(lm, queries), weighed))
+        return [join(votes) for votes in zip(*parts, strict=True)]
 
     def choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> list[Votes]:
         """Return the votes of `forward` for voters that are weighed already."""
         votes = []
-        for own, chosen in zip(weighed, self._choose(lm, weighed), strict=True):
-            log_weights = (own.log_weights + chosen.log_shares[:, :, None]).logsumexp(dim=0)
-            votes.append(Votes(log_weights, own.voters.tokens, chosen.lmbda, chosen.present))
+        for own, (lmbda, log_shares) in zip(weighed, self._choose(lm, weighed), strict=True):
+            log_weights = (own.log_weights + log_shares[:, :, None]).logsumexp(dim=0)
+            votes.append(Votes(log_weights, own.voters.tokens, lmbda))
         return votes
 
     def choose_by_token(
@@ -92,21 +90,21 @@ class LearnedGate(nn.Module):
     ) -> list[TokenVotes]:
         """Return the votes of `choose` by token. sums: of each input, a way for each component."""
         votes = []
-        for own, chosen in zip(sums, self._choose(lm, weighed), strict=True):
-            log_shares = chosen.log_shares.index_select(1, own.queries)
-            log_probs = (own.log_probs + log_shares).logsumexp(dim=0)
-            votes.append(
-                TokenVotes(own.queries, own.tokens, log_probs, chosen.lmbda, chosen.present)
-            )
+        for own, (lmbda, log_shares) in zip(sums, self._choose(lm, weighed), strict=True):
+            log_probs = own.log_probs + log_shares.index_select(1, own.queries)
+            votes.append(TokenVotes(own.queries, own.tokens, log_probs.logsumexp(dim=0), lmbda))
         return votes
 
-    def _choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> Iterator["_Chosen"]:
+    def _choose(
+        self, lm: LMSummary, weighed: Sequence[Weighed]
+    ) -> Iterator[tuple[Float[Tensor, " query"], Float[Tensor, "component query"]]]:
+        """Yield each input's weight λ, and the logarithms of its components' shares of it."""
         weights = self.weights(query_features(lm, weighed))
         parts = weights[:, 1:].chunk(len(self.inputs), dim=1)
         for own, part in zip(weighed, parts, strict=True):
-            lmbda, present = part.sum(dim=1), own.voters.present
+            lmbda = part.sum(dim=1)
             shares = part / lmbda[:, None].clamp_min(_TINY)  # a gate may be sure enough for λ = 0
-            yield _Chosen(lmbda.where(present, 0.0), shares.log().T, present)
+            yield lmbda.where(own.voters.present, 0.0), shares.log().T
 
     def weights(self, features: Float[Tensor, "query feature"]) -> Float[Tensor, "query component"]:
         """Return the weight of each component, the LM's first, before absent ones are left out."""
@@ -186,11 +184,3 @@ class LearnedGate(nn.Module):
                 f"{made_for[0]} and {made_for[1]}: tune the datastore again"
             )
         return cls(inputs, mean, scale, network)
-
-
-class _Chosen(NamedTuple):
-    """An input's weight λ, and how its components share it."""
-
-    lmbda: Float[Tensor, " query"]
-    log_shares: Float[Tensor, "component query"]
-    present: Bool[Tensor, " query"]

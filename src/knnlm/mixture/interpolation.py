@@ -1,20 +1,16 @@
 """Neighbors → log p_kNN → mixture, for one target of each query and for the whole vocabulary.
 
-The way of a neighbor through the types, for a batch of queries:
-
-    Neighbors    distances and rows            found by an index (index/protocol.py)
-    Voters       distances and tokens          the value of a row is the token it votes for
+    Neighbors    distances, rows               found by an index (index/protocol.py)
+    Voters       distances, tokens             the value of a row is the token it votes for
     Votes        log weights, tokens, λ        distances have become shares of p_kNN
     TargetVotes  log p_kNN of a target, λ      for `interpolate`: evaluation knows the target
     TokenVotes   log p_kNN of tokens, λ        for `interpolate_vocabulary`: prediction does not
 
-With fixed weights Votes follow from Voters at once. A gate chooses λ and how several temperatures
-share it, but only once the language model has spoken. What does not depend on its choice can be
-computed before: `weigh` turns Voters into `Weighed`, `sum_by_token` these into TokenSums, and the
-gate makes Votes of the former or TokenVotes of both.
+With fixed weights, `vote` turns Voters into Votes. A gate needs the LM's prediction to do so; all
+that does not depend on it is computed before (`Weighed`, TokenSums).
 
-Everything is in natural-log space and float32. Only squared distances enter p_kNN; an absent
-neighbor (distance +inf) weighs nothing, and a query without any neighbor keeps p_LM.
+Everything is in natural-log space and float32. An absent neighbor (distance +inf) weighs nothing,
+and a query without any neighbor keeps p_LM.
 """
 
 from collections.abc import Sequence
@@ -31,8 +27,7 @@ LEAST_LM_WEIGHT = 1e-3
 class Voters(NamedTuple):
     """The entries near each query, the nearest first.
 
-    squared_distances: +inf where absent. tokens: the token that each votes for; arbitrary where
-    absent.
+    squared_distances: +inf where absent. tokens: what each votes for; arbitrary where absent.
     """
 
     squared_distances: Float[Tensor, "query k"]
@@ -43,18 +38,9 @@ class Voters(NamedTuple):
         """Which queries have a voter."""
         return self.squared_distances[:, 0].isfinite()
 
-    def of(self, queries: slice) -> "Voters":
-        """Return the voters of some of the queries."""
-        return Voters(self.squared_distances[queries], self.tokens[queries])
-
     def nearest(self, k: int) -> "Voters":
         """Return each query's k nearest voters."""
         return Voters(self.squared_distances[:, :k], self.tokens[:, :k])
-
-    @classmethod
-    def join(cls, parts: Sequence["Voters"]) -> "Voters":
-        """Join the voters of consecutive queries."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def neighbor_log_weights(
@@ -84,51 +70,47 @@ def target_knn_log_probs(
 
 
 class TargetVotes(NamedTuple):
-    """What one component of the mixture gives to one target of each query; see `Votes`.
-
-    log_probs: log p_kNN of the target.
-    """
+    """One component's log p_kNN of one target of each query, and its weight λ; see `Votes`."""
 
     log_probs: Float[Tensor, " query"]
-    lmbda: float | Float[Tensor, " query"]
-    present: Bool[Tensor, " query"]
+    lmbda: Float[Tensor, " query"]
 
 
 class TokenVotes(NamedTuple):
-    """What one component of the mixture gives to each token that was voted for; see `Votes`.
-
-    queries, tokens: each pair that got a vote, once. log_probs: log p_kNN of the pair.
-    """
+    """One component's log p_kNN of each (query, token) that got a vote, once; see `Votes`."""
 
     queries: Int[Tensor, " vote"]
     tokens: Int[Tensor, " vote"]
     log_probs: Float[Tensor, " vote"]
-    lmbda: float | Float[Tensor, " query"]
-    present: Bool[Tensor, " query"]
+    lmbda: Float[Tensor, " query"]
 
 
 class Votes(NamedTuple):
     """One component of the mixture: what its neighbors vote for, and how much that counts.
 
-    log_weights: see `neighbor_log_weights`. tokens: see `Voters`. lmbda: its weight λ, the same for
-    all queries or one for each. present: which queries have a neighbor; the others give the
-    component's weight to the LM.
+    log_weights: see `neighbor_log_weights`. tokens: see `Voters`. lmbda: its weight λ; 0 where no
+    neighbor is present, so that the LM keeps that weight.
     """
 
     log_weights: Float[Tensor, "query k"]
     tokens: Int[Tensor, "query k"]
-    lmbda: float | Float[Tensor, " query"]
-    present: Bool[Tensor, " query"]
+    lmbda: Float[Tensor, " query"]
 
     def for_targets(self, targets: Int[Tensor, " query"]) -> TargetVotes:
         """Return the votes for one target of each query."""
         log_probs = target_knn_log_probs(self.log_weights, self.tokens == targets[:, None])
-        return TargetVotes(log_probs, self.lmbda, self.present)
+        return TargetVotes(log_probs, self.lmbda)
 
     def by_token(self) -> TokenVotes:
         """Return the votes for every token."""
         queries, tokens, log_probs = sum_by_token(self.log_weights[None], self.tokens)
-        return TokenVotes(queries, tokens, log_probs[0], self.lmbda, self.present)
+        return TokenVotes(queries, tokens, log_probs[0], self.lmbda)
+
+
+def vote(voters: Voters, temperature: float, lmbda: float | Float[Tensor, " query"]) -> Votes:
+    """Let voters vote with one temperature and a given weight λ."""
+    log_weights = neighbor_log_weights(voters.squared_distances, temperature)
+    return Votes(log_weights, voters.tokens, voters.present.float() * lmbda)
 
 
 def interpolate(
@@ -136,14 +118,12 @@ def interpolate(
 ) -> Float[Tensor, " query"]:
     """Return log(Σ λ_i p_kNN,i + (1 − Σ λ_i) p_LM) of each query's target.
 
-    With one component this is eq. 3 of Khandelwal et al. 2020. Where all λ are 0 or no component is
-    present, the result is `lm_log_probs` to the bit; where one λ is 1, that component's log_probs.
-    A component that is absent leaves its weight to the LM.
+    With one component this is eq. 3 of Khandelwal et al. 2020. Where all λ are 0, the result is
+    `lm_log_probs` to the bit; where one λ is 1, that component's log_probs.
     """
-    log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
-    mixed = lm_log_probs + log_rest
-    for component, log_lmbda in zip(components, log_lmbdas, strict=True):
-        mixed = torch.logaddexp(mixed, component.log_probs + log_lmbda)
+    mixed = lm_log_probs + _log_lm_weight(lm_log_probs, components)
+    for component in components:
+        mixed = torch.logaddexp(mixed, component.log_probs + component.lmbda.log())
     return mixed
 
 
@@ -152,30 +132,24 @@ def interpolate_vocabulary(
 ) -> Float[Tensor, "query vocab"]:
     """Return what `interpolate` returns, for every token.
 
-    Beyond one addition over the vocabulary, only tokens that were voted for are computed.
+    Only tokens with votes cost more than one addition.
     """
-    log_lmbdas, log_rest = _log_shares(lm_log_probs, components)
-    mixed = lm_log_probs + log_rest[:, None]
-    for votes, log_lmbda in zip(components, log_lmbdas, strict=True):
+    mixed = lm_log_probs + _log_lm_weight(lm_log_probs, components)[:, None]
+    for votes in components:
         own = mixed[votes.queries, votes.tokens]
-        voted = votes.log_probs + log_lmbda[votes.queries]
+        voted = votes.log_probs + votes.lmbda.log()[votes.queries]
         mixed[votes.queries, votes.tokens] = torch.logaddexp(own, voted)
     return mixed
 
 
-def _log_shares(
+def _log_lm_weight(
     lm_log_probs: Float[Tensor, "query *vocab"],
     components: Sequence[TargetVotes] | Sequence[TokenVotes],
-) -> tuple[list[Float[Tensor, " query"]], Float[Tensor, " query"]]:
-    """Return log λ of each component, −inf where it is absent, and the log of the LM's weight."""
+) -> Float[Tensor, " query"]:
     total = lm_log_probs.new_zeros(len(lm_log_probs))
-    log_lmbdas = []
     for component in components:
-        lmbda = torch.as_tensor(component.lmbda, dtype=total.dtype, device=total.device)
-        lmbda = torch.where(component.present, lmbda, torch.zeros_like(lmbda))
-        log_lmbdas.append(lmbda.log())
-        total = total + lmbda
-    return log_lmbdas, torch.log1p(-total.clamp_max(1.0))  # rounded weights may add up to more
+        total = total + component.lmbda
+    return torch.log1p(-total.clamp_max(1.0))  # rounded weights may add up to more
 
 
 class TokenGroups(NamedTuple):
@@ -199,10 +173,7 @@ def group_by_token(tokens: Int[Tensor, "query k"]) -> TokenGroups:
 
 
 class TokenSums(NamedTuple):
-    """The votes of the same voters by token, weighed in one or several ways.
-
-    queries, tokens: each pair that got a vote, once. log_probs: log p_kNN of the pair, each way.
-    """
+    """Log p_kNN of each (query, token) that got a vote, once, for each way to weigh the voters."""
 
     queries: Int[Tensor, " vote"]
     tokens: Int[Tensor, " vote"]

@@ -1,11 +1,12 @@
 """How sure the language model is of the next token: its whole distribution in three numbers."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from knnlm.mixture.rows import join
 
 _ROWS = 16  # distributions summarized at once, so that they stay in the processor's cache
 
@@ -20,25 +21,12 @@ class LMSummary(NamedTuple):
     log_prob: Float[Tensor, " query"]
     token: Int[Tensor, " query"]
 
-    def of(self, queries: slice) -> "LMSummary":
-        """Return the summary of some of the queries."""
-        return LMSummary(self.entropy[queries], self.log_prob[queries], self.token[queries])
-
-    def cpu(self) -> "LMSummary":
-        """Return a copy in the CPU's memory."""
-        return LMSummary(*(column.cpu() for column in self))
-
-    @classmethod
-    def join(cls, parts: Sequence["LMSummary"]) -> "LMSummary":
-        """Join the summaries of consecutive queries."""
-        return cls(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
 
 def summarize_lm(log_probs: Float[Tensor, "query vocab"]) -> LMSummary:
     """Summarize log p_LM of the whole vocabulary."""
     space = torch.empty_like(log_probs[:_ROWS])  # used again: new memory costs more than the sums
     parts = [_summarize(rows, space[: len(rows)]) for rows in log_probs.split(_ROWS)]  # type: ignore[no-untyped-call]
-    return parts[0] if len(parts) == 1 else LMSummary.join(parts)
+    return parts[0] if len(parts) == 1 else join(parts)
 
 
 def _summarize(log_probs: Float[Tensor, "query vocab"], space: Tensor) -> LMSummary:

@@ -13,7 +13,7 @@ class Parameters:
 
     k: neighbors retrieved for each token (≥ 1).
     lmbda: the weight λ of p_kNN in p = λ p_kNN + (1 − λ) p_LM (Khandelwal et al. 2020, eq. 3).
-    temperature: T in p_kNN ∝ exp(−d²/T), in units of squared distance (1e-30 … 1e30; the paper's
+    temperature: T in p_kNN ∝ exp(−d²/T), in units of squared distance (1e-30 to 1e30; the paper's
     is 1).
 
     Raises InvalidArgumentError.
@@ -24,9 +24,10 @@ class Parameters:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_k(self.k)
-        check_lmbda(self.lmbda)
-        check_temperature(self.temperature)
+        # plain numbers, as JSON knows them
+        object.__setattr__(self, "k", check_k(self.k))
+        object.__setattr__(self, "lmbda", check_lmbda(self.lmbda))
+        object.__setattr__(self, "temperature", check_temperature(self.temperature))
 
 
 def parameters_to_dict(parameters: Sequence[Parameters]) -> dict[str, Any] | list[dict[str, Any]]:

@@ -40,7 +40,7 @@ class TunedMixture:
         learned = {name: gate for name, gate in gates.items() if gate is not None}
         parts = {name: gate.state_dict() for name, gate in learned.items()}
         if self.by_distance is not None:
-            parts["by_distance"] = self.by_distance.to_tensors()
+            parts["by_distance"] = asdict(self.by_distance)
         data = save(
             {
                 f"{name}.{part}": tensor.contiguous()
@@ -75,7 +75,7 @@ class TunedMixture:
             return cls(
                 CacheParameters(**cache),
                 tuple(stored["lmbdas"]),
-                None if buckets is None else BucketedLambda.from_tensors(buckets),
+                None if buckets is None else BucketedLambda(**buckets),
                 **{
                     name: LearnedGate.from_dict(gate, parts[name])
                     for name, gate in stored["gates"].items()

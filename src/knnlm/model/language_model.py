@@ -30,10 +30,12 @@ from transformers.utils import logging as transformers_logging
 from knnlm.choices import Key, ModelDtype, parse_choice
 from knnlm.errors import (
     InvalidArgumentError,
+    KNNLMError,
     ModelNotFoundError,
     UnsupportedModelError,
     missing_dependency,
 )
+from knnlm.model.device import parse_device
 from knnlm.model.keyed_model import KeyedModel, check_decoder_only
 
 _PROBE_TEXT = "The 1st café’s naïve “kNN-LM” — 3.14 ≈ π,\r\n\tif x != [0, 1]: 日本語 🙂  <s> end"
@@ -79,9 +81,10 @@ class LanguageModel(KeyedModel):
         auto, cpu, cuda, cuda:N or mps, where auto is cuda if there is one, else cpu.
         """
         parse_choice(Key, "key", key)
-        target = _parse_device(device)
+        target = parse_device(device)
         precision = _parse_dtype(dtype, target)
-        source, options = _locate(name)
+        with _explaining_failures("model", name):
+            source, options = _locate(name)
         options |= {"revision": revision, "trust_remote_code": False}
         with _without_progress_bars():
             with _explaining_failures("model", name):
@@ -167,8 +170,24 @@ class LanguageModel(KeyedModel):
             )
 
 
+def check_text(argument: str, text: str) -> None:
+    """Raise InvalidArgumentError, naming the argument, for a text that UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidArgumentError(
+            f"{argument} must be text in UTF-8, but character {error.start} is "
+            f"{text[error.start]!a}, got {text[max(0, error.start - 20) : error.end]!a}: correct it"
+        ) from error
+
+
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of each text, adding no special tokens."""
+    """Return the tokens of each text, adding no special tokens.
+
+    Raises InvalidArgumentError for a text that UTF-8 cannot hold.
+    """
+    for text in texts:
+        check_text("text", text)
     tokens: list[list[int]] = tokenizer(
         texts, add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
@@ -181,28 +200,6 @@ def detokenize(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str
         list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
     )
     return text
-
-
-def _parse_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        parsed = torch.device(device)
-    except RuntimeError:
-        parsed = torch.device("meta")
-    available = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }
-    if parsed.type not in available:
-        raise InvalidArgumentError(f"device={device!r} must be auto, cpu, cuda, cuda:N or mps")
-    if (parsed.index or 0) >= available[parsed.type]:
-        raise InvalidArgumentError(
-            f"device={device!r} must exist, but this machine has {available[parsed.type]} "
-            f"of the kind {parsed.type}; use device='auto'"
-        )
-    return parsed
 
 
 def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:
@@ -239,6 +236,8 @@ def _explaining_failures(part: str, name: str | Path) -> Iterator[None]:
     """Turn any error that transformers raises while loading into one line."""
     try:
         yield
+    except (KNNLMError, MemoryError):
+        raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0].rstrip(" .:") or type(error).__name__
         if isinstance(error, ValueError) and part == "model":

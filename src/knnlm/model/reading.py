@@ -15,7 +15,9 @@ from torch import Tensor
 
 from knnlm.choices import Boundary
 from knnlm.mixture.lm_summary import LMSummary, summarize_lm
+from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
+from knnlm.rules import LARGEST, check_whole
 from knnlm.text.corpus import Document, Documents
 from knnlm.text.windows import (
     Window,
@@ -97,57 +99,54 @@ def cut_documents(
 
     max_tokens: stop after this many new tokens. on_document: called with each document that has
     text, before its tokens are taken; may set its `skip`. history: the tokens that preceded the
-    documents in a stream. Raises InvalidArgumentError for windows longer than the model's
-    positions.
+    documents in a stream. Raises InvalidArgumentError for max_tokens below 1 and for windows longer
+    than the model's positions.
     """
+    if max_tokens is not None:
+        check_whole("max_tokens", max_tokens, most=LARGEST)
     windowing.check_positions(lm.max_window, lm.name)
-    encoded = _encode_documents(lm, documents, windowing.boundary)
-    if on_document is not None:
-        encoded = _announced(encoded, on_document)
-    size, context = windowing.window, windowing.context
-    if windowing.boundary == Boundary.stream:
+    streaming = windowing.boundary == Boundary.stream
+    start = lm.start_token if streaming else None
+    encoded = _encode_documents(lm, documents, start, on_document)
+    if streaming:
         pieces = ((document.number, document.pieces(document.skip)) for document in encoded)
-        windows = stream_windows(pieces, size, context, history)
+        windows = stream_windows(pieces, windowing, history)
     else:
         windows = chain.from_iterable(
             document_windows(
-                document.number,
-                document.pieces(),
-                lm.start_token,
-                size,
-                context,
-                skip=document.skip,
+                document.number, document.pieces(), lm.start_token, windowing, skip=document.skip
             )
             for document in encoded
         )
     return limit_windows(windows, max_tokens)
 
 
-def _announced(
-    documents: Iterable[EncodedDocument], on_document: Callable[[EncodedDocument], None]
-) -> Iterator[EncodedDocument]:
-    for document in documents:
-        on_document(document)
-        yield document
-
-
 def _encode_documents(
-    lm: LanguageModel, documents: Iterable[Document], boundary: str
+    lm: LanguageModel,
+    documents: Iterable[Document],
+    start: int | None,
+    on_document: Callable[[EncodedDocument], None] | None,
 ) -> Iterator[EncodedDocument]:
     """Yield the documents that have text, in order; each must be used up before the next.
 
-    Text is tokenized in batches across documents, and no more than a batch of it is held. In a
-    stream the start token is put before each document's tokens.
+    Text is tokenized in batches across documents, and no more than a batch of it is held. start:
+    a token to put before each document's own.
     """
-    start = lm.start_token if boundary == Boundary.stream else None
     blocks = (
         (number, document.name, text)
         for number, document in enumerate(documents)
         for text in document.blocks()
     )
-    encoded = chain.from_iterable(_encode(lm, batch) for batch in _batched(blocks))
+    encoded = (
+        _EncodedBlock(*block, tokens)
+        for batch in _batched(blocks)
+        for block, tokens in zip(batch, lm.encode([text for *_, text in batch]), strict=True)
+    )
     for (number, name), group in groupby(encoded, key=attrgetter("number", "name")):
-        yield EncodedDocument(number, name, group, start)
+        document = EncodedDocument(number, name, group, start)
+        if on_document is not None:
+            on_document(document)
+        yield document
 
 
 _Block = tuple[int, str, str]
@@ -164,11 +163,6 @@ def _batched(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _encode(lm: LanguageModel, batch: Sequence[_Block]) -> Iterator[_EncodedBlock]:
-    tokens = lm.encode([text for _, _, text in batch])
-    return (_EncodedBlock(*block, ids) for block, ids in zip(batch, tokens, strict=True))
 
 
 def default_batch_tokens(lm: LanguageModel) -> int:
@@ -241,7 +235,7 @@ def read_scores(
                 number,
                 reading.keys[row, new].float(),
                 torch.cat(log_probs),
-                LMSummary.join(summaries) if summarize else None,
+                join(summaries) if summarize else None,
                 Likeliest.join(tops) if likeliest else None,
             )
 

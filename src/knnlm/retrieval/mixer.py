@@ -27,8 +27,7 @@ from knnlm.mixture.interpolation import (
     TokenVotes,
     Votes,
     interpolate_vocabulary,
-    neighbor_log_weights,
-    sum_by_token,
+    vote,
 )
 from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.model.keyed_model import KeyedModel
@@ -51,38 +50,32 @@ class Retrieved(NamedTuple):
     gate. weighed, sums: for a gate, which chooses the weights after the LM's predictions.
     """
 
-    neighbors: list[Neighbors]
-    votes: list[Votes]
-    by_token: list[TokenVotes]
-    weighed: list[Weighed]
-    sums: list[TokenSums]
+    neighbors: Sequence[Neighbors]
+    votes: Sequence[Votes] = ()
+    by_token: Sequence[TokenVotes] = ()
+    weighed: Sequence[Weighed] = ()
+    sums: Sequence[TokenSums] = ()
 
 
 class Mixed:
     """The mixture's predictions after some positions. log_probs: log p of every token."""
 
     def __init__(
-        self, log_probs: Float[Tensor, "*position vocab"], choose_votes: Callable[[], list[Votes]]
+        self,
+        log_probs: Float[Tensor, "*position vocab"],
+        choose_votes: Callable[[], Sequence[Votes]],
     ) -> None:
         self.log_probs = log_probs
         self._choose_votes = choose_votes
 
     @cached_property
-    def votes(self) -> list[Votes]:
+    def votes(self) -> Sequence[Votes]:
         """The votes behind the predictions, from each searched retriever, the cache's last."""
         return self._choose_votes()
 
     def votes_at(self, query: int) -> list[Votes]:
         """Return the votes for one query, on the CPU."""
-        return [
-            Votes(
-                votes.log_weights[[query]].cpu(),
-                votes.tokens[[query]].cpu(),
-                votes.lmbda if isinstance(votes.lmbda, float) else votes.lmbda[[query]].cpu(),
-                votes.present[[query]].cpu(),
-            )
-            for votes in self.votes
-        ]
+        return [Votes(*(column[[query]].cpu() for column in votes)) for votes in self.votes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,12 +137,13 @@ class Mixer:
         pairs = list(zip(searched, neighbors, strict=True))
         if self.gate is None:
             votes = [retriever.vote(nearest) for retriever, nearest in pairs]
-            return Retrieved(neighbors, votes, [one.by_token() for one in votes], [], [])
+            return Retrieved(neighbors, votes, [one.by_token() for one in votes])
         weighed = [
             weigh(own_input, retriever.voters(nearest))
             for own_input, (retriever, nearest) in zip(self.gate.inputs, pairs, strict=False)
         ]
-        return Retrieved(neighbors, [], [], weighed, [_sum_weighed(one) for one in weighed])
+        sums = [one.by_token() for one in weighed]
+        return Retrieved(neighbors, weighed=weighed, sums=sums)
 
     def mix(
         self,
@@ -164,21 +158,20 @@ class Mixer:
         """
         if not self.counts or lm_log_probs.numel() == 0:
             return Mixed(lm_log_probs, lambda: retrieved.votes)
-        cache_neighbors = None
+        cached: list[CacheNeighbors] = []
         if cache_view is not None:
             assert self.cache is not None
-            cache_neighbors = cache_view.nearest(self.cache.votes.k)
+            cached.append(cache_view.nearest(self.cache.votes.k))
         rows = lm_log_probs.flatten(0, -2)
         if self.gate is None:
-            cache_votes = self._cache_votes(cache_neighbors)
+            cache_votes = self._cache_votes(cached)
             votes = [*retrieved.votes, *cache_votes]
             by_token = [*retrieved.by_token, *(one.by_token() for one in cache_votes)]
             mixed = interpolate_vocabulary(rows, by_token).reshape(lm_log_probs.shape)
             return Mixed(mixed, lambda: votes)
-        weighed, sums = retrieved.weighed, retrieved.sums
-        if cache_neighbors is not None:
-            cache_weighed = weigh(self.gate.inputs[-1], cache_neighbors.voters)
-            weighed, sums = [*weighed, cache_weighed], [*sums, _sum_weighed(cache_weighed)]
+        cache_weighed = [weigh(self.gate.inputs[-1], one.voters) for one in cached]
+        weighed = [*retrieved.weighed, *cache_weighed]
+        sums = [*retrieved.sums, *(one.by_token() for one in cache_weighed)]
         lm = summarize_lm(rows.detach())
         gate = self.gate.on(lm.entropy.device)
         by_token = gate.choose_by_token(lm, weighed, sums)
@@ -189,13 +182,13 @@ class Mixer:
         self,
         retrievers: Sequence[Retriever],
         neighbors: Sequence[Neighbors],
-        cache_neighbors: CacheNeighbors | None,
+        cache_neighbors: Sequence[CacheNeighbors],
         lm: LMSummary | None,
     ) -> list[Votes]:
         """Return the votes of each retriever's neighbors in the mixture, the cache's last.
 
         For targets alone, without the whole vocabulary. retrievers: those in `searched`, or all,
-        each with its neighbors. cache_neighbors: where `uses_cache`. lm: where there is a gate.
+        each with its neighbors. cache_neighbors: one where `uses_cache`. lm: where there is a gate.
         """
         pairs = list(zip(retrievers, neighbors, strict=True))
         if self.gate is None:
@@ -203,24 +196,17 @@ class Mixer:
             return [*votes, *self._cache_votes(cache_neighbors)]
         assert lm is not None
         voters = [retriever.voters(nearest) for retriever, nearest in pairs]
-        if cache_neighbors is not None:
-            voters.append(cache_neighbors.voters)
+        voters += [one.voters for one in cache_neighbors]
         chosen: list[Votes] = self.gate.on(lm.entropy.device)(lm, voters)
         return chosen
 
-    def _cache_votes(self, cache_neighbors: CacheNeighbors | None) -> list[Votes]:
+    def _cache_votes(self, cache_neighbors: Sequence[CacheNeighbors]) -> list[Votes]:
         """Return the continuous cache's votes with its fixed weight, if it is used."""
-        if cache_neighbors is None:
+        if not cache_neighbors:
             return []
         assert self.cache is not None
-        distances, parameters = cache_neighbors.squared_distances, self.cache.votes
-        log_weights = neighbor_log_weights(distances, parameters.temperature)
-        present = distances[:, 0].isfinite()
-        return [Votes(log_weights, cache_neighbors.tokens, parameters.lmbda, present)]
-
-
-def _sum_weighed(weighed: Weighed) -> TokenSums:
-    return sum_by_token(weighed.log_weights, weighed.voters.tokens)
+        own = self.cache.votes
+        return [vote(one.voters, own.temperature, own.lmbda) for one in cache_neighbors]
 
 
 def open_mixer(
@@ -247,12 +233,10 @@ def open_mixer(
     _check_weights(weights, has_parameters, cache)
     if weights == Weights.distance:
         return Mixer(_by_distance(retrievers))
-    is_fixed = weights == Weights.fixed or has_parameters
     if isinstance(cache, CacheParameters):
         return _with_fixed_cache(retrievers, cache)
-    if is_fixed and not cache:
-        return Mixer(retrievers)
-    tuned = stores[0].mixture(stores[1:])
+    is_fixed = weights == Weights.fixed or has_parameters
+    tuned = stores[0].mixture(stores[1:]) if cache or not is_fixed else None
     gate = None if tuned is None else tuned.cache_gate if cache else tuned.gate
     if weights == Weights.learned and gate is None:
         raise InvalidArgumentError(
@@ -264,15 +248,13 @@ def open_mixer(
             "cache must have been tuned for these datastores, and it was not: run knnlm tune, or "
             "give its parameters"
         )
-    if tuned is None:
+    if tuned is None or (not cache and gate is None):
         return Mixer(retrievers)
-    if is_fixed:
-        return _with_fixed_cache(retrievers, tuned.cache)
-    if gate is not None:
+    if gate is not None and not is_fixed:
         return Mixer(retrievers, tuned.cache if cache else None, gate.to(model.device))
-    if not cache:
-        return Mixer(retrievers)
-    return Mixer(override(retrievers, lmbda=tuned.lmbdas), tuned.cache)
+    if not is_fixed:
+        retrievers = override(retrievers, lmbda=tuned.lmbdas)
+    return _with_fixed_cache(retrievers, tuned.cache)
 
 
 def _check_weights(

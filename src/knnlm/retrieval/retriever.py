@@ -3,17 +3,17 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias, TypedDict, TypeVar, Unpack
+from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
 from knnlm.mixture.by_distance import BucketedLambda
-from knnlm.mixture.interpolation import Voters, Votes, neighbor_log_weights
+from knnlm.mixture.interpolation import Voters, Votes, vote
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.keyed_model import KeyedModel
 
@@ -69,21 +69,13 @@ class Retriever:
         """Return the neighbors as voters."""
         return Voters(neighbors.squared_distances.float(), self.tokens(neighbors))
 
-    def votes_for_targets(
-        self, neighbors: Neighbors, targets: Int[Tensor, " query"]
-    ) -> Bool[Tensor, "query k"]:
-        """Return which neighbors have the query's target as their value."""
-        return self.tokens(neighbors) == targets[:, None]
-
     def vote(self, neighbors: Neighbors) -> Votes:
         """Return the neighbors' votes with fixed weights, or with λ by distance."""
-        distances = neighbors.squared_distances
-        return Votes(
-            neighbor_log_weights(distances, self.parameters.temperature),
-            self.tokens(neighbors),
-            self.parameters.lmbda if self.by_distance is None else self.by_distance(distances),
-            neighbors.present.any(dim=1),
-        )
+        voters = self.voters(neighbors)
+        lmbda: float | Tensor = self.parameters.lmbda
+        if self.by_distance is not None:
+            lmbda = self.by_distance(voters.squared_distances)
+        return vote(voters, self.parameters.temperature, lmbda)
 
 
 def open_retrievers(
@@ -115,12 +107,12 @@ def choose_parameters(store: Stores, **given: Unpack[GivenParameters]) -> tuple[
     InvalidArgumentError, also where the weights λ of several datastores add up to more than 1.
     """
     stores = as_stores(store)
-    defaults = [one.parameters or Parameters() for one in stores]
-    capped = [
+    defaults = [
         replace(default, k=min(default.k, max(len(one), 1)))
-        for one, default in zip(stores, defaults, strict=True)
+        for one in stores
+        for default in [one.parameters or Parameters()]
     ]
-    return _fill_in(stores, capped, **given)
+    return _fill_in(stores, defaults, given)
 
 
 def override(
@@ -131,7 +123,7 @@ def override(
     The rules are those of `choose_parameters`.
     """
     stores = [retriever.store for retriever in retrievers]
-    chosen = _fill_in(stores, [retriever.parameters for retriever in retrievers], **given)
+    chosen = _fill_in(stores, [retriever.parameters for retriever in retrievers], given)
     return tuple(
         replace(retriever, parameters=parameters, by_distance=None)
         for retriever, parameters in zip(retrievers, chosen, strict=True)
@@ -139,36 +131,24 @@ def override(
 
 
 def _fill_in(
-    stores: Sequence[Datastore],
-    defaults: Sequence[Parameters],
-    *,
-    k: ForEach[int] = None,
-    lmbda: ForEach[float] = None,
-    temperature: ForEach[float] = None,
+    stores: Sequence[Datastore], defaults: Sequence[Parameters], given: GivenParameters
 ) -> tuple[Parameters, ...]:
-    count = len(stores)
-    ks = for_each("k", k, count)
-    for store, own_k in zip(stores, ks, strict=True):
-        if own_k is not None and own_k > len(store):
+    columns: dict[str, Sequence[Any]] = {
+        name: for_each(name, values, len(stores)) for name, values in given.items()
+    }
+    chosen = []
+    for number, (store, default) in enumerate(zip(stores, defaults, strict=True)):
+        own = {name: values[number] for name, values in columns.items()}
+        own = {name: value for name, value in own.items() if value is not None}
+        parameters = replace(default, **own)
+        if "k" in own and parameters.k > len(store):
             raise InvalidArgumentError(
-                f"k must be at most the number of entries, {len(store)}, got {own_k}: ask for fewer"
+                f"k must be at most the number of entries, {len(store)}, got {parameters.k}: ask "
+                "for fewer"
             )
-    lmbdas, temperatures = (
-        for_each("lmbda", lmbda, count),
-        for_each("temperature", temperature, count),
-    )
-    chosen = tuple(
-        Parameters(
-            default.k if own_k is None else own_k,
-            default.lmbda if own_lmbda is None else own_lmbda,
-            default.temperature if own_temperature is None else own_temperature,
-        )
-        for default, own_k, own_lmbda, own_temperature in zip(
-            defaults, ks, lmbdas, temperatures, strict=True
-        )
-    )
+        chosen.append(parameters)
     check_total(chosen)
-    return chosen
+    return tuple(chosen)
 
 
 def check_total(parameters: Sequence[Parameters], sources: str = "several datastores") -> None:
@@ -187,18 +167,12 @@ def as_stores(store: Stores) -> list[Datastore]:
 
     Raises InvalidArgumentError for none and for a wrong type, and what opening a `Datastore` does.
     """
-    stores = [store] if isinstance(store, str | Path | Datastore) else store
-    if not isinstance(stores, Sequence):
-        stores = [stores]
+    stores: Sequence[Any] = (
+        [store] if isinstance(store, str) or not isinstance(store, Sequence) else store
+    )
     if not stores:
         raise InvalidArgumentError("store must be a datastore or several, got none")
-    for one in stores:
-        if not isinstance(one, str | Path | Datastore):
-            raise InvalidArgumentError(
-                "store must be a datastore, its folder's path, or a sequence of these, got "
-                f"{one!r}, a {type(one).__name__}"
-            )
-    return [one if isinstance(one, Datastore) else Datastore(one) for one in stores]
+    return [open_datastore(one) for one in stores]
 
 
 def for_each(name: str, given: ForEach[Value], count: int) -> Sequence[Value | None]:

@@ -6,21 +6,22 @@ Knows text but no tokens. Holds no more than a block or a row in memory.
 import codecs
 import glob
 import hashlib
-import importlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from errno import EACCES, ENOENT
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 from knnlm.errors import (
     InvalidArgumentError,
     InvalidTextError,
     KNNLMError,
     TextNotFoundError,
-    missing_dependency,
+    import_optional,
 )
 
 BLOCK_CHARACTERS = 1 << 20
@@ -44,7 +45,8 @@ class Document:
     def size_bytes(self) -> int:
         """The text's size in UTF-8 (a file's byte order mark counts)."""
         if isinstance(self.text, Path):
-            return self.text.stat().st_size
+            with _reading(self.text):
+                return self.text.stat().st_size
         return len(self.text.encode())
 
     def blocks(self) -> Iterator[str]:
@@ -110,6 +112,8 @@ def read_documents(*sources: str | Path, text_column: str = "text") -> Documents
         for path in _files(source):
             _check_name(path)
             resolved, content = Path(path).resolve(), _sniff(path)
+            with _reading(path):
+                size_bytes = resolved.stat().st_size
             if content != "text" and path == source:
                 raise InvalidTextError(
                     f"text file {path} must hold UTF-8 text, but is {content}: "
@@ -120,7 +124,7 @@ def read_documents(*sources: str | Path, text_column: str = "text") -> Documents
             if content == "text" and resolved not in seen:
                 seen.add(resolved)
                 readers.append(_reader(path, text_column))
-                total_bytes += resolved.stat().st_size
+                total_bytes += size_bytes
     if binaries:
         logger.warning("skipped %d binary files among the text sources", len(binaries))
     documents = Documents(readers, None if streamed else total_bytes)
@@ -177,7 +181,7 @@ def _check_name(path: str) -> None:
 
 
 def _files(source: str) -> list[str]:
-    path, reason, files = Path(source), "nothing is there", []
+    path = Path(source)
     try:
         if source and path.is_file():
             return [source]
@@ -185,14 +189,32 @@ def _files(source: str) -> list[str]:
             return sorted(_files_below(path))
         matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (skips hidden names)
         files = [match for match in matches if Path(match).is_file()]
+        reason = "" if files else _absence(source, matches)
     except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL in it
-        reason = _first_line(error)
+        files, reason = [], _first_line(error)
     if not files:
         raise TextNotFoundError(
             f"text source {source[:200]!r} must be a file, a folder, a glob pattern with matches "
             f"or hf:NAME[:CONFIG][:SPLIT], but {reason}: check the path"
         )
     return files
+
+
+def _absence(source: str, matches: list[str]) -> str:
+    """Return why a text source has no files. Raises OSError for a folder that is not readable."""
+    path = Path(source)
+    if path.is_symlink() and not path.exists():
+        return "it is a link to nothing"
+    if source and path.exists():
+        return "it is neither a file nor a folder"
+    if matches:
+        return "its matches are no files"
+    for folder in reversed(path.parents):  # glob finds nothing where it may not look
+        if glob.has_magic(str(folder)):
+            break
+        if folder.is_dir():
+            next(folder.iterdir(), None)
+    return "nothing is there"
 
 
 def _files_below(folder: Path) -> Iterator[str]:
@@ -205,18 +227,21 @@ def _files_below(folder: Path) -> Iterator[str]:
             yield from _files_below(path)
 
 
-def _open(path: str | Path) -> BinaryIO:
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Turn an OSError into an InvalidTextError of one line."""
     try:
-        return Path(path).open("rb")
+        yield
     except OSError as error:
+        remedies = {ENOENT: "check that it is there", EACCES: "check its permissions"}
+        remedy = remedies.get(error.errno or 0, "leave it out")
         raise InvalidTextError(
-            f"text file {path} cannot be read ({error.strerror}): "
-            "check that it is there and its permissions"
+            f"text file {path} cannot be read ({error.strerror or error}): {remedy}"
         ) from error
 
 
 def _sniff(path: str) -> Literal["text", "empty", "binary"]:
-    with _open(path) as file:
+    with _reading(path), Path(path).open("rb") as file:
         head = file.read(SNIFFED_BYTES)
     if not head.removeprefix(codecs.BOM_UTF8):
         return "empty"
@@ -225,7 +250,7 @@ def _sniff(path: str) -> Literal["text", "empty", "binary"]:
 
 def _decoded(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8")()
-    with _open(path) as file:
+    with _reading(path), path.open("rb") as file:
         if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
             file.seek(0)
         data = b"\n"
@@ -247,7 +272,7 @@ def _reader(path: str, text_column: str) -> Callable[[], Iterator[Document]]:
     if suffix == ".jsonl":
         return partial(_row_documents, path, partial(_jsonl_rows, path), text_column, 1)
     if suffix == ".parquet":
-        parquet = _import("pyarrow.parquet", "reading .parquet files")
+        parquet = import_optional("pyarrow.parquet", "reading .parquet files", "data")
         rows = partial(_parquet_rows, parquet, path, text_column)
         return partial(_row_documents, path, rows, text_column, 0)
     return partial(iter, (Document(path, Path(path)),))
@@ -289,7 +314,7 @@ def _text(name: str, text_column: str, row: Row) -> str:
 
 
 def _jsonl_rows(path: str) -> Iterator[Row | None]:
-    with _open(path) as file:
+    with _reading(path), Path(path).open("rb") as file:
         for line in file:
             row = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
             if not isinstance(row, dict):
@@ -298,7 +323,7 @@ def _jsonl_rows(path: str) -> Iterator[Row | None]:
 
 
 def _parquet_rows(parquet: Any, path: str, text_column: str) -> Iterator[Row | None]:
-    with _open(path) as opened, parquet.ParquetFile(opened) as file:
+    with _reading(path), Path(path).open("rb") as opened, parquet.ParquetFile(opened) as file:
         columns = file.schema_arrow.names
         if text_column not in columns:
             yield dict.fromkeys(columns)
@@ -308,7 +333,7 @@ def _parquet_rows(parquet: Any, path: str, text_column: str) -> Iterator[Row | N
 
 
 def _load_hf(source: str) -> Any:
-    datasets = _import("datasets", "reading hf: datasets")
+    datasets = import_optional("datasets", "reading hf: datasets", "data")
     parts = source.split(":")[1:]
     has_split = len(parts) == 3 or (len(parts) == 2 and parts[1] in SPLITS)
     split = parts.pop() if has_split else "train"
@@ -328,13 +353,6 @@ def _hf_rows(dataset: Any, text_column: str) -> Iterator[Row | None]:
         dataset = dataset.select_columns([text_column])
     for row in dataset:
         yield None if row.get(text_column, "") is None else row
-
-
-def _import(module: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        raise missing_dependency(module.partition(".")[0], purpose, "data") from None
 
 
 def _first_line(error: Exception) -> str:

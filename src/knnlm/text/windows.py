@@ -18,7 +18,6 @@ from knnlm.rules import LARGEST, check_whole
 Tokens = Int32[np.ndarray, " _"]  # any number of token ids
 
 DEFAULT_WINDOW = 1024
-DEFAULT_CONTEXT = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +32,17 @@ class Windowing:
     """
 
     window: int = DEFAULT_WINDOW
-    context: int = DEFAULT_CONTEXT
+    context: int = DEFAULT_WINDOW // 4
     boundary: str = Boundary.document
 
     def __post_init__(self) -> None:
-        check_window(self.window, self.context)
+        object.__setattr__(self, "window", check_whole("window", self.window))
+        object.__setattr__(self, "context", check_whole("context", self.context, least=0))
+        if self.context >= self.window:
+            raise InvalidArgumentError(
+                f"context must be at least 0 and less than window ({self.window}), got "
+                f"{self.context}: choose a smaller context or a larger window"
+            )
         parse_choice(Boundary, "boundary", self.boundary)
 
     def check_positions(self, max_positions: int | None, model_name: str) -> None:
@@ -134,23 +139,11 @@ class _Sequence:
         return self._held[: stop - start].copy()
 
 
-def check_window(window: int, context: int) -> None:
-    """Raise InvalidArgumentError unless 0 ≤ context < window."""
-    check_whole("window", window, remedy=": choose a larger one")
-    check_whole("context", context, least=-LARGEST)
-    if not 0 <= context < window:
-        raise InvalidArgumentError(
-            f"context must be at least 0 and less than window ({window}), got {context}: "
-            "choose a smaller context or a larger window"
-        )
-
-
 def document_windows(
     document: int,
     pieces: Iterable[Tokens],
     start_token: int,
-    window: int,
-    context: int,
+    windowing: Windowing,
     *,
     skip: int = 0,
 ) -> Iterator[Window]:
@@ -159,7 +152,7 @@ def document_windows(
     The first window scores all its positions, each later one rereads `context` of them. The first
     `skip` tokens are already scored: the windows continue as in the run that scored them.
     """
-    check_window(window, context)
+    window, context = windowing.window, windowing.context
     sequence = _Sequence(itertools.chain([np.array([start_token], np.int32)], pieces))
     sequence.slice(max(0, skip - context), skip + 2)
     beyond = sequence.read_tokens - (skip + 1)
@@ -169,28 +162,18 @@ def document_windows(
             f"skip must be the end of a window (window {window}, context {context}) of document "
             f"{document}, got {skip}: pass the number of tokens already scored, and the same sizes"
         )
-    scored = skip
-    while True:
-        again = min(context, scored)
-        tokens = sequence.slice(scored - again, scored - again + window + 1)
-        new = len(tokens) - 1 - again
-        if new < 1:
-            return
-        yield Window(tokens, again, (Span(document, new),))
-        scored += new
+    room = window if skip == 0 else window - context
+    for tokens, again in _cut(sequence, windowing, skip, room):
+        yield Window(tokens, again, (Span(document, len(tokens) - 1 - again),))
 
 
 def stream_windows(
-    documents: Iterable[tuple[int, Iterable[Tokens]]],
-    window: int,
-    context: int,
-    history: Tokens,
+    documents: Iterable[tuple[int, Iterable[Tokens]]], windowing: Windowing, history: Tokens
 ) -> Iterator[Window]:
     """Yield the blocks of all documents as one stream, each with `window - context` new positions.
 
     `history` precedes the stream; if it is empty, the stream's first token is never predicted.
     """
-    check_window(window, context)
     arrived: deque[Span] = deque()  # tokens that no window has taken yet, by document
 
     def pieces() -> Iterator[Tokens]:
@@ -202,19 +185,29 @@ def stream_windows(
                 yield piece
 
     sequence = _Sequence(pieces())
-    fresh = len(history) == 0
-    scored = max(0, len(history) - 1)
+    if len(history) == 0 and len(sequence.slice(0, 1)):
+        _take(arrived, 1)
+    room = windowing.window - windowing.context
+    for tokens, again in _cut(sequence, windowing, max(0, len(history) - 1), room):
+        yield Window(tokens, again, _take(arrived, len(tokens) - 1 - again))
+
+
+def _cut(
+    sequence: _Sequence, windowing: Windowing, scored: int, room: int
+) -> Iterator[tuple[Tokens, int]]:
+    """Yield the tokens of each window, and how many of its positions are not new.
+
+    scored: the positions before the first window's new ones. room: how many new ones it may have.
+    """
     while True:
-        again = min(context, scored)
-        tokens = sequence.slice(scored - again, scored + window - context + 1)
+        again = min(windowing.context, scored)
+        tokens = sequence.slice(scored - again, scored + room + 1)
         new = len(tokens) - 1 - again
         if new < 1:
             return
-        if fresh and scored == 0:
-            _take(arrived, 1)
-        spans = _take(arrived, new)
-        yield Window(tokens, again, spans)
+        yield tokens, again
         scored += new
+        room = windowing.window - windowing.context
 
 
 def _take(arrived: deque[Span], count: int) -> tuple[Span, ...]:
@@ -237,7 +230,7 @@ def limit_windows(windows: Iterable[Window], max_new: int | None) -> Iterator[Wi
     if max_new is None:
         yield from windows
         return
-    check_whole("max_new", max_new, least=0, remedy=": use None for no limit")
+    check_whole("max_new", max_new, least=0, most=LARGEST, remedy="use None for no limit")
     left = max_new
     for window in windows if left else ():
         if window.new >= left:

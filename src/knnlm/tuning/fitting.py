@@ -19,7 +19,7 @@ from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.progress import SILENT, Progress
 from knnlm.tuning.by_distance import fit_by_distance
-from knnlm.tuning.gate_training import Examples, fit_gate, make_examples
+from knnlm.tuning.gate_training import fit_gate, make_examples
 from knnlm.tuning.held_out import CACHE_K, CACHE_SIZES, HeldOutText
 from knnlm.tuning.weights import fit_weights, knn_ratios, log_gains
 
@@ -29,7 +29,6 @@ LEAST_TOKENS = 2048
 _CACHE_TEMPERATURES = tuple(m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5))
 _FINER = (0.7, 1.4)
 _FEW_STEPS = 40
-_EXAMPLES_AT_ONCE = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +128,11 @@ def _fit_gate(
     text: HeldOutText, inputs: Sequence[GateInput], voters: Sequence[Voters], progress: Progress
 ) -> tuple[LearnedGate, Float[Tensor, " token"]]:
     """Return a gate, and log p of the true tokens by the networks that did not learn from them."""
-    parts = []
     with progress.task("gate", len(text), "tokens") as advance:
-        for start in range(0, len(text), _EXAMPLES_AT_ONCE):
-            part = slice(start, start + _EXAMPLES_AT_ONCE)
-            parts.append(
-                make_examples(
-                    inputs,
-                    text.lm.of(part),
-                    text.lm_log_probs[part],
-                    [own.of(part) for own in voters],
-                    text.targets[part],
-                )
-            )
-            advance(len(parts[-1]))
-        fitted = fit_gate(inputs, Examples.join(parts))
-    return fitted.gate, fitted.held_out_log_probs
+        examples = make_examples(
+            inputs, text.lm, text.lm_log_probs, voters, text.targets, advance=advance
+        )
+        return fit_gate(inputs, examples)
 
 
 def _mixed(text: HeldOutText, gains: Float[Tensor, " token"]) -> Float[Tensor, " token"]:

@@ -7,8 +7,8 @@ Equal numbers and an equal seed give an equal gate.
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,6 +18,8 @@ from knnlm.mixture.features import GateInput, query_features, weigh
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import Voters, target_knn_log_probs
 from knnlm.mixture.lm_summary import LMSummary
+from knnlm.mixture.rows import join, select
+from knnlm.progress import Advance
 
 _HIDDEN = 64
 _NETWORKS = 5
@@ -31,8 +33,7 @@ _WEIGHT_DECAY = 1e-2
 _TOKENS_AT_ONCE = 512
 
 
-@dataclass(frozen=True, slots=True)
-class Examples:
+class Examples(NamedTuple):
     """The numbers for each token that training needs.
 
     log_probs: of the true token, the LM's first, then of each component of each input; −inf where a
@@ -43,18 +44,6 @@ class Examples:
     log_probs: Float[Tensor, "token component"]
     present: Bool[Tensor, "token component-1"]
 
-    def __len__(self) -> int:
-        return len(self.features)
-
-    @classmethod
-    def join(cls, parts: Sequence["Examples"]) -> "Examples":
-        """Join the examples of consecutive parts of a text."""
-        return cls(
-            torch.cat([part.features for part in parts]),
-            torch.cat([part.log_probs for part in parts]),
-            torch.cat([part.present for part in parts]),
-        )
-
 
 def make_examples(
     inputs: Sequence[GateInput],
@@ -62,38 +51,34 @@ def make_examples(
     lm_log_probs: Float[Tensor, " token"],
     voters: Sequence[Voters],
     targets: Int[Tensor, " token"],
+    *,
+    advance: Advance | None = None,
 ) -> Examples:
-    """Return an example for each token. voters: of each input."""
+    """Return an example for each token. voters: of each input. advance: told of tokens done."""
     parts = []
     for start in range(0, len(targets), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
-        weighed = [weigh(i, own.of(part)) for i, own in zip(inputs, voters, strict=True)]
+        weighed = [weigh(i, select(own, part)) for i, own in zip(inputs, voters, strict=True)]
         log_probs, present = [lm_log_probs[part]], []
         for own in weighed:
             votes = own.voters.tokens == targets[part, None]
             log_probs += [target_knn_log_probs(weights, votes) for weights in own.log_weights]
             present += [own.voters.present] * len(own.log_weights)
-        features = query_features(lm.of(part), weighed)
+        features = query_features(select(lm, part), weighed)
         parts.append(Examples(features, torch.stack(log_probs, dim=1), torch.stack(present, dim=1)))
-    return Examples.join(parts)
+        if advance is not None:
+            advance(len(features))
+    return join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class FittedGate:
-    """A gate, and how it predicts text that it was not fitted to.
-
-    held_out_log_probs: log p of every true token, under the network that did not learn from it.
-    """
-
-    gate: LearnedGate
-    held_out_log_probs: Float[Tensor, " token"]
-
-
-def fit_gate(inputs: Sequence[GateInput], examples: Examples, seed: int = 0) -> FittedGate:
+def fit_gate(
+    inputs: Sequence[GateInput], examples: Examples, seed: int = 0
+) -> tuple[LearnedGate, Float[Tensor, " token"]]:
     """Train the networks of a gate with AdamW, each with a fifth of the text held out.
 
     A fifth is a block of consecutive tokens, as neighboring tokens are alike. Each network is kept
-    as it was when it predicted its block best.
+    as it was when it predicted its block best. Also returns log p of every true token, under the
+    network that did not learn from it.
     """
     generator = torch.Generator().manual_seed(seed)
     gate = _untrained(inputs, examples, generator)
@@ -116,7 +101,7 @@ def fit_gate(inputs: Sequence[GateInput], examples: Examples, seed: int = 0) -> 
         schedule.step()
         if step % max(steps // _CHECKS, 1) == 0 or step == steps:
             best.update(gate)
-    return FittedGate(best.gate, best.log_probs)
+    return best.gate, best.log_probs
 
 
 def _untrained(
@@ -185,8 +170,9 @@ class _BestNetworks:
         self, gate: LearnedGate, standard: Float[Tensor, "token feature"], examples: Examples
     ) -> None:
         self.gate = copy.deepcopy(gate)
-        self.log_probs = torch.full((len(examples),), -torch.inf)
-        block = torch.arange(len(examples)) * gate.networks // len(examples)
+        tokens = len(standard)
+        self.log_probs = torch.full((tokens,), -torch.inf)
+        block = torch.arange(tokens) * gate.networks // tokens
         self.held_out = [block == network for network in range(gate.networks)]
         self._standard = standard
         self._examples = examples

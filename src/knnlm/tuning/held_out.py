@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,6 +13,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.mixture.continuous_cache import CacheNeighbors, join_cache_neighbors
 from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.lm_summary import LMSummary
+from knnlm.mixture.rows import join
 from knnlm.progress import SILENT, Progress
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
@@ -22,8 +24,7 @@ CACHE_K = 256
 """How many pairs of a continuous cache vote."""
 
 
-@dataclass(frozen=True, slots=True)
-class TargetNeighbors:
+class TargetNeighbors(NamedTuple):
     """The neighbors of each token of a held-out text, as a sweep over k, T and λ needs them.
 
     lm_log_probs: log p_LM of the true tokens, the targets. votes: which neighbors vote for them.
@@ -35,9 +36,7 @@ class TargetNeighbors:
 
     def nearest(self, k: int) -> "TargetNeighbors":
         """Return each token's k nearest neighbors."""
-        return replace(
-            self, squared_distances=self.squared_distances[:, :k], votes=self.votes[:, :k]
-        )
+        return TargetNeighbors(self.lm_log_probs, self.squared_distances[:, :k], self.votes[:, :k])
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +67,8 @@ class HeldOutText:
         return cls(
             torch.cat([part.targets for part in parts]),
             torch.cat([part.lm_log_probs for part in parts]),
-            LMSummary.join([part.lm for part in parts]),
-            tuple(map(Voters.join, zip(*(p.voters for p in parts), strict=True))),
+            join([part.lm for part in parts]),
+            tuple(map(join, zip(*(p.voters for p in parts), strict=True))),
             tuple(map(join_cache_neighbors, zip(*(p.cache_neighbors for p in parts), strict=True))),
         )
 

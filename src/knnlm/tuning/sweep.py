@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from dataclasses import asdict, dataclass, replace
+from typing import TypeAlias
 
 import torch
 
@@ -47,13 +47,7 @@ class Sweep:
     by_temperature: tuple[Trial, ...]
 
 
-class _Setting(NamedTuple):
-    k: int
-    temperature: float
-    lmbda: float
-
-
-_Gains: TypeAlias = dict[_Setting, float]
+_Gains: TypeAlias = dict[Parameters, float]
 """For each setting, the mean of log p − log p_LM over the tokens, in nats."""
 
 
@@ -64,18 +58,18 @@ def sweep(neighbors: TargetNeighbors, progress: Progress = SILENT) -> Sweep:
     best = max(gains, key=gains.__getitem__)
 
     def best_by(name: str) -> tuple[Trial, ...]:
-        winners: dict[float, _Setting] = {}
+        winners: dict[float, Parameters] = {}
         for setting, gain in gains.items():
             value = getattr(setting, name)
             if value not in winners or gain > gains[winners[value]]:
                 winners[value] = setting
         return tuple(
-            Trial(**setting._asdict(), perplexity=perplexity_of(lm_nats - gains[setting]))
+            Trial(**asdict(setting), perplexity=perplexity_of(lm_nats - gains[setting]))
             for _, setting in sorted(winners.items())
         )
 
     return Sweep(
-        parameters=Parameters(best.k, best.lmbda if gains[best] > 0 else 0.0, best.temperature),
+        parameters=best if gains[best] > 0 else replace(best, lmbda=0.0),
         tokens=len(neighbors.lm_log_probs),
         lm_perplexity=perplexity_of(lm_nats),
         knn_perplexity=perplexity_of(lm_nats - max(gains[best], 0.0)),
@@ -138,5 +132,5 @@ def _try_temperature(
         ratios = torch.where(present, ratios, torch.ones_like(ratios))
         for lmbda in lmbdas:
             gain = log_gains(ratios[:, None], lmbda).mean()
-            gains[_Setting(k, temperature, lmbda)] = float(gain)
+            gains[Parameters(k, lmbda, temperature)] = float(gain)
     return gains

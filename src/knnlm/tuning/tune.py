@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.parameters import Parameters, parameters_to_dict
 from knnlm.mixture.stored import TunedMixture
 from knnlm.progress import SILENT, Progress
-from knnlm.rules import check_whole
+from knnlm.retrieval.retriever import Stores, as_stores
+from knnlm.rules import check_k
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
 from knnlm.tuning.fitting import Fit, fit_mixture
@@ -38,11 +38,12 @@ class Tuning:
     fits: tuple[Fit, ...]
     mixture: TunedMixture
 
-    def save(self, stores: Sequence[Datastore], text: Sequence[str]) -> None:
+    def save(self, stores: Stores, text: Sequence[str]) -> None:
         """Store each datastore's parameters as its defaults, with where they come from.
 
-        text: the names of the tuning text.
+        stores: those of the tuned model, in their order. text: the names of the tuning text.
         """
+        stores = as_stores(stores)
         for store, parameters in zip(stores, self.parameters, strict=True):
             others = [str(other.path) for other in stores if other is not store]
             origin = {
@@ -78,7 +79,7 @@ class Tuning:
 
 
 def tune(
-    model: KNNLM,
+    model: KNNLM | Stores,
     documents: Iterable[Document],
     *,
     max_k: int | None = None,
@@ -88,17 +89,21 @@ def tune(
 ) -> Tuning:
     """Find the k ≤ max_k (1,024), λ and temperature that predict a held-out text best.
 
+    model: or the datastores alone, which are then opened with their own language model.
     For several datastores, first k and temperature of each alone, then all λ together. Then a
     continuous cache and, for a text of at least 2,048 tokens, the weights of each token: by gates,
     and for a single datastore by distance. Raises InvalidArgumentError.
     """
+    if not isinstance(model, KNNLM):
+        stores = as_stores(model)
+        model = KNNLM(stores[0].load_model(), stores)
     for retriever in model.retrievers:
         if len(retriever.store) == 0:
             raise InvalidArgumentError(
                 f"{retriever.store.path} must have entries to tune on, got none"
             )
     if max_k is not None:
-        check_whole("max_k", max_k, remedy=": ask for a neighbor")
+        check_k(max_k, "max_k")
     text = read_held_out(
         model,
         documents,

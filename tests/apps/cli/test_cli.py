@@ -1,7 +1,6 @@
 """The command line: every command on a tiny model in a folder, and every refusal in one line."""
 
 import contextlib
-import hashlib
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROSE, byte_tokenizer, tiny_llama
-from stores import small_disk
+from stores import is_progress, small_disk, snapshot
 from typer.testing import CliRunner
 
 from knnlm.apps.cli.main import app
@@ -86,11 +85,6 @@ def ok(*arguments: str) -> str:
     for line in result.stderr.splitlines():
         assert is_progress(line), line
     return result.stdout
-
-
-def is_progress(line: str) -> bool:
-    """A bar, or the unit of its rate where the line was too long for both."""
-    return "━" in line or re.fullmatch(r"(\w+/s)?", line.strip()) is not None
 
 
 def ok_json(*arguments: str) -> dict[str, Any]:
@@ -457,15 +451,6 @@ def test_verify_names_the_damaged_file(work: Path) -> None:
 
 
 # refusals
-
-
-def snapshot(folder: Path) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file()
-        else "folder"
-        for path in folder.rglob("*")
-    }
 
 
 def assert_refused(folder: Path, arguments: tuple[str, ...], *parts: str) -> None:

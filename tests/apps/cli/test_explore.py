@@ -56,4 +56,4 @@ def test_without_the_packages(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     result = CliRunner().invoke(app, ["explore", str(path)])
     assert result.exit_code == 1
-    assert "pip install 'knnlm[explorer]'" in result.stderr
+    assert "pip install 'knnlm[server]'" in result.stderr

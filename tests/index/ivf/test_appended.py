@@ -12,8 +12,7 @@ from stores import small_disk
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreCorruptError, DatastoreWriteError
 from knnlm.index.backend import IndexOptions
-from knnlm.index.ivf import appended as ivf_appended
-from knnlm.index.ivf import parts as ivf_parts
+from knnlm.index.ivf import appended as ivf_appended, parts as ivf_parts
 from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
 from knnlm.index.policy import build_index, keep_index
 from knnlm.index.report import index_setting

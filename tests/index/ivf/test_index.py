@@ -21,11 +21,11 @@ from knnlm.errors import (
 )
 from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
-from knnlm.index.ivf import index as ivf_index
-from knnlm.index.ivf import lists as ivf_lists
+from knnlm.index.ivf import index as ivf_index, lists as ivf_lists
+from knnlm.index.ivf.candidates import Candidates, nearest_of
 from knnlm.index.ivf.codes import Coder
 from knnlm.index.ivf.index import FILE_NAME, FOLDER, IVFIndex
-from knnlm.index.ivf.products import Products
+from knnlm.index.ivf.products import float_products, integer_products
 from knnlm.index.protocol import Index, Neighbors
 
 RECALL = 0.97
@@ -243,8 +243,8 @@ def test_products_are_the_same_in_integers_and_floats() -> None:
         for rows in (9, 130)
     )
     expected = queries.long() @ keys.long().T
-    assert torch.equal(Products(integers=False)(queries, keys).long(), expected)
-    assert torch.equal(Products(integers=True)(queries, keys).long(), expected)
+    assert torch.equal(float_products(queries, keys).long(), expected)
+    assert torch.equal(integer_products(queries, keys).long(), expected)
 
 
 def test_codes_estimate_distances() -> None:
@@ -257,6 +257,28 @@ def test_codes_estimate_distances() -> None:
     exact = torch.cdist(queries, keys).square()
     error = (estimates - exact).abs() / 2
     assert (error < query_codes.margins()[:, None]).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("counts", [[1], [2, 0], [40, 7], [300, 0], [5, 1200]])
+@pytest.mark.parametrize("different", [1, 3, 10**9])
+@pytest.mark.parametrize("k", [1, 16, 500])
+def test_the_nearest_candidates_are_in_order(counts: list[int], different: int, k: int) -> None:
+    """Those at equal distances stay in the order in which they were found."""
+    generator = np.random.default_rng(sum(counts))
+    total = sum(counts)
+    distances = generator.integers(0, different, total).astype(np.float32)
+    positions, rows = generator.permutation(total), generator.permutation(total)
+    lengths = np.array(counts)
+    starts = (lengths.cumsum() - lengths)[:, None]
+    candidates = Candidates(distances, positions, starts, lengths[:, None])
+    nearest = nearest_of(candidates, torch.from_numpy(rows), k)
+    for query, (start, count) in enumerate(zip(starts[:, 0], counts, strict=True)):
+        own = distances[start : start + count]
+        order = np.argsort(own, kind="stable")[:k]
+        padding = k - len(order)
+        assert nearest.squared_distances[query].tolist() == [*own[order], *[np.inf] * padding]
+        expected = rows[positions[start + order]]
+        assert nearest.rows[query].tolist() == [*expected, *[-1] * padding]
 
 
 def test_copies_of_a_key_do_not_lower_the_recall(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command `explain`: why the kNN-LM gives each token its probability."""
 
+import errno
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ import typer
 from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.explain_report import print_explanations
-from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_writable, open_model
+from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_file_to_write, open_model
 from knnlm.choices import ModelDtype
 from knnlm.errors import InvalidArgumentError
 
@@ -63,7 +64,7 @@ def explain(
 ) -> None:
     """Show how the datastore changed each token's probability, and the passages responsible.
 
-    The text is printed in colour: green where the datastore helped, red where it hurt. Neighbors
+    The text is printed in color: green where the datastore helped, red where it hurt. Neighbors
     are grouped by the token they vote for; the table at the end adds up the share of each
     document. See docs/attributions.md for the meaning of the weights.
 
@@ -71,7 +72,7 @@ def explain(
     """
     text = _read_text(text)
     if html is not None:
-        _check_page(html)
+        check_file_to_write("html", html)
     mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
     opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
     generated = opened.generate(text, max_new_tokens=generate).tokens if generate else []
@@ -96,17 +97,13 @@ def _read_text(text: str) -> str:
 
     try:
         is_file = Path(text).is_file()
-    except OSError:  # too long for a file name
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
         is_file = False
     if not is_file:
         return text
     return "".join(block for document in knnlm.read_documents(text) for block in document.blocks())
-
-
-def _check_page(path: Path) -> None:
-    if path.is_dir():
-        raise InvalidArgumentError(f"html must be a file to write, got the folder {path}")
-    check_writable(path.parent)
 
 
 def _explain_on_page(
@@ -115,9 +112,11 @@ def _explain_on_page(
     """Write the explorer's page of a text, and return its explanations from the same reading."""
     from knnlm.apps.explorer.analysis import analyze_and_explain
     from knnlm.apps.explorer.page import standalone_page
+    from knnlm.datastore.files import writing
 
     analysis, explanations = analyze_and_explain(model, text, generated, sources)
-    path.write_text(standalone_page(analysis), encoding="utf-8")
+    with writing(path):
+        path.write_text(standalone_page(analysis), encoding="utf-8")
     return explanations
 
 

@@ -1,22 +1,19 @@
-"""Explanations as text coloured by gain and loss, the neighbors' votes, and their passages."""
+"""Explanations as text colored by gain and loss, the neighbors' votes, and their passages."""
 
 import math
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from knnlm.apps.cli.console import OUT
+from knnlm.apps.cli.console import OUT, one_line, visible
 from knnlm.apps.cli.reports import new_table
 
 if TYPE_CHECKING:
     from knnlm.evaluation.explanation import Explanation, Source, Vote
 
-_MIN_COLOURED_NATS = 0.1
+_MIN_COLORED_NATS = 0.1
 _MAX_DOCUMENTS = 10
-# control characters, except tab and newline, would move the cursor or colour the terminal
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def print_explanations(
@@ -24,12 +21,12 @@ def print_explanations(
 ) -> None:
     """Print the text, the sources of the tokens numbered in `shown`, and each document's share.
 
-    first: the number of the first token that is coloured and counted; those before it are a prompt.
+    first: the number of the first token that is colored and counted; those before it are a prompt.
     """
     text = Text()
     for number, explanation in enumerate(explanations):
         style = "dim" if number < first else _gain_style(explanation.gain)
-        text.append(_printable(explanation.text), style=style)
+        text.append(visible(explanation.text), style=style)
     OUT.print(text, soft_wrap=True)
     OUT.print(
         Text.assemble(("green", "green"), ": the datastore helped, ", ("red", "red"), ": it hurt\n")
@@ -47,7 +44,7 @@ def _print_probabilities(explanations: Sequence["Explanation"], shown: Sequence[
         explanation = explanations[number]
         table.add_row(
             str(number),
-            Text(_quoted(explanation.text), "bold"),
+            Text(repr(explanation.text), "bold"),
             f"{math.exp(explanation.lm_log_prob):.3f}",
             f"{explanation.knn_prob:.3f}",
             f"{math.exp(explanation.log_prob):.3f}",
@@ -58,7 +55,7 @@ def _print_probabilities(explanations: Sequence["Explanation"], shown: Sequence[
 
 def _print_votes(number: int, explanation: "Explanation") -> None:
     """Print the tokens that the neighbors vote for, and below each its sources."""
-    OUT.print(Text.assemble(f"\ntoken {number} ", (_quoted(explanation.text), "bold")))
+    OUT.print(Text.assemble(f"\ntoken {number} ", (repr(explanation.text), "bold")))
     without_sources = []
     for vote in explanation.votes:
         sources = [source for source in explanation.sources if source.token == vote.token]
@@ -66,11 +63,11 @@ def _print_votes(number: int, explanation: "Explanation") -> None:
             without_sources.append(vote)
             continue
         style = "bold green" if vote.token == explanation.token else "bold"
-        OUT.print(Text.assemble("  ", (_quoted(vote.text), style), f" {_described(vote)}"))
+        OUT.print(Text.assemble("  ", (repr(vote.text), style), f" {_described(vote)}"))
         for source in sources:
             _print_source(source)
     if without_sources:
-        others = "; ".join(f"{_quoted(vote.text)} {_described(vote)}" for vote in without_sources)
+        others = "; ".join(f"{vote.text!r} {_described(vote)}" for vote in without_sources)
         OUT.print(f"  others: {others}", style="dim", soft_wrap=True)
 
 
@@ -83,12 +80,12 @@ def _print_source(source: "Source") -> None:
     OUT.print(
         Text.assemble(
             f"    {source.weight:6.1%}  d² {source.squared_distance:<8.4g} ",
-            (f"{_printable(source.document)}, token {source.position}", "cyan"),
+            (f"{one_line(source.document)}, token {source.position}", "cyan"),
             "\n            ",
             "…" if source.before else "",
-            _one_line(source.before),
-            (_one_line(source.value), "reverse"),
-            _one_line(source.after),
+            _passage(source.before),
+            (_passage(source.value), "reverse"),
+            _passage(source.after),
             "…",
         ),
         soft_wrap=True,
@@ -107,9 +104,7 @@ def _print_documents(explanations: Sequence["Explanation"]) -> None:
     table.add_row(Text("the language model", "italic"), f"{from_lm:.1f}", f"{from_lm / tokens:.1%}")
     for credit in document_credits[:_MAX_DOCUMENTS]:
         name = f"{credit.store}: {credit.document}" if several else credit.document
-        table.add_row(
-            Text(_printable(name)), f"{credit.tokens:.1f}", f"{credit.tokens / tokens:.1%}"
-        )
+        table.add_row(Text(one_line(name)), f"{credit.tokens:.1f}", f"{credit.tokens / tokens:.1%}")
     others = document_credits[_MAX_DOCUMENTS:]
     if others:
         rest = sum(credit.tokens for credit in others)
@@ -120,18 +115,10 @@ def _print_documents(explanations: Sequence["Explanation"]) -> None:
 
 
 def _gain_style(gain: float) -> str:
-    if abs(gain) < _MIN_COLOURED_NATS:
+    if abs(gain) < _MIN_COLORED_NATS:
         return ""
     return ("green" if gain > 0 else "red") + (" bold" if abs(gain) > 1 else "")
 
 
-def _quoted(text: str) -> str:
-    return _printable(repr(text))
-
-
-def _printable(text: str) -> str:
-    return _CONTROL.sub("�", text.replace("\r\n", "\n"))
-
-
-def _one_line(text: str) -> str:
-    return _printable(text.replace("\r", "").replace("\n", "⏎").replace("\t", "→"))
+def _passage(text: str) -> str:
+    return visible(text.replace("\r", "").replace("\n", "⏎").replace("\t", "→"))

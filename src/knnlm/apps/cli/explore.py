@@ -34,7 +34,7 @@ def explore(
 
         knnlm explore docs.store
     """
-    check_server_packages("the explorer", "explorer")
+    check_server_packages("the explorer")
     from knnlm.apps.server.service import Service, listen
 
     listener = listen("127.0.0.1", port)

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import typer
 
 from knnlm.apps.cli import options
-from knnlm.apps.cli.console import print_json
+from knnlm.apps.cli.console import print_continuation, print_json
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, open_model
 from knnlm.choices import ModelDtype
 
@@ -15,9 +15,9 @@ _Sample = Annotated[
     bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")
 ]
 _SamplingTemperature = Annotated[
-    float, typer.Option(help="With --sample: the softmax temperature.", min=0.01)
+    float, typer.Option(help="With --sample: the softmax temperature, at least 0.01.")
 ]
-_TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.01, max=1.0)]
+_TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.0, max=1.0)]
 _Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
 
 
@@ -58,5 +58,4 @@ def generate(
     if as_json:
         print_json({"prompt": prompt, "text": generation.text, "tokens": generation.tokens})
     else:
-        typer.secho(prompt, dim=True, nl=False)  # unlike rich, wraps no line and expands no tab
-        typer.echo(generation.text)
+        print_continuation(prompt, generation.text)

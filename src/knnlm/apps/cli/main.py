@@ -2,6 +2,8 @@
 
 import errno
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -23,21 +25,22 @@ from knnlm.apps.cli import (
 )
 from knnlm.errors import KNNLMError
 
+# typer has no name for the error of wrong usage, only for this kind of it
+_UsageError: type[Any] = typer.BadParameter.__mro__[1]
+
 
 class _Commands(TyperGroup):
     """Turns errors into one line and exit status 1, an interruption into exit status 130."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        """Parse the options before the command; see `_visible_usage`."""
+        with _visible_usage():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except KNNLMError as error:
-            console.print_error(str(error))
-            raise typer.Exit(1) from error
-        except OSError as error:  # from the system: no permission, a file name too long
-            if error.errno in (None, errno.EPIPE):
-                raise
-            console.print_error(f"{error.filename}: {error.strerror}")
-            raise typer.Exit(1) from error
+            with _visible_usage():
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             console.ERR.print(
                 "interrupted: everything committed so far is kept; rerun the same command to "
@@ -45,6 +48,39 @@ class _Commands(TyperGroup):
                 soft_wrap=True,
             )
             raise typer.Exit(130) from None
+        except Exception as error:
+            message = _message(error)
+            if message is None:
+                raise
+            console.print_error(message)
+            raise typer.Exit(1) from error
+
+
+@contextmanager
+def _visible_usage() -> Iterator[None]:
+    """Keep control characters out of the message about wrong usage, which typer prints."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = console.visible(error.message)
+        raise
+
+
+def _message(error: Exception) -> str | None:
+    """Return the line that explains an error to people; None for those that are faults of ours."""
+    match error:
+        case KNNLMError() | ImportError():
+            return str(error)
+        case OSError():  # from the system: no permission, a file name too long
+            if error.errno == errno.EPIPE:
+                return None
+            reason = error.strerror or str(error) or type(error).__name__
+            return reason if error.filename is None else f"{error.filename}: {reason}"
+        case MemoryError():
+            return f"not enough memory: {error}" if str(error) else "not enough memory"
+        case RuntimeError() if "allocate memory" in str(error):  # torch's own
+            return f"not enough memory: {error}"
+    return None
 
 
 app = typer.Typer(
@@ -58,7 +94,7 @@ app = typer.Typer(
 
 def _print_version(asked: bool) -> bool:
     if asked:
-        typer.echo(f"knnlm {__version__}")
+        console.OUT.print(f"knnlm {__version__}")
         raise typer.Exit
     return asked
 
@@ -93,5 +129,13 @@ app.command()(demo.demo)
 
 def main() -> None:
     """Run the command line."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    app()
+    console.prepare_streams()
+    logging.basicConfig(
+        format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[console.LogHandler()]
+    )
+    try:
+        app()
+    except OSError as error:  # from typer, which prints the help itself
+        console.STDOUT.fail(error)
+    finally:
+        console.STDOUT.flush()

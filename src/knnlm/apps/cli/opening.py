@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from knnlm.choices import Boundary, ModelDtype, Weights
-from knnlm.errors import DatastoreWriteError, missing_dependency
+from knnlm.errors import DatastoreWriteError, InvalidArgumentError, missing_dependency
 
 if TYPE_CHECKING:
     from knnlm.datastore.datastore import Datastore
@@ -92,10 +92,30 @@ def choose_windowing(
     )
 
 
+def check_file_to_write(option: str, path: Path) -> None:
+    """Refuse, before any work, a path that cannot be written as a file; names the option.
+
+    Raises InvalidArgumentError and DatastoreWriteError.
+    """
+    if path.is_dir():
+        raise InvalidArgumentError(f"{option} must be a file to write, got the folder {path}")
+    if path.is_fifo() or path.is_socket():
+        raise InvalidArgumentError(f"{option} must be a file to write, got a pipe, {path}")
+    if not path.exists():
+        check_writable(path.parent)
+    elif not os.access(path, os.W_OK):
+        raise DatastoreWriteError(
+            f"cannot write {path}: no permission; change its permissions or choose another"
+        )
+
+
 def check_writable(folder: Path) -> None:
     """Raise DatastoreWriteError, before any work, if no file can be created in a folder."""
     if not folder.is_dir():
-        raise DatastoreWriteError(f"cannot write to {folder}: no such folder; create it first")
+        rule = "it is not a folder; choose another one"
+        if not folder.exists():
+            rule = "no such folder; create it first"
+        raise DatastoreWriteError(f"cannot write to {folder}: {rule}")
     if not os.access(folder, os.W_OK):
         raise DatastoreWriteError(
             f"cannot write to {folder}: the folder is not writable; change its permissions or "
@@ -103,8 +123,8 @@ def check_writable(folder: Path) -> None:
         )
 
 
-def check_server_packages(purpose: str, extra: str) -> None:
+def check_server_packages(purpose: str) -> None:
     """Raise MissingDependencyError if a package that the server needs is not installed."""
     for package in ("fastapi", "uvicorn", "prometheus_client"):
         if importlib.util.find_spec(package) is None:
-            raise missing_dependency(package, purpose, extra)
+            raise missing_dependency(package, purpose, "server")

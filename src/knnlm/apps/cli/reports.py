@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.table import Table
+from rich.console import JustifyMethod
+from rich.table import Column, Table
 
-from knnlm.apps.cli.console import ERR, OUT, amount
+from knnlm.apps.cli.console import ERR, OUT, amount, one_line
 
 if TYPE_CHECKING:
     from knnlm.evaluation.perplexity import PerplexityReport
@@ -19,7 +20,8 @@ def new_table(*headings: str, left: str | None = None, title: str | None = None)
     """Return an empty table of right-aligned columns, but for the one named `left`."""
     table = Table(title=title, title_justify="left")
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == left else "right")
+        side: JustifyMethod = "left" if heading == left else "right"
+        table.add_column(heading, justify=side, overflow="fold")
     return table
 
 
@@ -141,7 +143,7 @@ def warn_of_poor_recall(path: Path, index: dict[str, Any]) -> None:
 
     index: the facts about the index of the datastore at `path`.
     """
-    if index["recall"] < index.get("target_recall", 0.0):
+    if "target_recall" in index and index["recall"] < index["target_recall"]:
         ERR.print(
             f"warning: the index finds {index['recall']:.1%} of the true neighbors, below the "
             f"{index['target_recall']:.1%} asked for; knnlm index {path} builds another",
@@ -165,17 +167,17 @@ def print_store(facts: dict[str, Any]) -> None:
         "parameters": _parameters_line(facts["parameters"], facts["tuning"]),
     }
     if facts["incomplete_documents"]:
-        rows["incomplete"] = ", ".join(facts["incomplete_documents"][:3])
+        rows["incomplete"] = ", ".join(map(one_line, facts["incomplete_documents"][:3]))
     OUT.print(facts["path"], style="bold")
-    table = Table(show_header=False)
+    table = Table("", Column(overflow="fold"), show_header=False)
     for name, value in rows.items():
         table.add_row(name, value)
     OUT.print(table)
 
 
 def _index_line(index: dict[str, Any]) -> str:
-    if index["kind"] == "exact":
-        return "exact"
+    if "nprobe" not in index:  # exact, or built by an older version, which kept no facts
+        return str(index["kind"])
     line = (
         f"{index['kind']}, recall {index['recall']:.3f} at k {index['k']} with nprobe "
         f"{index['nprobe']}, {index['bytes_per_entry']:.0f} bytes per entry, "

@@ -68,7 +68,7 @@ def serve(
 
         knnlm serve docs.store
     """
-    check_server_packages("serving", "server")
+    check_server_packages("serving")
     from knnlm.apps.engine.limits import Limits
     from knnlm.apps.server.service import Service, check_exposure, listen
 

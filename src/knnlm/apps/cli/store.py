@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from knnlm.apps.cli import options
-from knnlm.apps.cli.console import OUT, amount, print_error, print_json
+from knnlm.apps.cli.console import OUT, amount, one_line, print_error, print_json
 from knnlm.apps.cli.reports import print_store
 
 _Documents = Annotated[
@@ -32,7 +32,8 @@ def info(
     print_store(facts)
     for document in facts.get("document_list", []):
         OUT.print(
-            f"{document['stop'] - document['start']:>10,}  {document['name']}", soft_wrap=True
+            f"{document['stop'] - document['start']:>10,}  {one_line(document['name'])}",
+            soft_wrap=True,
         )
 
 

@@ -10,13 +10,14 @@ from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.opening import (
     MixtureOptions,
     ModelOptions,
+    check_file_to_write,
     check_writable,
     choose_windowing,
     open_model,
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.choices import ModelDtype
-from knnlm.rules import check_whole
+from knnlm.rules import check_k
 
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
 _Plot = Annotated[
@@ -55,11 +56,11 @@ def tune(
     from knnlm.tuning.plot import plot_tuning
 
     documents = knnlm.read_documents(*text, text_column=text_column)
-    check_whole("max_k", max_k, remedy=": ask for a neighbor")
+    check_k(max_k, "max_k")
     opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
     picture = plot or store / "tuning.png"
-    for folder in (store, picture.parent):
-        check_writable(folder)
+    check_writable(store)
+    check_file_to_write("plot", picture)
     tuning = knnlm.tune(
         opened,
         documents,

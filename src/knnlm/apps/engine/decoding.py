@@ -121,7 +121,8 @@ class Decoder:
     def select(self, batch: CachedSequences, sequences: Sequence[int]) -> CachedSequences:
         """Select some sequences (or one several times); drop columns that are padding in all.
 
-        Needs `shares_batches`.
+        Needs `shares_batches`. (`Cache.batch_select_indices` works in place and keeps every column:
+        then a batch never gets shorter than the longest sequence it ever had.)
         """
         chosen = list(sequences)
         mask = batch.mask[chosen]

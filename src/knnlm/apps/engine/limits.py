@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from knnlm.errors import InvalidArgumentError
-from knnlm.rules import check_real, check_whole
+from knnlm.rules import LARGEST, check_real, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("max_tokens", "max_batch", "max_queue", "max_body_bytes"):
-            check_whole(name, getattr(self, name), remedy=": choose a larger one")
+            check_whole(name, getattr(self, name), most=LARGEST)
         if not check_real("request_seconds", self.request_seconds) > 0.0:
             raise InvalidArgumentError(
                 f"request_seconds must be positive, got {self.request_seconds}"

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.rules import check_sampling
+from knnlm.rules import check_sampling_temperature, check_seed, check_top_p
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,9 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_sampling(self.temperature, self.top_p, self.seed)
+        check_sampling_temperature(self.temperature)
+        check_top_p(self.top_p)
+        check_seed(self.seed)
 
 
 def seeded_generator(seed: int, sample: int) -> torch.Generator:

@@ -102,7 +102,7 @@ class Analysis:
         """
         rows = []
         for retriever, neighbors in zip(self.retrievers, self.neighbors, strict=True):
-            chosen = retriever.votes_for_targets(neighbors, self.tokens)
+            chosen = retriever.tokens(neighbors) == self.tokens[:, None]
             chosen &= chosen.cumsum(dim=1) <= sources
             chosen[:, :sources] |= neighbors.present[:, :sources]
             rows.append(np.unique(neighbors.rows[chosen].numpy()).tolist())

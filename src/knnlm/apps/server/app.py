@@ -39,7 +39,7 @@ def create_app(
         added.add_to(app, model)
     routes = [route for route in app.routes if isinstance(route, Route)]
     return RequestGuard(
-        app,
+        app=app,
         limits=limits,
         metrics=metrics,
         api_key=api_key,

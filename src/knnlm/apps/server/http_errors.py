@@ -68,12 +68,12 @@ def job_error(failed: Failed) -> HTTPError:
 def add_to(app: FastAPI) -> None:
     """Turn every error in an app into OpenAI's form."""
 
-    async def respond(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPError)
+    @app.exception_handler(HTTPError)
+    async def respond(request: Request, error: HTTPError) -> Response:
         return error.response()
 
-    async def respond_to_router(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(HTTPException)
+    async def respond_to_router(request: Request, error: HTTPException) -> Response:
         detail = str(error.detail)
         if error.status_code == 404:
             detail = f"there is no {request.url.path} here"
@@ -81,18 +81,14 @@ def add_to(app: FastAPI) -> None:
             detail = f"{request.url.path} does not take {request.method}"
         return HTTPError(error.status_code, detail, headers=error.headers).response()
 
-    async def respond_to_invalid_body(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+    @app.exception_handler(RequestValidationError)
+    async def respond_to_invalid_body(request: Request, error: RequestValidationError) -> Response:
         message, param = _explain_validation(error.errors())
         return HTTPError(400, message, param=param).response()
 
+    @app.exception_handler(Exception)
     async def respond_to_failure(request: Request, error: Exception) -> Response:
         return HTTPError(500, "the server failed at this request; its log says more").response()
-
-    app.add_exception_handler(HTTPError, respond)
-    app.add_exception_handler(HTTPException, respond_to_router)
-    app.add_exception_handler(RequestValidationError, respond_to_invalid_body)
-    app.add_exception_handler(Exception, respond_to_failure)
 
 
 def _explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -17,6 +18,7 @@ _NEED_NO_KEY = {"/health", *PAGE_PATHS}  # the explorer's page is empty until it
 _MAX_DISCARDED_BYTES = 64 << 20  # read from too large a body, so that its sender sees the error
 
 
+@dataclass(kw_only=True)
 class RequestGuard:
     """The outermost layer of the app.
 
@@ -25,29 +27,18 @@ class RequestGuard:
     body. is_stopping: whether new requests are refused.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        *,
-        limits: Limits,
-        metrics: Metrics,
-        api_key: str | None,
-        paths: frozenset[str],
-        json_paths: frozenset[str],
-        is_stopping: Callable[[], bool],
-    ) -> None:
-        self._app = app
-        self._limits = limits
-        self._metrics = metrics
-        self._key = None if api_key is None else api_key.encode()
-        self._paths = paths
-        self._json_paths = json_paths
-        self._is_stopping = is_stopping
+    app: ASGIApp
+    limits: Limits
+    metrics: Metrics
+    api_key: str | None
+    paths: frozenset[str]
+    json_paths: frozenset[str]
+    is_stopping: Callable[[], bool]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request pass, or refuse it."""
         if scope["type"] != "http":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         started = time.perf_counter()
         status = CLIENT_LEFT
@@ -64,17 +55,17 @@ class RequestGuard:
             status = 500
             raise
         finally:
-            route = scope["path"] if scope["path"] in self._paths else "other"
-            self._metrics.requests.labels(route, str(status)).inc()
-            self._metrics.latency.labels(route).observe(time.perf_counter() - started)
+            route = scope["path"] if scope["path"] in self.paths else "other"
+            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.latency.labels(route).observe(time.perf_counter() - started)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             if scope["path"] not in _NEED_NO_KEY:
                 self._check_key(scope)
-            if self._is_stopping() and scope["method"] == "POST":
+            if self.is_stopping() and scope["method"] == "POST":
                 raise HTTPError(503, "the server is stopping", headers={"Retry-After": "5"})
-            if scope["method"] == "POST" and scope["path"] in self._json_paths:
+            if scope["method"] == "POST" and scope["path"] in self.json_paths:
                 _check_content_type(scope)
             body = await self._read(scope, receive)
         except HTTPError as error:
@@ -87,15 +78,15 @@ class RequestGuard:
         async def replay() -> Message:
             return unread.pop() if unread else await receive()
 
-        await self._app(scope, replay, send)
+        await self.app(scope, replay, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None:
+        if self.api_key is None:
             _check_host(scope)
             return
         given = dict(scope["headers"]).get(b"authorization", b"")
         scheme, _, key = given.partition(b" ")
-        is_right = hmac.compare_digest(key.strip(), self._key)
+        is_right = hmac.compare_digest(key.strip(), self.api_key.encode())
         if scheme.lower() != b"bearer" or not is_right:
             raise HTTPError(
                 401,
@@ -106,11 +97,11 @@ class RequestGuard:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes:
         """Return the whole body, within the limits of size and time."""
-        limit = self._limits.max_body_bytes
+        limit = self.limits.max_body_bytes
         parts: list[bytes] = []
         size = 0
         try:
-            async with asyncio.timeout(self._limits.request_seconds):
+            async with asyncio.timeout(self.limits.request_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -123,7 +114,7 @@ class RequestGuard:
         except TimeoutError:
             raise HTTPError(
                 408,
-                f"the request must arrive within {self._limits.request_seconds:g} seconds",
+                f"the request must arrive within {self.limits.request_seconds:g} seconds",
                 headers={"Connection": "close"},
             ) from None
         if size > limit:

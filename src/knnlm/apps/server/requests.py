@@ -7,7 +7,7 @@ import copy
 import secrets
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 from knnlm.apps.engine.engine import ModelFacts
@@ -89,12 +89,11 @@ class RequestReader:
         samples = request.n or 1
         max_tokens = _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
         self._check_sizes(request, prompts, samples, max_tokens)
-        sampling = SamplingOptions(
-            temperature=1.0 if request.temperature is None else request.temperature,
-            top_p=1.0 if request.top_p is None else request.top_p,
-            # without a seed the request gets one that cannot be guessed
-            seed=secrets.randbits(62) if request.seed is None else request.seed,
-        )
+        # a request's sampling options are its fields of the same names; without a seed it gets one
+        # that cannot be guessed
+        given = {field.name: getattr(request, field.name) for field in fields(SamplingOptions)}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        sampling = SamplingOptions(**{"seed": secrets.randbits(62)} | chosen)
         overrides = self.overrides(request)
         stop = [request.stop] if isinstance(request.stop, str) else request.stop or []
         sources = request.sources

@@ -9,6 +9,7 @@ from knnlm.apps.engine.jobs import Event, Failed, Grown, PromptRead, ScoredToken
 from knnlm.apps.server.http_errors import job_error
 from knnlm.apps.server.requests import EncodedPrompt, count_prompt_tokens
 from knnlm.apps.server.schema import (
+    LEAST_LOG_PROB,
     Choice,
     CompletionRequest,
     CompletionResponse,
@@ -18,111 +19,93 @@ from knnlm.apps.server.schema import (
 )
 from knnlm.evaluation.explanation import Explanation
 
-_LEAST_LOG_PROB = -9999.0  # JSON has no −inf
 
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """New text and tokens of one choice."""
-
-    index: int
-    text: str
-    tokens: tuple[ScoredToken, ...]
-    finish_reason: str | None = None
-
-
+@dataclass
 class ResponseBuilder:
     """Builds the response to one request as the events of its jobs arrive.
 
     next_event: waits for an event, and for the number of the prompt that it belongs to.
     """
 
-    def __init__(
-        self,
-        model: str,
-        request: CompletionRequest,
-        prompts: Sequence[EncodedPrompt],
-        next_event: Callable[[], Awaitable[tuple[int, Event]]],
-    ) -> None:
-        self._request = request
-        self._prompts = prompts
-        self._next_event = next_event
-        self._samples = request.n or 1
-        self._model = model
+    model: str
+    request: CompletionRequest
+    prompts: Sequence[EncodedPrompt]
+    next_event: Callable[[], Awaitable[tuple[int, Event]]]
+
+    def __post_init__(self) -> None:
+        self._samples = self.request.n or 1
         self._id = f"cmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._generated = 0
 
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Yield new pieces until every choice is finished; raises HTTPError."""
-        unfinished = len(self._prompts) * self._samples
+    async def pieces(self) -> AsyncIterator[Grown]:
+        """Yield new text until every choice is finished, `sample` being the choice's number.
+
+        Raises HTTPError.
+        """
+        unfinished = len(self.prompts) * self._samples
         while unfinished:
-            number, event = await self._next_event()
+            number, event = await self.next_event()
             if isinstance(event, Failed):
                 raise job_error(event)
-            if isinstance(event, PromptRead) and self._request.echo:
+            echoed = self.prompts[number].text if self.request.echo else ""
+            first = number * self._samples
+            if isinstance(event, PromptRead) and self.request.echo:
                 for sample in range(self._samples):
-                    index = number * self._samples + sample
-                    yield Piece(index, self._prompts[number].text, event.tokens)
+                    yield Grown(first + sample, echoed, event.tokens, None)
             elif isinstance(event, Grown):
                 self._generated += len(event.tokens)
                 unfinished -= event.finish_reason is not None
-                before = len(self._prompts[number].text) if self._request.echo else 0
                 tokens = tuple(
-                    replace(scored, offset=scored.offset + before) for scored in event.tokens
+                    replace(scored, offset=scored.offset + len(echoed)) for scored in event.tokens
                 )
-                index = number * self._samples + event.sample
-                yield Piece(index, event.text, tokens, event.finish_reason)
+                yield replace(event, sample=first + event.sample, tokens=tokens)
 
     async def whole(self) -> CompletionResponse:
         """Return the response when it is complete."""
-        pieces: list[list[Piece]] = [[] for _ in range(len(self._prompts) * self._samples)]
+        parts: list[list[Grown]] = [[] for _ in range(len(self.prompts) * self._samples)]
         async for piece in self.pieces():
-            pieces[piece.index].append(piece)
+            parts[piece.sample].append(piece)
         joined = [
-            Piece(
+            Grown(
                 index,
-                "".join(piece.text for piece in parts),
-                tuple(scored for piece in parts for scored in piece.tokens),
-                parts[-1].finish_reason,
+                "".join(piece.text for piece in pieces),
+                tuple(scored for piece in pieces for scored in piece.tokens),
+                pieces[-1].finish_reason,
             )
-            for index, parts in enumerate(pieces)
+            for index, pieces in enumerate(parts)
         ]
-        return self._response([self._choice(piece) for piece in joined], self.usage())
+        return self.response(joined, self.usage())
 
-    def chunk(self, piece: Piece) -> CompletionResponse:
-        """Return one piece as a chunk of a stream."""
-        return self._response([self._choice(piece)], None)
-
-    def last_chunk(self) -> CompletionResponse:
-        """Return the last chunk of a stream, which counts the tokens."""
-        return self._response([], self.usage())
+    def response(self, pieces: Sequence[Grown], usage: Usage | None = None) -> CompletionResponse:
+        """Return some pieces as a whole response or as a chunk of a stream."""
+        return CompletionResponse(
+            id=self._id,
+            created=self._created,
+            model=self.model,
+            choices=[self._choice(piece) for piece in pieces],
+            usage=usage,
+        )
 
     def usage(self) -> Usage:
         """Count the tokens so far."""
-        sent = count_prompt_tokens(self._prompts)
+        sent = count_prompt_tokens(self.prompts)
         return Usage(
             prompt_tokens=sent,
             completion_tokens=self._generated,
             total_tokens=sent + self._generated,
         )
 
-    def _response(self, choices: list[Choice], usage: Usage | None) -> CompletionResponse:
-        return CompletionResponse(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage
-        )
-
-    def _choice(self, piece: Piece) -> Choice:
-        request = self._request
+    def _choice(self, piece: Grown) -> Choice:
         explanations = [scored.explanation for scored in piece.tokens if scored.explanation]
         return Choice.model_validate(
             {
-                "index": piece.index,
+                "index": piece.sample,
                 "text": piece.text,
                 "finish_reason": piece.finish_reason,
-                "logprobs": None if request.logprobs is None else _log_probs(piece.tokens),
+                "logprobs": None if self.request.logprobs is None else _log_probs(piece.tokens),
                 "sources": [token_explanation(explanation) for explanation in explanations]
-                if request.sources
+                if self.request.sources
                 else None,
             }
         )
@@ -131,22 +114,16 @@ class ResponseBuilder:
 def _log_probs(tokens: Sequence[ScoredToken]) -> LogProbs:
     return LogProbs(
         tokens=[scored.text for scored in tokens],
-        token_logprobs=[
-            None if scored.log_prob is None else _finite(scored.log_prob) for scored in tokens
-        ],
-        top_logprobs=[
-            None
-            if scored.top is None
-            else {text: _finite(log_prob) for text, log_prob in scored.top.items()}
-            for scored in tokens
-        ],
+        token_logprobs=[scored.log_prob for scored in tokens],
+        top_logprobs=[scored.top for scored in tokens],
         text_offset=[scored.offset for scored in tokens],
     )
 
 
 def token_explanation(explanation: Explanation) -> TokenExplanation:
     """Return an explanation as clients see it."""
-    lm_log_prob, log_prob = _finite(explanation.lm_log_prob), _finite(explanation.log_prob)
+    lm_log_prob = max(explanation.lm_log_prob, LEAST_LOG_PROB)
+    log_prob = max(explanation.log_prob, LEAST_LOG_PROB)
     return TokenExplanation(
         token=explanation.token,
         text=explanation.text,
@@ -156,7 +133,3 @@ def token_explanation(explanation: Explanation) -> TokenExplanation:
         gain=log_prob - lm_log_prob,
         sources=list(explanation.sources),
     )
-
-
-def _finite(log_prob: float) -> float:
-    return max(log_prob, _LEAST_LOG_PROB)

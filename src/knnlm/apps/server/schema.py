@@ -1,27 +1,18 @@
 """Every field of the JSON in requests and responses: OpenAI's completions, and our own."""
 
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from knnlm.evaluation.explanation import Source
 from knnlm.rules import (
-    GREATEST_TEMPERATURE,
-    LEAST_TEMPERATURE,
+    check_k,
     check_lmbda,
     check_sampling_temperature,
+    check_seed,
     check_temperature,
+    check_top_p,
 )
-
-
-def _rule(check: Callable[[object], None]) -> AfterValidator:
-    def checked(number: float) -> float:
-        check(number)
-        return number
-
-    return AfterValidator(checked)
-
 
 Text = Annotated[str, Field(max_length=1 << 20)]
 TokenIds = Annotated[
@@ -33,13 +24,16 @@ Prompt = (
     | TokenIds
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 )
-Neighbors = Annotated[int, Field(ge=1, le=1 << 31)]
-# Bounds describe the protocol, in which sampling temperatures end at 2; rules are the library's.
-Lmbda = Annotated[float, Field(ge=0.0, le=1.0), _rule(check_lmbda)]
-KnnTemperature = Annotated[
-    float, Field(ge=LEAST_TEMPERATURE, le=GREATEST_TEMPERATURE), _rule(check_temperature)
-]
-SamplingTemperature = Annotated[float, Field(ge=0.0, le=2.0), _rule(check_sampling_temperature)]
+# Rules are the library's; the protocol and this server add some that are narrower.
+Neighbors = Annotated[int, AfterValidator(check_k)]
+Lmbda = Annotated[float, AfterValidator(check_lmbda)]
+KnnTemperature = Annotated[float, AfterValidator(check_temperature)]
+SamplingTemperature = Annotated[float, Field(le=2.0), AfterValidator(check_sampling_temperature)]
+LEAST_LOG_PROB = -9999.0
+LogProb = Annotated[
+    float, AfterValidator(lambda nats: max(nats, LEAST_LOG_PROB))
+]  # no −inf in JSON
+Unsupported = Field(None, description="Not supported.")
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -76,7 +70,7 @@ class CompletionRequest(_Request):
     temperature: SamplingTemperature | None = Field(
         None, description="Sampling temperature; 0 takes the likeliest token. By default 1."
     )
-    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+    top_p: Annotated[float, AfterValidator(check_top_p)] | None = Field(
         None, description="Sample from the likeliest tokens that together have this probability."
     )
     n: Annotated[int, Field(ge=1, le=1024)] | None = Field(
@@ -85,7 +79,7 @@ class CompletionRequest(_Request):
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
         None, description="Texts before which the completion ends."
     )
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = Field(
+    seed: Annotated[int, AfterValidator(check_seed)] | None = Field(
         None, description="Makes sampling repeatable."
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
@@ -101,16 +95,10 @@ class CompletionRequest(_Request):
     )
     # fields of the protocol that are accepted only where they change nothing
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Not above n.")
-    suffix: Literal[""] | None = Field(None, description="Not supported.")
-    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Field(
-        None, description="Not supported."
-    )
-    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Field(
-        None, description="Not supported."
-    )
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Field(
-        None, description="Not supported."
-    )
+    suffix: Literal[""] | None = Unsupported
+    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Unsupported
+    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Unsupported
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Unsupported
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "CompletionRequest":
@@ -138,8 +126,8 @@ class LogProbs(BaseModel):
     """Log-probabilities, in nats, of every token of a choice under the mixture."""
 
     tokens: list[str]
-    token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None]
+    token_logprobs: list[LogProb | None]
+    top_logprobs: list[dict[str, LogProb] | None]
     text_offset: list[int]
 
 

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int8
+from jaxtyping import Float, Int, Int8
 from torch import Tensor
 
 LARGEST_CODE = 127
@@ -22,6 +22,9 @@ _KEPT_VARIANCE = 0.95
 # to a step is off by step / √12 on average; here that of query and key, taken to be about as long,
 # both count, and three standard deviations.
 MARGIN = 3.0 / math.sqrt(3)
+SAMPLE_SHARE = 1 / 16
+"""How much of each list is its head: a sample of its scores, which lie in random order."""
+_DEVIATIONS = 3.0
 _LARGEST_CODE_DIM = 1024
 
 
@@ -36,20 +39,6 @@ class Codes:
     def margins(self) -> Float[Tensor, " n"]:
         """Return how far queries' scores may be off because codes are rounded."""
         return MARGIN * self.steps * self.half_norms.sqrt()
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How many candidates are looked at exactly.
-
-    sample: the part of a list that is its head. oversampling: how many candidates are wanted for
-    each neighbor, because scores only estimate. deviations: how far above the wanted number the
-    rank in the sample is set, in standard deviations of that number in the sample.
-    """
-
-    sample: float = 1 / 16
-    oversampling: float = 1.1
-    deviations: float = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +98,18 @@ class Coder:
         steps = (largest / LARGEST_CODE).clamp_min(LEAST_STEP)
         codes = (turned / steps[:, None]).round_().to(torch.int8)
         return Codes(codes, steps, squared_norms / 2)
+
+
+def bound_ranks(
+    sampled: Int[Tensor, " query"], available: Int[Tensor, " query"], k: int, oversampling: float
+) -> Int[Tensor, " query"]:
+    """Return the rank of the sampled score that bounds the k-th best of all; −1: leave unbounded.
+
+    sampled, available: how many candidates a query has in the sample and in all. oversampling: how
+    many candidates are wanted for each neighbor, because scores only estimate. The rank is three
+    standard deviations above the number of those that the sample is expected to hold.
+    """
+    share = sampled / available.clamp_min(1)
+    wanted = oversampling * k * share
+    ranks = (wanted + _DEVIATIONS * (wanted * (1 - share)).sqrt()).ceil().long()
+    return ranks.masked_fill((ranks >= sampled) | (available <= 2 * k), -1)

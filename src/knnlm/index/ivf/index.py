@@ -13,10 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError, InvalidArgumentError
+from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError
 from knnlm.index.backend import IndexOptions
 from knnlm.index.ivf.appended import identity, read_runs, remove_runs, write_run
-from knnlm.index.ivf.codes import Effort
 from knnlm.index.ivf.file import ArrayWriter, read_arrays
 from knnlm.index.ivf.lists import Lists, ProbingQueries, default_nlist, place_rows, train_lists
 from knnlm.index.ivf.parts import Part, planned_part, write_part
@@ -27,6 +26,7 @@ from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search
 from knnlm.index.report import IndexReport, Measured
 from knnlm.progress import SILENT, Progress
+from knnlm.rules import check_whole
 from knnlm.threads import workers
 
 FOLDER = "index"
@@ -215,32 +215,32 @@ class IVFIndex:
                 torch.full(shape, -1, device=self.device),
             )
         wanted = k
-        effort = Effort()
+        oversampling = 1.1
         if self._base.keys is None:
             wanted = _COMPRESSED_CANDIDATES * k + _SPARE_CANDIDATES
-            effort = Effort(oversampling=1.0)
+            oversampling = 1.0
         nprobe = max(self.nprobe, self.least_nprobe(wanted))
         if self._compiled and len(queries) <= _FEW_QUERIES:
             from knnlm.index.ivf.search_few import search_few
 
-            neighbors = search_few(queries, self._arrays, nprobe, wanted, effort)
+            neighbors = search_few(queries, self._arrays, nprobe, wanted, oversampling)
         else:
-            neighbors = self._search_many(queries, nprobe, wanted, effort)
+            neighbors = self._search_many(queries, nprobe, wanted, oversampling)
         if self._base.keys is None:
             queries = queries.to(self.device)
             neighbors = rescore(self.store, queries, neighbors, k, self._compiled)
         return neighbors
 
     def _search_many(
-        self, queries: Float[Tensor, "query dim"], nprobe: int, k: int, effort: Effort
+        self, queries: Float[Tensor, "query dim"], nprobe: int, k: int, oversampling: float
     ) -> Neighbors:
         prepared = self._prepare(queries, nprobe)
         if self._compiled:
             from knnlm.index.ivf.search_batch import search_batch
 
-            neighbors = search_batch(prepared, self._arrays.parts, self._rows, k, effort)
+            neighbors = search_batch(prepared, self._arrays.parts, self._rows, k, oversampling)
         else:
-            neighbors = search_tensors(prepared, self._parts, self._rows, k, effort)
+            neighbors = search_tensors(prepared, self._parts, self._rows, k, oversampling)
         if not bool(prepared.measurable.all()):
             neighbors.squared_distances[~prepared.measurable] = torch.inf
             neighbors.rows[~prepared.measurable] = -1
@@ -284,14 +284,7 @@ def _copy_dtype(store: Datastore) -> torch.dtype:
 
 def _check_build(store: Datastore, nprobe: int | None, nlist: int, code_dim: int | None) -> None:
     largest = min(store.settings.dimension, LARGEST_EXACT_CODE_DIM)
-    rules = [
-        (nlist == 1 or 1 < nlist <= store.rows, f"nlist must be 1 … {store.rows}, got {nlist}"),
-        (nprobe is None or 1 <= nprobe <= nlist, f"nprobe must be 1 … {nlist}, got {nprobe}"),
-        (
-            code_dim is None or 1 <= code_dim <= largest,
-            f"code_dim must be 1 … {largest}, got {code_dim}",
-        ),
-    ]
-    for fulfilled, message in rules:
-        if not fulfilled:
-            raise InvalidArgumentError(message)
+    check_whole("nlist", nlist, most=max(1, store.rows))
+    for name, number, most in [("nprobe", nprobe, nlist), ("code_dim", code_dim, largest)]:
+        if number is not None:
+            check_whole(name, number, most=most)

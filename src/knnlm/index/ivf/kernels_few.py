@@ -34,7 +34,8 @@ class CodedKeys(NamedTuple):
     half_norms: Array
 
 
-def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
+@compiled
+def dot_rows(vector: Array, rows: Array, out: Array) -> None:
     """Compute the product of one vector with each row of a matrix, as fast as memory gives it."""
     address, row_bytes = rows.ctypes.data, rows.strides[0]
     for i in range(len(rows)):
@@ -47,10 +48,8 @@ def _dot_rows(vector: Array, rows: Array, out: Array) -> None:
         out[i] = total
 
 
-dot_rows = compiled(_dot_rows)
-
-
-def _encode(query: Array, coder: CoderArrays, code: Array) -> tuple[np.float32, np.float32]:
+@compiled
+def encode(query: Array, coder: CoderArrays, code: Array) -> tuple[np.float32, np.float32]:
     """Write the code of a query, as `Coder.encode` does; return its step and squared norm."""
     centered = query - coder.center
     squared_norm = np.float32(0.0)
@@ -72,18 +71,12 @@ def _encode(query: Array, coder: CoderArrays, code: Array) -> tuple[np.float32, 
     return step, squared_norm
 
 
-encode = compiled(_encode)
-
-
-def _score(query: Array, step: float, lists: Array, keys: CodedKeys) -> tuple[Array, Array]:
-    """Score every key of some lists for one query's code, in their order, reading each code once.
-
-    Returns the positions and the scores.
-    """
+@compiled
+def score(query: Array, step: float, lists: Array, keys: CodedKeys) -> Array:
+    """Score every key of some lists for a query's code, in their order, reading each code once."""
     total = 0
     for probe in range(len(lists)):
         total += keys.starts[lists[probe] + 1] - keys.starts[lists[probe]]
-    positions = np.empty(total, np.int64)
     scores = np.empty(total, np.float32)
     scored = 0
     codes = keys.codes
@@ -97,12 +90,22 @@ def _score(query: Array, step: float, lists: Array, keys: CodedKeys) -> tuple[Ar
             product = np.int32(0)
             for j in range(len(query)):
                 product = add_product(product, query[j], code[j])
-            positions[scored] = position
-            scores[scored] = keys.half_norms[position] - step * keys.steps[position] * np.float32(
-                product
-            )
+            estimate = step * keys.steps[position] * np.float32(product)
+            scores[scored] = keys.half_norms[position] - estimate
             scored += 1
-    return positions, scores
+    return scores
 
 
-score = compiled(_score)
+@compiled
+def within(scores: Array, bound: float, lists: Array, starts: Array) -> tuple[Array, Array]:
+    """Return the positions and scores of those keys of some lists that are within the bound."""
+    positions = np.empty(len(scores), np.int64)
+    near = np.empty(len(scores), np.float32)
+    count = scored = 0
+    for probe in range(len(lists)):
+        for position in range(starts[lists[probe]], starts[lists[probe] + 1]):
+            positions[count] = position
+            near[count] = scores[scored]
+            count += scores[scored] <= bound
+            scored += 1
+    return positions[:count], near[:count]

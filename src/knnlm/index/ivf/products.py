@@ -5,68 +5,65 @@ so float32 holds it exactly.
 """
 
 import threading
-import time
+import timeit
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, partial
 
 import torch
-from jaxtyping import Int8, Num
+from jaxtyping import Float32, Int8, Int32
 from torch import Tensor
 
 LARGEST_EXACT_CODE_DIM = 2**24 // 127**2
 
 
-class Products:
-    """Computes the products of queries' codes with a list's; each thread has its own buffers."""
-
-    def __init__(self, integers: bool) -> None:
-        self.integers = integers
-        self._buffers = threading.local()
-
-    def buffer(self, name: str, size: int, dtype: torch.dtype) -> Tensor:
-        """Return `size` elements that this thread may overwrite until it asks for them again."""
-        buffer: Tensor | None = getattr(self._buffers, name, None)
-        if buffer is None or len(buffer) < size:
-            # a fresh array costs more in page faults than the arithmetic that fills it
-            buffer = torch.empty(size + size // 2, dtype=dtype)
-            setattr(self._buffers, name, buffer)
-        return buffer[:size]
-
-    def __call__(
-        self, queries: Int8[Tensor, "query code_dim"], keys: Int8[Tensor, "key code_dim"]
-    ) -> Num[Tensor, "query key"]:
-        """Return ⟨query code, key code⟩, exact, valid until this thread's next call."""
-        shape = len(queries), len(keys)
-        if self.integers:
-            products = self.buffer("products", shape[0] * shape[1], torch.int32).view(shape)
-            return torch._int_mm(queries, keys.T, out=products)
-        products = self.buffer("products", shape[0] * shape[1], torch.float32).view(shape)
-        left = self.buffer("left", queries.numel(), torch.float32).view(queries.shape)
-        right = self.buffer("right", keys.numel(), torch.float32).view(keys.shape)
-        return torch.mm(left.copy_(queries), right.copy_(keys).T, out=products)
+_buffers = threading.local()
 
 
-def _seconds(function: Callable[[], object]) -> float:
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def buffer(name: str, size: int, dtype: torch.dtype) -> Tensor:
+    """Return `size` elements that this thread may overwrite until it asks for them again."""
+    held: Tensor | None = getattr(_buffers, name, None)
+    if held is None or len(held) < size:
+        # a fresh array costs more in page faults than the arithmetic that fills it
+        held = torch.empty(size + size // 2, dtype=dtype)
+        setattr(_buffers, name, held)
+    return held[:size]
 
 
-@lru_cache(maxsize=1)
-def products() -> Products:
-    """Return the faster of the two ways, found by trying both for a millisecond."""
-    in_floats, in_integers = Products(integers=False), Products(integers=True)
+def integer_products(
+    queries: Int8[Tensor, "query code_dim"], keys: Int8[Tensor, "key code_dim"]
+) -> Int32[Tensor, "query key"]:
+    """Return the products in int32; see `products`."""
+    shape = len(queries), len(keys)
+    out = buffer("integers", shape[0] * shape[1], torch.int32).view(shape)
+    return torch._int_mm(queries, keys.T, out=out)
+
+
+def float_products(
+    queries: Int8[Tensor, "query code_dim"], keys: Int8[Tensor, "key code_dim"]
+) -> Float32[Tensor, "query key"]:
+    """Return the products in float32; see `products`."""
+    shape = len(queries), len(keys)
+    out = buffer("floats", shape[0] * shape[1], torch.float32).view(shape)
+    left = buffer("left", queries.numel(), torch.float32).view(queries.shape)
+    right = buffer("right", keys.numel(), torch.float32).view(keys.shape)
+    return torch.mm(left.copy_(queries), right.copy_(keys).T, out=out)
+
+
+@cache
+def products() -> Callable[[Tensor, Tensor], Tensor]:
+    """Return the faster way to compute ⟨query code, key code⟩ of all pairs, exactly.
+
+    Both are tried for a millisecond. Products are valid until the thread's next call.
+    """
     generator = torch.Generator().manual_seed(0)
     queries = torch.randint(-127, 128, (128, 256), generator=generator).to(torch.int8)
     keys = torch.randint(-127, 128, (512, 256), generator=generator).to(torch.int8)
     try:
-        same = torch.equal(in_integers(queries, keys).float(), in_floats(queries, keys))
+        same = torch.equal(integer_products(queries, keys).float(), float_products(queries, keys))
     except (RuntimeError, AttributeError):  # integer products are not there on every processor
-        return in_floats
-    faster = _seconds(lambda: in_integers(queries, keys)) < _seconds(
-        lambda: in_floats(queries, keys)
+        return float_products
+    integer_seconds, float_seconds = (
+        min(timeit.repeat(partial(multiply, queries, keys), number=1))
+        for multiply in (integer_products, float_products)
     )
-    return in_integers if same and faster else in_floats
+    return integer_products if same and integer_seconds < float_seconds else float_products

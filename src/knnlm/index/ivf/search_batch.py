@@ -7,8 +7,6 @@ candidates within the bound get exact distances while their list is in the cache
 bound was too tight, about one in a thousand, is searched again without a bound.
 """
 
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,30 +24,15 @@ from knnlm.index.ivf.candidates import (
     PartArrays,
     nearest_of,
 )
-from knnlm.index.ivf.codes import Effort
-from knnlm.index.ivf.kernels import Kept
+from knnlm.index.ivf.codes import SAMPLE_SHARE, bound_ranks
+from knnlm.index.ivf.kernels import Kept, Scales
 from knnlm.index.ivf.lists import ProbingQueries
-from knnlm.index.ivf.products import products
+from knnlm.index.ivf.products import buffer, products
 from knnlm.index.protocol import Neighbors
 from knnlm.threads import workers
 
 _LISTS_AT_ONCE = 16
 _QUERIES_AT_ONCE = 128
-
-
-class _Scratch(threading.local):
-    """One thread's arrays for the candidates of a list."""
-
-    size = 0
-
-    def reserve(self, size: int) -> None:
-        if size > self.size:
-            self.size = size + size // 2
-            self.distances = np.empty(self.size, np.float32)
-            self.positions = np.empty(self.size, np.int64)
-
-
-_scratch = _Scratch()
 
 
 class _Batch:
@@ -68,26 +51,30 @@ class _Batch:
         self.query_of_pair = self.pairs // self.nprobe
         self.list_ends = np.cumsum(np.bincount(lists, minlength=nlist))
         lengths = np.stack([np.diff(part.starts) for part in parts])
-        self.pieces = [
+        pieces = [
             (part, number)
             for part in range(len(parts))
             for number in range(nlist)
             if lengths[part, number] and self.pairs_of(number).stop > self.pairs_of(number).start
         ]
+        self.chunks = [
+            pieces[start : start + _LISTS_AT_ONCE]
+            for start in range(0, len(pieces), _LISTS_AT_ONCE)
+        ]
         self.lengths = lengths
+        self.available = lengths.sum(axis=0)[self.probes].sum(axis=1)
 
     def pairs_of(self, number: int) -> slice:
         return slice(int(self.list_ends[number - 1]) if number else 0, int(self.list_ends[number]))
 
-    def chunks(self) -> Iterator[list[tuple[int, int]]]:
-        for start in range(0, len(self.pieces), _LISTS_AT_ONCE):
-            yield self.pieces[start : start + _LISTS_AT_ONCE]
-
-    def products(self, part: PartArrays, number: int, length: int) -> NDArray[Any]:
-        start = int(part.starts[number])
-        queries = torch.from_numpy(self.query_of_pair[self.pairs_of(number)])
-        codes = self.codes.codes.index_select(0, queries)
-        return products()(codes, part.codes[start : start + length]).numpy()
+    def piece(self, which: int, number: int, length: int) -> tuple[NDArray[Any], Floats, Scales]:
+        """Return code products, steps of the queries and scales of the first keys of a list."""
+        part, start = self.parts[which], int(self.parts[which].starts[number])
+        rows = slice(start, start + length)
+        queries = self.query_of_pair[self.pairs_of(number)]
+        codes = self.codes.codes.index_select(0, torch.from_numpy(queries))
+        multiplied = products()(codes, part.codes[rows]).numpy()
+        return multiplied, self.steps[queries], Scales(part.steps[rows], part.half_norms[rows])
 
 
 def search_batch(
@@ -95,16 +82,18 @@ def search_batch(
     parts: list[PartArrays],
     rows: Int[Tensor, " n"],
     k: int,
-    effort: Effort,
+    oversampling: float,
 ) -> Neighbors:
-    """Return the k nearest in the probed lists. rows: the datastore's, by position."""
+    """Return the k nearest in the probed lists.
+
+    rows: the datastore's, by position. oversampling: see `bound_ranks`.
+    """
     batch = _Batch(queries, parts)
-    bounds = _bounds(batch, k, effort)
+    bounds = _bounds(batch, k, oversampling)
     candidates = _candidates(batch, bounds)
     nearest = nearest_of(candidates, rows, k)
     counts = candidates.counts.sum(axis=1)
-    available = batch.lengths.sum(axis=0)[batch.probes].sum(axis=1)
-    short = np.flatnonzero((counts < np.minimum(k, available)) & (bounds < UNBOUNDED))
+    short = np.flatnonzero((counts < np.minimum(k, batch.available)) & (bounds < UNBOUNDED))
     for start in range(0, len(short), _QUERIES_AT_ONCE):
         again = torch.from_numpy(short[start : start + _QUERIES_AT_ONCE])
         batch = _Batch(queries.take(again), parts)
@@ -115,37 +104,25 @@ def search_batch(
     return nearest
 
 
-def _bounds(batch: _Batch, k: int, effort: Effort) -> Floats:
+def _bounds(batch: _Batch, k: int, oversampling: float) -> Floats:
     """Return scores that at least k of each query's candidates are almost surely within."""
-    heads = np.ceil(batch.lengths * effort.sample).astype(np.int64)
+    heads = np.ceil(batch.lengths * SAMPLE_SHARE).astype(np.int64)
     # scores lie query by query, and within a query by probe and part
     sampled = heads.T[batch.probes]  # (query, probe, part)
     ends = np.cumsum(sampled.reshape(-1))
-    offsets = (ends - sampled.reshape(-1)).reshape(sampled.shape)
+    offsets = (ends - sampled.reshape(-1)).reshape(-1, len(batch.parts))
     scores = np.empty(ends[-1], np.float32)
 
     def score(pieces: list[tuple[int, int]]) -> None:
         for which, number in pieces:
-            part, length = batch.parts[which], int(heads[which, number])
-            pairs = batch.pairs_of(number)
-            rows = slice(int(part.starts[number]), int(part.starts[number]) + length)
-            kernels.write_scores(
-                batch.products(part, number, length),
-                batch.steps[batch.query_of_pair[pairs]],
-                part.scales(rows),
-                offsets.reshape(-1, len(batch.parts))[batch.pairs[pairs], which],
-                scores,
-            )
+            piece = batch.piece(which, number, int(heads[which, number]))
+            places = offsets[batch.pairs[batch.pairs_of(number)], which]
+            kernels.write_scores(*piece, places, scores)
 
-    workers().map(score, batch.chunks())
-    sizes = sampled.sum(axis=(1, 2))
-    available = batch.lengths.sum(axis=0)[batch.probes].sum(axis=1)
-    part_sampled = sizes / np.maximum(available, 1)
-    wanted = effort.oversampling * k * part_sampled
-    deviation = np.sqrt(wanted * (1 - part_sampled))
-    ranks = np.ceil(wanted + effort.deviations * deviation).astype(np.int64)
-    ranks[(ranks >= sizes) | (available <= 2 * k)] = -1
-    starts = np.concatenate([offsets[:, 0, 0], ends[-1:]])
+    workers().map(score, batch.chunks)
+    sizes = torch.from_numpy(sampled.sum(axis=(1, 2)))
+    ranks = bound_ranks(sizes, torch.from_numpy(batch.available), k, oversampling).tolist()
+    starts = np.concatenate([offsets[:: batch.nprobe, 0], ends[-1:]])
     bounds = np.full(len(sizes), UNBOUNDED, np.float32)
 
     def select(chunk: range) -> None:
@@ -169,38 +146,34 @@ def _candidates(batch: _Batch, bounds: Floats) -> Candidates:
         kept = []
         for which, number in pieces:
             part, pairs = batch.parts[which], batch.pairs_of(number)
-            length = int(batch.lengths[which, number])
-            start = int(part.starts[number])
-            rows = slice(start, start + length)
-            query_of_pair = batch.query_of_pair[pairs]
-            _scratch.reserve(length * len(query_of_pair))
-            found = Kept(_scratch.distances, _scratch.positions, counts[which, pairs])
-            total = kernels.keep(
-                batch.products(part, number, length),
-                batch.steps[query_of_pair],
-                bounds[query_of_pair],
-                part.scales(rows),
-                found,
+            start, length = int(part.starts[number]), int(batch.lengths[which, number])
+            queries = batch.query_of_pair[pairs]
+            size = length * len(queries)
+            found = Kept(
+                buffer("distances", size, torch.float32).numpy(),
+                buffer("positions", size, torch.int64).numpy(),
+                counts[which, pairs],
             )
+            multiplied, steps, scales = batch.piece(which, number, length)
+            total = kernels.keep(multiplied, steps, bounds[queries], scales, found)
             distances, positions = found.distances[:total].copy(), found.positions[:total].copy()
             if part.keys is not None:
                 near = Kept(distances, positions, found.counts)
-                kernels.exact(batch.queries, query_of_pair, part.keys[rows], near)
+                kernels.exact(batch.queries, queries, part.keys[start : start + length], near)
             else:
-                half_norms = np.repeat(batch.half_norms[query_of_pair], found.counts)
+                half_norms = np.repeat(batch.half_norms[queries], found.counts)
                 distances = np.maximum(2 * (distances + half_norms), 0)
             positions += part.first + start
             kept.append((distances, positions))
         return kept
 
-    kept = [piece for chunk in workers().map(keep, batch.chunks()) for piece in chunk]
-    shape = len(batch.queries), batch.nprobe, runs
+    kept = [piece for chunk in workers().map(keep, batch.chunks) for piece in chunk]
     starts_of, counts_of = np.empty((2, counts.shape[1], runs), np.int64)
     starts_of[batch.pairs] = (np.cumsum(counts) - counts.reshape(-1)).reshape(counts.shape).T
     counts_of[batch.pairs] = counts.T
     return Candidates(
         np.concatenate([distances for distances, _ in kept] or [np.empty(0, np.float32)]),
         np.concatenate([positions for _, positions in kept] or [np.empty(0, np.int64)]),
-        starts_of.reshape(shape[0], -1),
-        counts_of.reshape(shape[0], -1),
+        starts_of.reshape(len(batch.queries), -1),
+        counts_of.reshape(len(batch.queries), -1),
     )

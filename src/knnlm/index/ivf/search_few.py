@@ -21,10 +21,10 @@ from knnlm.index.ivf.candidates import (
     Floats,
     Integers,
     PartArrays,
-    nearest_in,
+    write_nearest,
 )
-from knnlm.index.ivf.codes import MARGIN, Effort
-from knnlm.index.ivf.kernels import Kept
+from knnlm.index.ivf.codes import MARGIN
+from knnlm.index.ivf.kernels import Kept, Nearest
 from knnlm.index.ivf.kernels_few import CodedKeys, CoderArrays
 from knnlm.index.ivf.lists import Lists
 from knnlm.index.protocol import Neighbors, measurable
@@ -51,12 +51,14 @@ class QueryCode:
         That is the `wanted` best, those that may be as good (their scores are within the margin of
         rounding), and none beyond the bound.
         """
-        positions, scores = kernels_few.score(self.code, self.step, lists, keys)
+        scores = kernels_few.score(self.code, self.step, lists, keys)
         if wanted < len(scores):
+            ascending = scores.copy()
+            ascending.partition(wanted - 1)
             margin = MARGIN * self.step * np.sqrt(self.half_norm)
-            bound = min(bound, float(np.partition(scores, wanted - 1)[wanted - 1] + margin))
-        near = np.flatnonzero(scores <= bound)
-        return bound, positions[near], scores[near]
+            bound = min(bound, float(ascending[wanted - 1] + margin))
+        positions, near = kernels_few.within(scores, bound, lists, keys.starts)
+        return bound, positions, near
 
 
 class ListArrays:
@@ -101,36 +103,39 @@ class IndexArrays(NamedTuple):
 
 
 def search_few(
-    queries: Float[Tensor, "query dim"], index: IndexArrays, nprobe: int, k: int, effort: Effort
+    queries: Float[Tensor, "query dim"],
+    index: IndexArrays,
+    nprobe: int,
+    k: int,
+    oversampling: float,
 ) -> Neighbors:
-    """Return the k nearest in the `nprobe` nearest lists."""
-    distances = np.empty((len(queries), k), np.float32)
-    nearest_rows = np.empty((len(queries), k), np.int64)
+    """Return the k nearest in the `nprobe` nearest lists; oversampling: see `bound_ranks`."""
+    shape = len(queries), k
+    nearest = Nearest(np.empty(shape, np.float32), np.empty(shape, np.int64))
     vectors = queries.float().contiguous().numpy()
     usable = measurable(queries).tolist()
 
     def search(number: int) -> None:
+        one = slice(number, number + 1)
+        out = Nearest(nearest.distances[one], nearest.rows[one])
         if usable[number]:
-            candidates = _candidates(vectors[number], index, nprobe, k, effort)
-            one = slice(number, number + 1)
-            distances[one], nearest_rows[one] = nearest_in(candidates, index.rows, k)
+            wanted = int(oversampling * k) + _SPARE_CANDIDATES
+            candidates = _candidates(vectors[number], index, nprobe, wanted)
+            write_nearest(candidates, len(candidates.positions), index.rows, out)
         else:
-            distances[number], nearest_rows[number] = np.inf, -1
+            out.distances[:], out.rows[:] = np.inf, -1
 
     if len(queries) == 1:
         search(0)
     else:
         workers().map(search, range(len(queries)))
-    return Neighbors(torch.from_numpy(distances), torch.from_numpy(nearest_rows))
+    return Neighbors(torch.from_numpy(nearest.distances), torch.from_numpy(nearest.rows))
 
 
-def _candidates(
-    query: Floats, index: IndexArrays, nprobe: int, k: int, effort: Effort
-) -> Candidates:
+def _candidates(query: Floats, index: IndexArrays, nprobe: int, wanted: int) -> Candidates:
     """Return exact distances of the candidates with the best scores."""
     code = index.lists.encode(query)
     probes = index.lists.nearest_lists(query, code, nprobe)
-    wanted = int(effort.oversampling * k) + _SPARE_CANDIDATES
     bound = UNBOUNDED
     pieces = []
     for part in index.parts:

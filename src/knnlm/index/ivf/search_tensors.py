@@ -4,10 +4,10 @@ The same steps as in `search_batch`, and the same neighbors.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.index.ivf.codes import Effort
+from knnlm.index.ivf.codes import SAMPLE_SHARE, bound_ranks
 from knnlm.index.ivf.lists import ProbingQueries
 from knnlm.index.ivf.parts import Part
 from knnlm.index.protocol import Neighbors
@@ -16,11 +16,15 @@ _ELEMENTS_AT_ONCE = 1 << 24
 
 
 def search_tensors(
-    queries: ProbingQueries, parts: list[Part], rows: Int[Tensor, " n"], k: int, effort: Effort
+    queries: ProbingQueries,
+    parts: list[Part],
+    rows: Int[Tensor, " n"],
+    k: int,
+    oversampling: float,
 ) -> Neighbors:
-    """Return the k nearest in the probed lists. rows: the datastore's, by position."""
+    """Return the k nearest in the probed lists; see `search_batch`."""
     search = _Search(queries, parts)
-    bounds = search.bounds(k, effort)
+    bounds = search.bounds(k, oversampling)
     nearest, counts = search.nearest(bounds, rows, k)
     short = ((counts < search.available.clamp_max(k)) & bounds.isfinite()).nonzero()[:, 0]
     if len(short):
@@ -56,9 +60,9 @@ class _Search:
         products = self.codes.codes[queries].float() @ part.codes[keys].float().T
         return part.half_norms[keys] - self.codes.steps[queries, None] * part.steps[keys] * products
 
-    def bounds(self, k: int, effort: Effort) -> Float[Tensor, " query"]:
+    def bounds(self, k: int, oversampling: float) -> Float[Tensor, " query"]:
         """Return scores that at least k of each query's candidates are almost surely within."""
-        heads = (self.lengths * effort.sample).ceil().long()  # (part, list)
+        heads = (self.lengths * SAMPLE_SHARE).ceil().long()  # (part, list)
         width = int(heads.max())
         shape = len(self.queries) * self.nprobe, len(self.parts), width
         scores = torch.full(shape, torch.inf, device=self.queries.device)
@@ -70,15 +74,12 @@ class _Search:
                 keys = slice(start, start + length)
                 scores[pairs, which, :length] = self._scores(part, pairs // self.nprobe, keys)
         sizes = heads.sum(dim=0)[self.probes].sum(dim=1)
-        sampled = sizes / self.available.clamp_min(1)
-        wanted = effort.oversampling * k * sampled
-        ranks = (wanted + effort.deviations * (wanted * (1 - sampled)).sqrt()).ceil().long()
-        unbounded = (ranks >= sizes) | (self.available <= 2 * k)
+        ranks = bound_ranks(sizes, self.available, k, oversampling)
         ascending = scores.view(len(self.queries), -1).sort(dim=1).values
         if ascending.shape[1] == 0:
             return torch.full_like(self.codes.steps, torch.inf)
-        at_rank = ascending.gather(1, ranks.clamp_max(ascending.shape[1] - 1)[:, None])[:, 0]
-        return (at_rank + self.codes.margins()).masked_fill(unbounded, torch.inf)
+        at_rank = ascending.gather(1, ranks.clamp_min(0)[:, None])[:, 0]
+        return (at_rank + self.codes.margins()).masked_fill(ranks < 0, torch.inf)
 
     def nearest(
         self, bounds: Float[Tensor, " query"], rows: Int[Tensor, " n"], k: int
@@ -93,9 +94,16 @@ class _Search:
                 if end > start:
                     scores = self._scores(part, members, slice(start, end))
                     near = (scores <= bounds[members, None]) & scores.isfinite()
-                    queries.append(members[near.nonzero()[:, 0]])
-                    positions.append(near.nonzero()[:, 1] + start + offset)
-                    distances.append(self._distances(part, queries[-1], near, scores, start))
+                    chosen, columns = near.nonzero(as_tuple=True)
+                    queries.append(members[chosen])
+                    positions.append(columns + start + offset)
+                    if part.keys is None:
+                        estimates = scores[near] + self.codes.half_norms[queries[-1]]
+                        distances.append((2 * estimates).clamp_min(0.0))
+                    else:
+                        distances.append(
+                            exact_distances(self.queries, queries[-1], part.keys, columns + start)
+                        )
                 offset += len(part.rows)
         empty = self.pairs.new_empty(0)
         query = torch.cat([empty, *queries])
@@ -115,18 +123,6 @@ class _Search:
         nearest.squared_distances[query[kept], rank[kept]] = distance[kept]
         nearest.rows[query[kept], rank[kept]] = rows[position[kept]]
         return nearest, counts
-
-    def _distances(
-        self,
-        part: Part,
-        queries: Int[Tensor, " n"],
-        near: Bool[Tensor, "m key"],
-        scores: Float[Tensor, "m key"],
-        start: int,
-    ) -> Float[Tensor, " n"]:
-        if part.keys is None:
-            return (2 * (scores[near] + self.codes.half_norms[queries])).clamp_min(0.0)
-        return exact_distances(self.queries, queries, part.keys, near.nonzero()[:, 1] + start)
 
 
 def exact_distances(

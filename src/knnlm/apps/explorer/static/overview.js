@@ -8,6 +8,8 @@ const Overview = (() => {
     const index =
       store.index.kind === "exact"
         ? "exact search"
+        : store.index.recall === null // built by an older version, which kept no facts
+        ? store.index.kind
         : `${store.index.kind}, finds ${percent(store.index.recall)} of the true ${store.index.k} nearest`;
     const facts = {
       folder: store.path,

@@ -6,9 +6,10 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
+from knnlm.apps.engine.jobs import Grown
 from knnlm.apps.server.http_errors import CLIENT_LEFT, ERROR_RESPONSES, HTTPError
 from knnlm.apps.server.inbox import Inbox, unless_left
-from knnlm.apps.server.responses import Piece, ResponseBuilder
+from knnlm.apps.server.responses import ResponseBuilder
 from knnlm.apps.server.schema import CompletionRequest, CompletionResponse
 from knnlm.apps.server.served_model import ServedModel
 
@@ -49,18 +50,18 @@ def add_to(app: FastAPI, model: ServedModel) -> None:
 
 async def _events(
     builder: ResponseBuilder,
-    first: Piece,
-    pieces: AsyncIterator[Piece],
+    first: Grown,
+    pieces: AsyncIterator[Grown],
     inbox: Inbox,
     with_usage: bool,
 ) -> AsyncIterator[str]:
     """Yield server-sent events; when the client leaves, the generator is closed."""
     try:
-        yield _event(builder.chunk(first).model_dump_json())
+        yield _event(builder.response([first]).model_dump_json())
         async for piece in pieces:
-            yield _event(builder.chunk(piece).model_dump_json())
+            yield _event(builder.response([piece]).model_dump_json())
         if with_usage:
-            yield _event(builder.last_chunk().model_dump_json())
+            yield _event(builder.response([], builder.usage()).model_dump_json())
         yield _event("[DONE]")
     except HTTPError as error:
         yield _event(error.body())
