@@ -21,7 +21,7 @@ _RESIDENT_QUERIES = 256
 _STREAMED_QUERIES = 4096  # many, so that the disk is read rarely
 _WIDENED_ROWS = 1 << 14  # keys converted at once
 _PAIRED_NUMBERS = 1 << 23  # of keys that are gathered at once
-_SPARE_CANDIDATES = 16  # beyond the k nearest: where these are too few, the product is repeated
+_MOST_SPARE = 15  # candidates beyond k + 1: where they are too few, the product is repeated
 
 
 class _Block(NamedTuple):
@@ -59,7 +59,8 @@ class ExactIndex:
     farthest of them is not beyond the k-th by twice that loss, closer entries may have been left
     out, and the query is searched for again in float64 (u = 2⁻⁵³) and, where even that cannot
     tell, by the differences from all keys. That is rare, except in models whose hidden states
-    have a few huge coordinates. Matrix products must be in full float32, as by default in torch.
+    have a few huge coordinates, and where torch was told to round the factors of float32 products
+    (to TF32 or bfloat16): then float64 comes first.
 
     Keys stay in memory as float32 if that takes at most `resident_bytes`; a larger datastore is
     read from its mapped shards once for every 4,096 queries. Follows every change of the
@@ -139,20 +140,23 @@ class ExactIndex:
         usable = measurable(vectors)
         vectors = vectors.where(usable[:, None], self._center)
         size = _STREAMED_QUERIES if self._resident is None else _RESIDENT_QUERIES
-        parts = [self._by_product(some, k) for some in torch.split(vectors, size)]
-        found = _Found(*map(torch.cat, zip(*parts, strict=True)))
+        dtype = torch.float64 if _rounds_products(self.device) else torch.float32
+        parts = [self._by_product(some, k, dtype) for some in torch.split(vectors, size)]
+        found = _Found(*(torch.cat(column).to(self.device) for column in zip(*parts, strict=True)))
         for search_again in (partial(self._by_product, dtype=torch.float64), self._by_difference):
             for some in torch.split((~found.resolved).nonzero()[:, 0], _STREAMED_QUERIES):
                 if len(some):
                     found.replace(some, search_again(vectors[some], k))
         absent = ~(usable[:, None] & found.squared_distances.isfinite())
         return Neighbors(
-            found.squared_distances.masked_fill(absent, torch.inf).to(queries.device),
-            found.rows.masked_fill(absent, -1).to(queries.device),
+            found.squared_distances.masked_fill_(absent, torch.inf).to(
+                queries.device, torch.float32
+            ),
+            found.rows.masked_fill_(absent, -1).to(queries.device),
         )
 
     def _by_product(
-        self, queries: Float[Tensor, "query dim"], k: int, dtype: torch.dtype = torch.float32
+        self, queries: Float[Tensor, "query dim"], k: int, dtype: torch.dtype
     ) -> _Found:
         """Search by |q|² + |k|² − 2 q·k, computed in a dtype."""
         device = self._device_of(dtype)
@@ -164,7 +168,7 @@ class ExactIndex:
             (block.start, torch.addmm(block.squared_norms, centered, block.keys.T, alpha=-2))
             for block in blocks
         )
-        nearest, rows = _least(scored, centered, k + _SPARE_CANDIDATES)
+        nearest, rows = _least(scored, centered, k + 1 + min(k // 16, _MOST_SPARE))
         squared_norms = centered.square().sum(dim=1)
         squared = (nearest + squared_norms[:, None]).clamp_min(0.0)
         return self._checked(queries, squared_norms, _Candidates(squared, rows), k)
@@ -184,25 +188,25 @@ class ExactIndex:
         loss = _loss(queries.shape[1], squared.dtype)
         # below this, a squared distance may be off by more than the tolerance
         least = squared_norms * (2 / (math.sqrt(TOLERANCE / loss) - 1)) ** 2
-        if not bool((squared[:, 0] < least).any()):
-            resolved = torch.ones_like(least, dtype=torch.bool)
+        resolved = torch.ones_like(least, dtype=torch.bool)
+        off = torch.searchsorted(squared, least[:, None])  # how many, the nearest
+        most = int(off.max()) if len(off) else 0
+        if most == 0:
             return _Found(squared[:, :k], rows[:, :k], resolved)
-        off = squared < least[:, None]
         kth = squared[:, k - 1]
         # what lies beyond is farther than the k-th, whatever the product has lost
         bound = kth + 2 * loss * (2 * squared_norms.sqrt() + kth.sqrt()).square()
-        resolved = ~off[:, k - 1] | (squared[:, -1] > bound)
+        resolved = (off[:, 0] < k) | (squared[:, -1] > bound)
         # If a query has k copies of itself, nothing is nearer.
         copies = (~resolved).nonzero()[:, 0]
         if len(copies):
             copies = copies[self._differences(queries[copies], rows[copies, k - 1]) == 0]
             resolved[copies] = True
-        places, columns = (off & (squared <= bound[:, None]) & resolved[:, None]).nonzero(
-            as_tuple=True
-        )
+        again = (torch.arange(most, device=off.device) < off) & resolved[:, None]
+        places, columns = (again & (squared[:, :most] <= bound[:, None])).nonzero(as_tuple=True)
         exact = self._differences(queries[places], rows[places, columns])
         squared[places, columns] = exact.to(squared.dtype)
-        disordered = (squared.diff(dim=1) < 0).any(dim=1).nonzero()[:, 0]
+        disordered = (squared[:, : most + 1].diff(dim=1) < 0).any(dim=1).nonzero()[:, 0]
         if len(disordered):
             squared[disordered], order = squared[disordered].sort(dim=1)
             rows[disordered] = rows[disordered].gather(1, order)
@@ -242,6 +246,15 @@ class ExactIndex:
 def _loss(dimension: int, dtype: torch.dtype) -> float:
     """Return γ: the product loses at most γ (|q| + |k|)² of a squared distance."""
     return 32 * math.sqrt(max(1.0, dimension / 576)) * torch.finfo(dtype).eps / 2
+
+
+def _rounds_products(device: torch.device) -> bool:
+    """Return whether torch was told to compute float32 products in TF32 or bfloat16."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    told = getattr(getattr(backend, "matmul", None), "fp32_precision", None)
+    if told is None:  # torch before 2.9
+        return torch.get_float32_matmul_precision() != "highest"
+    return told not in ("none", "ieee")
 
 
 def _least(
