@@ -2,7 +2,10 @@
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,10 @@ import torch
 from conftest import byte_tokenizer, tiny_llama
 from index_contract import clustered, store_of
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
 import knnlm
+from knnlm.apps.cli.main import app
 from knnlm.apps.engine.limits import Limits
 from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.apps.server.schema import CompletionRequest
@@ -23,6 +28,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
 from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
+from knnlm.index.queries import held_out_queries
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.mixture.continuous_cache import CacheParameters
@@ -61,6 +67,9 @@ VALUES: list[Any] = [
 ]
 
 
+FLOATS = {"lmbda", "temperature", "sampling", "top_p", "recall"}
+
+
 def is_whole(value: Any) -> bool:
     return isinstance(value, int | np.int64) and not isinstance(value, bool)
 
@@ -79,6 +88,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "size": lambda value: is_whole(value) and 1 <= value < 2**31,
     "amount": lambda value: is_whole(value) and 1 <= value < 2**63,
     "recall": lambda value: is_real(value) and 0 < value <= 1,
+    "natural": lambda value: is_whole(value) and 0 <= value < 2**31,
 }
 
 
@@ -180,9 +190,9 @@ ENTRANCES: list[tuple[str, str, Callable[[Datastore, Any], Any]]] = [
 PROTOCOL = {"server": 2.0}
 
 
-def verdict(call: Callable[[Datastore, Any], Any], store: Datastore, value: Any) -> bool:
+def verdict(call: Callable[[Any, Any], Any], subject: Datastore | KNNLM, value: Any) -> bool:
     try:
-        call(store, value)
+        call(subject, value)
     except InvalidArgumentError:
         return False
     return True
@@ -222,6 +232,141 @@ def test_generate_refuses_the_same(model: KNNLM, name: str) -> None:
             assert not RULES[rule](value), value
         else:
             assert RULES[rule](value), value
+
+
+TEXT = [knnlm.Document("d", "a text " * 40)]
+LIBRARY: dict[str, tuple[str, Callable[[KNNLM, Any], Any]]] = {
+    "KNNLM k": ("k", lambda model, value: KNNLM(model.lm, store_in(model), k=value)),
+    "KNNLM lmbda": ("lmbda", lambda model, value: KNNLM(model.lm, store_in(model), lmbda=value)),
+    "attach temperature": (
+        "temperature",
+        lambda model, value: knnlm.attach(
+            model.lm.model, store_in(model), temperature=value
+        ).detach(),
+    ),
+    "build window": ("size", lambda model, value: built(model, window=value, context=0)),
+    "build context": ("natural", lambda model, value: built(model, window=64, context=value)),
+    "build max_entries": ("amount", lambda model, value: built(model, max_entries=value)),
+    "build_index k": ("k", lambda model, value: knnlm.build_index(store_in(model), k=value)),
+    "build_index nprobe": (
+        "size",
+        lambda model, value: knnlm.build_index(store_in(model), nprobe=value),
+    ),
+    "build_index recall": (
+        "recall",
+        lambda model, value: knnlm.build_index(store_in(model), recall=value),
+    ),
+    "build_index seed": (
+        "seed",
+        lambda model, value: knnlm.build_index(store_in(model), seed=value),
+    ),
+    "tune max_k": ("k", lambda model, value: knnlm.tune(model, TEXT, max_k=value)),
+    "tune max_tokens": (
+        "amount",
+        lambda model, value: knnlm.tune(model, TEXT, max_k=2, max_tokens=value),
+    ),
+    "perplexity max_tokens": (
+        "amount",
+        lambda model, value: model.perplexity(TEXT, max_tokens=value),
+    ),
+    "queries max_tokens": (
+        "amount",
+        lambda model, value: held_out_queries(model.lm, store_in(model), TEXT, value),
+    ),
+    "explain sources": ("natural", lambda model, value: model.explain("a", sources=value)),
+    "explain before": ("natural", lambda model, value: model.explain("a", before=value)),
+    "explain after": ("natural", lambda model, value: model.explain("a", after=value)),
+}
+
+
+def store_in(model: KNNLM) -> Datastore:
+    return model.retrievers[0].store
+
+
+def built(model: KNNLM, **options: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = knnlm.build(Path(folder) / "s", model.lm, TEXT, **options)
+        assert Datastore(store.path).windowing == store.windowing
+        store.close()
+
+
+@pytest.mark.parametrize("entrance", LIBRARY)
+def test_the_library_gives_the_same_verdict(model: KNNLM, entrance: str) -> None:
+    rule, call = LIBRARY[entrance]
+    limits = {"KNNLM k": len(store_in(model)), "build window": 256, "build context": 63}
+    for value in VALUES:
+        if value is None or isinstance(value, list):
+            continue  # the default, and one value for each datastore
+        expected = RULES[rule](value) and value <= limits.get(entrance, math.inf)
+        assert verdict(call, model, value) == expected, value
+
+
+def test_numbers_of_numpy_become_plain_ones(model: KNNLM) -> None:
+    """So that they can be stored."""
+    chosen = knnlm.tune(model, TEXT, max_k=np.int32(4), max_tokens=np.int64(30))
+    chosen.save(store_in(model), [])
+    json.dumps(chosen.to_dict())
+    given = Parameters(np.int64(3), np.float32(0.25), np.float64(2.0))
+    assert [type(number) for number in astuple(given)] == [int, float, float]
+    assert Windowing(np.int16(8), np.uint8(2)) == Windowing(8, 2)
+    json.dumps(asdict(Windowing(np.int16(8), np.uint8(2))))
+    json.dumps(asdict(CacheParameters(np.int64(5), given)))
+
+
+COMMANDS: dict[str, tuple[str, list[str]]] = {
+    "--k": ("k", ["eval", "s", "t.txt"]),
+    "--lmbda": ("lmbda", ["eval", "s", "t.txt", "--k", "2"]),
+    "--temperature": ("temperature", ["eval", "s", "t.txt", "--k", "2"]),
+    "--max-tokens": ("amount", ["eval", "s", "t.txt", "--k", "2"]),
+    "--window": ("size", ["eval", "s", "t.txt", "--k", "2", "--context", "0"]),
+    "--context": ("natural", ["eval", "s", "t.txt", "--k", "2", "--window", "64"]),
+    "--sampling-temperature": (
+        "sampling",
+        ["generate", "s", "a", "--k", "2", "--max-new-tokens", "1"],
+    ),
+    "--top-p": ("top_p", ["generate", "s", "a", "--k", "2", "--max-new-tokens", "1", "--sample"]),
+    "--seed": ("seed", ["generate", "s", "a", "--k", "2", "--max-new-tokens", "1"]),
+    "--max-new-tokens": ("size", ["generate", "s", "a", "--k", "2"]),
+    "--recall": ("recall", ["index", "s"]),
+    "--nprobe": ("size", ["index", "s"]),
+    "--max-k": ("k", ["tune", "s", "t.txt", "--max-tokens", "20"]),
+    "--max-entries": ("amount", ["build", "s", "t.txt"]),
+}
+NUMERALS = [
+    *("nan", "inf", "-inf", "-1", "-1e-9", "0", "1e-45", "0.5", "1", "1.5", "7", "1e39"),
+    *("2147483648", "9223372036854775808", "1" + "0" * 400, "x", "", "true"),
+]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("commands")
+    LanguageModel(tiny_llama(), byte_tokenizer(), name="tiny").save(folder / "tiny")
+    lm = LanguageModel.load(str(folder / "tiny"))
+    knnlm.build(folder / "s", lm, TEXT, window=64, context=16).close()
+    (folder / "t.txt").write_text("a text " * 9)
+    return folder
+
+
+@pytest.mark.parametrize("option", COMMANDS)
+def test_the_command_line_gives_the_same_verdict(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.chdir(workspace)
+    lm = LanguageModel.load(str(workspace / "tiny"))
+    monkeypatch.setattr(LanguageModel, "load", lambda *_, **__: lm)
+    rule, arguments = COMMANDS[option]
+    entries = len(Datastore(workspace / "s"))
+    limits = {"--k": entries, "--window": 256, "--context": 63, "--max-new-tokens": 200}
+    for numeral in NUMERALS:
+        value: int | float | None = None
+        for kind in (int, float) if rule in FLOATS else (int,):
+            with suppress(ValueError):
+                value = kind(numeral)
+                break
+        expected = RULES[rule](value) and value <= limits.get(option, math.inf)
+        result = CliRunner().invoke(app, [*arguments, f"{option}={numeral}"])
+        assert (result.exit_code == 0) == expected, (numeral, result.output)
 
 
 @pytest.mark.parametrize("bad", [math.nan, -0.1, 1.1, math.inf])

@@ -34,29 +34,39 @@ def fresh() -> LanguageModel:
     return LanguageModel(tiny_llama(), byte_tokenizer(), name="tiny")
 
 
-def break_it(lm: LanguageModel, where: str) -> None:
+def break_it(lm: LanguageModel, where: str, weight: float = torch.nan) -> None:
     with torch.no_grad():
-        BREAKS[where](lm)[0, 0] = torch.nan
+        BREAKS[where](lm)[0, 0] = weight
 
 
-@pytest.mark.parametrize("where", BREAKS)
+# an infinite weight of the head may be a token that is never to come
+BROKEN = [(where, torch.nan) for where in BREAKS] + [
+    (where, torch.inf) for where in BREAKS if where != "in the head"
+]
+
+
+@pytest.mark.parametrize(("where", "weight"), BROKEN)
 @pytest.mark.parametrize("lmbda", [0.5, 0.0])
-def test_nan_is_noticed_at_every_entrance(tmp_path: Path, where: str, lmbda: float) -> None:
+def test_nan_is_noticed_at_every_entrance(
+    tmp_path: Path, where: str, weight: float, lmbda: float
+) -> None:
     lm = fresh()
     store = knnlm.build(tmp_path / "s", lm, DOCUMENTS, window=32, context=8)
     model = KNNLM(lm, store, k=4, lmbda=lmbda, temperature=1.0)
-    break_it(lm, where)
+    break_it(lm, where, weight)
     for use in USES.values():
         with refusal(UnsupportedModelError, "model 'tiny' must give numbers", "NaN", "float32"):
             use(model)
 
 
-@pytest.mark.parametrize("where", ["after the keys", "in the keys"])
-def test_nan_is_noticed_where_keys_alone_are_read(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(("where", "weight"), [pair for pair in BROKEN if pair[0] != "in the head"])
+def test_nan_is_noticed_where_keys_alone_are_read(
+    tmp_path: Path, where: str, weight: float
+) -> None:
     lm = fresh()
     store = knnlm.build(tmp_path / "s", lm, DOCUMENTS, window=32, context=8)
     store.check_model(lm)
-    break_it(lm, where)
+    break_it(lm, where, weight)
     with refusal(UnsupportedModelError, "model 'tiny' must give numbers", "NaN"):
         held_out_queries(lm, store, DOCUMENTS)
     # keys that are NaN are refused with the name of their document

@@ -40,7 +40,7 @@ def held_out_queries(
         while some := list(islice(windows, _WINDOWS_AT_ONCE)):
             of_window = dict(read_keys(lm, some))
             for window_keys in of_window.values():
-                lm.check_numbers(window_keys)
+                lm.check_numbers(window_keys, finite=True)
             keys += [of_window[number].float().cpu() for number in range(len(some))]
             advance(sum(window.new for window in some))
     if not keys:

@@ -108,12 +108,16 @@ class KeyedModel:
         self.check_numbers(log_probs[..., 0])  # NaN anywhere is NaN in the whole row
         return log_probs
 
-    def check_numbers(self, numbers: Tensor) -> None:
-        """Refuse NaN among what the model has computed; raises UnsupportedModelError."""
-        if bool(numbers.isnan().any()):
+    def check_numbers(self, numbers: Tensor, *, finite: bool = False) -> None:
+        """Refuse NaN among what the model has computed; raises UnsupportedModelError.
+
+        finite: refuse infinities too, as in keys.
+        """
+        if bool(numbers.isnan().any()) or (finite and bool(numbers.isinf().any())):
+            wrong = "NaN or infinity" if finite else "NaN"
             raise UnsupportedModelError(
-                f"model {self.name!r} must give numbers, but gives NaN in {self.dtype}: load it "
-                "in float32, or check its weights"
+                f"model {self.name!r} must give numbers, but gives {wrong} in {self.dtype}: load "
+                "it in float32, or check its weights"
             )
 
     def capture(
