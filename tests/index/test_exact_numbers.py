@@ -3,6 +3,7 @@
 The truth is Σ (q − k)² in float64.
 """
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -73,7 +74,36 @@ def tiny_around_far(generator: torch.Generator) -> Tensor:
     return keys
 
 
+def tiny(generator: torch.Generator) -> Tensor:
+    return 1e-15 * torch.randn(ROWS, DIMENSION, generator=generator)
+
+
+def drawn(seed: int) -> Callable[[torch.Generator], Tensor]:
+    """Clusters, scales, huge coordinates and near copies, as the seed has it."""
+    chance = random.Random(seed)
+
+    def make(generator: torch.Generator) -> Tensor:
+        keys = torch.randn(ROWS, DIMENSION, generator=generator)
+        keys *= 10.0 ** chance.uniform(-8, 3)
+        if chance.random() < 0.4:
+            keys *= 10.0 ** (chance.uniform(0, 6) * torch.rand(DIMENSION, generator=generator))
+        for _ in range(chance.randrange(4)):  # clusters, or one coordinate of some
+            some = torch.rand(ROWS, generator=generator) < chance.random()
+            place = chance.choice([slice(None), slice(0, 1), slice(5, 7)])
+            keys[some, place] += chance.choice([-1, 1]) * 10.0 ** chance.uniform(-3, 12)
+        for _ in range(chance.randrange(3)):  # copies, or near ones
+            begin, count = chance.randrange(ROWS - 100), chance.randrange(100)
+            noise = chance.choice([0.0, 10.0 ** chance.uniform(-9, -1)])
+            factors = 1 + noise * torch.randn(count, DIMENSION, generator=generator)
+            keys[begin : begin + count] = keys[chance.randrange(ROWS)] * factors
+        return keys
+
+    return make
+
+
 FAMILIES = {
+    **{f"drawn {seed}": drawn(seed) for seed in range(12)},
+    "tiny": tiny,
     **{f"clusters {distance:g}": clusters(distance) for distance in (1e2, 1e3, 1e4, 1e5, 1e6)},
     **{
         f"coordinate {size:g} {share}": huge_coordinate(size, share)
@@ -142,6 +172,22 @@ def test_ordinary_keys_need_no_float64(tmp_path: Path, monkeypatch: pytest.Monke
     index.search(torch.randn(100, DIMENSION, generator=generator), 30)
     for k in (1, 20, 21, 22, ROWS):
         assert float(index.search(keys, k).squared_distances[0].min()) == 0.0
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_that_torch_rounds(tmp_path: Path, precision: str) -> None:
+    """Some processors have products of bfloat16 or TF32, which are in error by 1e-3."""
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(ROWS * 10, 256, generator=generator)
+    queries = torch.randn(100, 256, generator=generator)
+    index = ExactIndex(store_of(tmp_path / "s", keys))
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = index.search(queries, 20)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert found.squared_distances.dtype == torch.float32
+    assert_exact(found, (queries.double()[:, None] - keys.double()).square().sum(dim=-1), 20)
 
 
 @pytest.mark.parametrize("bad", [3e18, 1e19, 3e38, torch.inf, torch.nan])

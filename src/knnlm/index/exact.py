@@ -49,18 +49,18 @@ class _Found(NamedTuple):
 class ExactIndex:
     """All live keys of a datastore, compared with every query.
 
-    A squared distance is within 1e-4 of the true one (times itself), and no entry that was left
-    out is nearer by more than that, whatever the keys. Keys and queries are centered on a common
-    point first, which leaves distances as they are and keeps the digits that
-    |q|² + |k|² − 2 q·k would cancel. What is lost is at most γ (|q| + |k|)², with centered norms,
-    γ = 32 u √max(1, dim / 576), and u = 2⁻²⁴ in float32 (measured: a half of it). A neighbor at
-    distance d has |k| ≤ |q| + d, so that d² is off by at most γ (2|q| + d)². Where that exceeds
-    1e-4 d², d² is computed again as Σ (q − k)². A few candidates more than k are kept: where the
-    farthest of them is not beyond the k-th by twice that loss, closer entries may have been left
-    out, and the query is searched for again in float64 (u = 2⁻⁵³) and, where even that cannot
-    tell, by the differences from all keys. That is rare, except in models whose hidden states
-    have a few huge coordinates, and where torch was told to round the factors of float32 products
-    (to TF32 or bfloat16): then float64 comes first.
+    A squared distance of at least 1e-30 is within 1e-4 of the true one (times itself), and no entry
+    that was left out is nearer by more than that, whatever the keys. Keys and queries are centered
+    on a common point first, which leaves distances as they are and keeps the digits that |q|² +
+    |k|² − 2 q·k would cancel. What is lost is at most γ (|q| + |k|)², with centered norms, γ = 32 u
+    √max(1, dim / 576), and u = 2⁻²⁴ in float32 (measured: a half of it). A neighbor at distance d
+    has |k| ≤ |q| + d, so that d² is off by at most γ (2|q| + d)². Where that exceeds 1e-4 d², d² is
+    computed again as Σ (q − k)². A few candidates more than k are kept: where the farthest of them
+    is not beyond the k-th by twice that loss, closer entries may have been left out, and the query
+    is searched for again in float64 (u = 2⁻⁵³) and, where even that cannot tell, by the differences
+    from all keys. That is rare, except in models whose hidden states have a few huge coordinates.
+    Where torch was told to round the factors of float32 products, to TF32 or bfloat16, float64
+    comes first.
 
     Keys stay in memory as float32 if that takes at most `resident_bytes`; a larger datastore is
     read from its mapped shards once for every 4,096 queries. Follows every change of the
