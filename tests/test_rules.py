@@ -82,7 +82,7 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "k": lambda value: is_whole(value) and 1 <= value < 2**31,
     "lmbda": lambda value: is_real(value) and 0 <= value <= 1,
     "temperature": lambda value: is_real(value) and 1e-30 <= value <= 1e30,
-    "sampling": lambda value: is_real(value) and (value == 0 or 1e-30 <= value <= 1e30),
+    "sampling": lambda value: is_real(value) and 0 <= value <= 1e30,
     "top_p": lambda value: is_real(value) and 0 <= value <= 1,
     "seed": lambda value: is_whole(value) and -(2**63) <= value < 2**63,
     "size": lambda value: is_whole(value) and 1 <= value < 2**31,

@@ -20,7 +20,13 @@ from knnlm.model.language_model import LanguageModel, check_text
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
-from knnlm.rules import check_sampling_temperature, check_seed, check_top_p, check_whole
+from knnlm.rules import (
+    LEAST_TEMPERATURE,
+    check_sampling_temperature,
+    check_seed,
+    check_top_p,
+    check_whole,
+)
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
 
@@ -198,9 +204,7 @@ class KNNLM:
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """Check the options of `generate` whose rules are our own."""
     rules = [("temperature", check_sampling_temperature), ("top_p", check_top_p)]
-    for name, check in rules:
-        if options.get(name) is not None:
-            options = {**options, name: check(options[name])}
-    if options.get("temperature") == 0.0:  # transformers knows no such temperature
-        options = {**options, "temperature": None, "do_sample": False}
-    return options
+    checked = {name: check(options[name]) for name, check in rules if options.get(name) is not None}
+    if checked.get("temperature", 1.0) < LEAST_TEMPERATURE:  # float32 cannot be divided by it
+        return {**options, **checked, "temperature": None, "do_sample": False}
+    return options | checked

@@ -102,12 +102,12 @@ def check_seed(seed: object) -> int:
 
 
 def check_sampling_temperature(temperature: object) -> float:
-    """Allow 0, which takes the likeliest token, and 1e-30 to 1e30."""
+    """Allow 0, which takes the likeliest token, to 1e30."""
     number = check_real("sampling temperature", temperature)
-    if number != 0.0 and not LEAST_TEMPERATURE <= number <= GREATEST_TEMPERATURE:
+    if not 0.0 <= number <= GREATEST_TEMPERATURE:
         raise InvalidArgumentError(
-            f"sampling temperature must be 0 or lie in [{LEAST_TEMPERATURE:g}, "
-            f"{GREATEST_TEMPERATURE:g}], got {number}: 1 samples from the mixture itself"
+            f"sampling temperature must lie in [0, {GREATEST_TEMPERATURE:g}], got {number}: 1 "
+            "samples from the mixture itself"
         )
     return number
 

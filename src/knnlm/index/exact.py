@@ -1,7 +1,7 @@
 """Exact search: every live key, one GEMM for each block of keys; the reference for other kinds."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ _RESIDENT_QUERIES = 256
 _STREAMED_QUERIES = 4096  # many, so that the disk is read rarely
 _WIDENED_ROWS = 1 << 14  # keys converted at once
 _PAIRED_NUMBERS = 1 << 23  # of keys that are gathered at once
-_MOST_SPARE = 15  # candidates beyond k + 1: where they are too few, the product is repeated
+_SPARE = 16  # candidates beyond k, among which a query's true neighbors may be
 
 
 class _Block(NamedTuple):
@@ -55,12 +55,12 @@ class ExactIndex:
     |k|² − 2 q·k would cancel. What is lost is at most γ (|q| + |k|)², with centered norms, γ = 32 u
     √max(1, dim / 576), and u = 2⁻²⁴ in float32 (measured: a half of it). A neighbor at distance d
     has |k| ≤ |q| + d, so that d² is off by at most γ (2|q| + d)². Where that exceeds 1e-4 d², d² is
-    computed again as Σ (q − k)². A few candidates more than k are kept: where the farthest of them
-    is not beyond the k-th by twice that loss, closer entries may have been left out, and the query
-    is searched for again in float64 (u = 2⁻⁵³) and, where even that cannot tell, by the differences
-    from all keys. That is rare, except in models whose hidden states have a few huge coordinates.
-    Where torch was told to round the factors of float32 products, to TF32 or bfloat16, float64
-    comes first.
+    computed again as Σ (q − k)². Where the k-th distance is among those, closer entries may have
+    been left out: the query is searched for again with 16 candidates more, then in float64 (u =
+    2⁻⁵³), until the farthest candidate is beyond the k-th neighbor by twice the loss, and where
+    even that cannot tell, by the differences from all keys. That is rare, except in models whose
+    hidden states have a few huge coordinates. Where torch was told to round the factors of float32
+    products, to TF32 or bfloat16, float64 comes first.
 
     Keys stay in memory as float32 if that takes at most `resident_bytes`; a larger datastore is
     read from its mapped shards once for every 4,096 queries. Follows every change of the
@@ -140,25 +140,26 @@ class ExactIndex:
         usable = measurable(vectors)
         vectors = vectors.where(usable[:, None], self._center)
         size = _STREAMED_QUERIES if self._resident is None else _RESIDENT_QUERIES
-        dtype = torch.float64 if _rounds_products(self.device) else torch.float32
-        parts = [self._by_product(some, k, dtype) for some in torch.split(vectors, size)]
+        dtypes = [torch.float32, torch.float64][_rounds_products(self.device) :]
+        parts = [self._by_product(some, k, dtypes[0], 0) for some in torch.split(vectors, size)]
         found = _Found(*(torch.cat(column).to(self.device) for column in zip(*parts, strict=True)))
-        for search_again in (partial(self._by_product, dtype=torch.float64), self._by_difference):
+        again: list[Callable[[Tensor, int], _Found]] = [
+            *(partial(self._by_product, dtype=dtype, spare=_SPARE) for dtype in dtypes),
+            self._by_difference,
+        ]
+        for search_again in again:
             for some in torch.split((~found.resolved).nonzero()[:, 0], _STREAMED_QUERIES):
                 if len(some):
                     found.replace(some, search_again(vectors[some], k))
         absent = ~(usable[:, None] & found.squared_distances.isfinite())
-        return Neighbors(
-            found.squared_distances.masked_fill_(absent, torch.inf).to(
-                queries.device, torch.float32
-            ),
-            found.rows.masked_fill_(absent, -1).to(queries.device),
-        )
+        squared_distances = found.squared_distances.float().masked_fill_(absent, torch.inf)
+        rows = found.rows.masked_fill_(absent, -1)
+        return Neighbors(squared_distances.to(queries.device), rows.to(queries.device))
 
     def _by_product(
-        self, queries: Float[Tensor, "query dim"], k: int, dtype: torch.dtype
+        self, queries: Float[Tensor, "query dim"], k: int, dtype: torch.dtype, spare: int
     ) -> _Found:
-        """Search by |q|² + |k|² − 2 q·k, computed in a dtype."""
+        """Search by |q|² + |k|² − 2 q·k, computed in a dtype, with spare candidates."""
         device = self._device_of(dtype)
         queries = queries.to(device)
         centered = queries.to(dtype) - self._center.to(device, dtype)
@@ -168,7 +169,7 @@ class ExactIndex:
             (block.start, torch.addmm(block.squared_norms, centered, block.keys.T, alpha=-2))
             for block in blocks
         )
-        nearest, rows = _least(scored, centered, k + 1 + min(k // 16, _MOST_SPARE))
+        nearest, rows = _least(scored, centered, k + spare)
         squared_norms = centered.square().sum(dim=1)
         squared = (nearest + squared_norms[:, None]).clamp_min(0.0)
         return self._checked(queries, squared_norms, _Candidates(squared, rows), k)
@@ -182,7 +183,7 @@ class ExactIndex:
     ) -> _Found:
         """Choose the nearest of what the product found, and find out which queries are resolved.
 
-        squared_norms: of the centered queries. found: k nearest candidates and some more.
+        squared_norms: of the centered queries. found: the k nearest candidates, and spare ones.
         """
         squared, rows = found
         loss = _loss(queries.shape[1], squared.dtype)
