@@ -237,7 +237,10 @@ class Datastore:
     def parameters(self) -> Parameters | None:
         """The defaults that `tune` stored; None before tuning. Raises DatastoreCorruptError."""
         stored = tuned_parameters(self.catalog)
-        return None if stored is None else Parameters(**stored)
+        try:
+            return None if stored is None else Parameters(**stored)
+        except (TypeError, InvalidArgumentError) as error:
+            raise self.catalog.damaged(f"its parameters cannot be used: {error}") from error
 
     @property
     def tuning(self) -> dict[str, Any] | None:

@@ -8,6 +8,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.errors import InvalidArgumentError
+from knnlm.rules import check_k
+
+MAX_NORM = 1e18
+"""The greatest norm of keys and queries: float32 holds any squared distance between them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,21 @@ class Index(Protocol):
         """Return the k nearest live entries, on the queries' device.
 
         Forgotten entries are never returned. Where fewer than k are found, or where a query is not
-        finite, the rest is absent. Raises InvalidArgumentError for k < 1 or another dimension.
+        finite or longer than 1e18, the rest is absent. Raises InvalidArgumentError for k < 1 or
+        another dimension.
         """
         ...
+
+
+def measurable(vectors: Float[Tensor, "n dim"]) -> Bool[Tensor, " n"]:
+    """Return which keys or queries have distances: all but NaN, infinite and longer than 1e18."""
+    return vectors.float().square().sum(dim=1) <= MAX_NORM**2
+
+
+def why_unmeasurable(vectors: Float[Tensor, "n dim"]) -> str:
+    """Return what is wrong with vectors of which one is not `measurable`."""
+    finite = bool(vectors.isfinite().all())
+    return f"longer than {MAX_NORM:g}" if finite else "not finite"
 
 
 def merge_neighbors(left: Neighbors, right: Neighbors, k: int) -> Neighbors:
@@ -49,8 +65,7 @@ def merge_neighbors(left: Neighbors, right: Neighbors, k: int) -> Neighbors:
 
 def check_search(queries: Float[Tensor, "query dim"], k: int, dimension: int) -> None:
     """Refuse a search that no index can answer; raises InvalidArgumentError."""
-    if k < 1:
-        raise InvalidArgumentError(f"k must be at least 1, got {k}: ask for a neighbor")
+    check_k(k)
     if queries.shape[1] != dimension:
         raise InvalidArgumentError(
             f"queries must have the keys' dimension {dimension}, got {queries.shape[1]}"

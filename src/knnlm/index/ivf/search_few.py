@@ -27,7 +27,7 @@ from knnlm.index.ivf.codes import MARGIN
 from knnlm.index.ivf.kernels import Kept, Nearest
 from knnlm.index.ivf.kernels_few import CodedKeys, CoderArrays
 from knnlm.index.ivf.lists import Lists
-from knnlm.index.protocol import Neighbors
+from knnlm.index.protocol import Neighbors, measurable
 from knnlm.threads import workers
 
 _SPARE_CANDIDATES = 32
@@ -113,11 +113,12 @@ def search_few(
     shape = len(queries), k
     nearest = Nearest(np.empty(shape, np.float32), np.empty(shape, np.int64))
     vectors = queries.float().contiguous().numpy()
+    usable = measurable(queries).tolist()
 
     def search(number: int) -> None:
         one = slice(number, number + 1)
         out = Nearest(nearest.distances[one], nearest.rows[one])
-        if np.isfinite(vectors[number]).all():
+        if usable[number]:
             wanted = int(oversampling * k) + _SPARE_CANDIDATES
             candidates = _candidates(vectors[number], index, nprobe, wanted)
             write_nearest(candidates, len(candidates.positions), index.rows, out)
