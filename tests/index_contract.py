@@ -12,7 +12,7 @@ from torch import Tensor
 from knnlm.datastore.catalog import SHARDS, Catalog, Settings, StoredShard
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
-from knnlm.errors import InvalidArgumentError, NonFiniteKeysError
+from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
 from knnlm.index.protocol import Index, Neighbors
 
 DIMENSION = 24
@@ -208,7 +208,7 @@ class IndexContract:
         keys = clustered(500)
         keys[123] = bad
         store = store_of(tmp_path / "bad", keys)
-        with pytest.raises(NonFiniteKeysError, match="the key of row 123, in document 'd2', is "):
+        with pytest.raises(DatastoreCorruptError, match="key of row 123, in document 'd2', is "):
             self.make_index(store).search(keys[:2], 3)
 
     def test_entries_beyond_float16_are_no_nan(self, tmp_path: Path) -> None:

@@ -13,10 +13,11 @@ from conftest import refusal
 from index_contract import store_of
 from torch import Tensor
 
-from knnlm.errors import NonFiniteKeysError
+from knnlm.datastore.unfit_keys import MAX_NORM, measurable
+from knnlm.errors import DatastoreCorruptError
 from knnlm.index import exact, measure
 from knnlm.index.exact import ExactIndex
-from knnlm.index.protocol import MAX_NORM, Neighbors, measurable
+from knnlm.index.protocol import Neighbors
 
 TOLERANCE = 1e-4
 ROWS, DIMENSION = 300, 24
@@ -198,7 +199,7 @@ def test_keys_that_cannot_be_measured(tmp_path: Path, bad: float, resident_bytes
     store = store_of(tmp_path / "s", keys)
     index = ExactIndex(store, resident_bytes=resident_bytes)
     why = "longer than 1e+18" if abs(bad) < torch.inf else "not finite"
-    with refusal(NonFiniteKeysError, "the key of row 41, in document 'd1', is " + why, "forget"):
+    with refusal(DatastoreCorruptError, "the key of row 41, in document 'd1', is " + why, "forget"):
         index.search(keys[:2], 3)
     store.forget(["d1"])
     queries = keys[:20]

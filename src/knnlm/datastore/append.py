@@ -21,8 +21,8 @@ from knnlm.datastore.catalog import SHARDS, StoredDocument, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
+from knnlm.datastore.unfit_keys import measurable, why_unmeasurable
 from knnlm.errors import NonFiniteKeysError
-from knnlm.index.protocol import measurable, why_unmeasurable
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.datastore.datastore import DocumentsByRow
+from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explanation import (
     THIS_TEXT,

@@ -14,8 +14,9 @@ from torch import Tensor
 from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import IndexFile, StoredIndex, stored_index
-from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError, NonFiniteKeysError
-from knnlm.index.protocol import Index, measurable, why_unmeasurable
+from knnlm.datastore.unfit_keys import measurable
+from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError
+from knnlm.index.protocol import Index
 from knnlm.index.report import IndexReport
 from knnlm.progress import SILENT, Progress
 from knnlm.rules import check_k, check_recall, check_seed, check_whole
@@ -126,19 +127,7 @@ class Backend(Protocol):
 
 
 def check_keys(store: Datastore, keys: Float[Tensor, "n dim"], rows: Int[Tensor, " n"]) -> None:
-    """Refuse stored keys that are not `measurable`; raises NonFiniteKeysError.
-
-    rows: of the keys.
-    """
+    """Refuse stored keys, of these rows, that are not `measurable`: DatastoreCorruptError."""
     fit = measurable(keys)
     if not bool(fit.all()):
-        raise unmeasurable_key(store, int(rows[~fit][0]))
-
-
-def unmeasurable_key(store: Datastore, row: int) -> NonFiniteKeysError:
-    """Return the error for a stored key that is not `measurable`."""
-    return NonFiniteKeysError(
-        f"{store.path}: the key of row {row}, in document {store.document_at(row).name!r}, is "
-        f"{why_unmeasurable(store.keys_at(torch.tensor([row])))}, so that it cannot be searched; "
-        "forget that document and run knnlm compact"
-    )
+        raise store.unfit_key(int(rows[~fit][0]))

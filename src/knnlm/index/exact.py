@@ -11,8 +11,9 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import IndexFile, StoredIndex
-from knnlm.index.backend import Built, IndexOptions, unmeasurable_key
-from knnlm.index.protocol import MAX_NORM, Neighbors, check_search, measurable
+from knnlm.datastore.unfit_keys import MAX_NORM, measurable
+from knnlm.index.backend import Built, IndexOptions
+from knnlm.index.protocol import Neighbors, check_search
 
 RESIDENT_BYTES = 2 << 30
 TOLERANCE = 1e-4
@@ -65,8 +66,8 @@ class ExactIndex:
 
     Keys stay in memory as float32 if that takes at most `resident_bytes`; a larger datastore is
     read from its mapped shards once for every 4,096 queries. Follows every change of the
-    datastore that `store` has seen. A search raises NonFiniteKeysError for live keys that are not
-    `measurable`.
+    datastore that `store` has seen. A search raises DatastoreCorruptError for live keys that are
+    not `measurable`.
 
     device: where the arithmetic is done, "cpu" or a GPU. first_row: leave out the rows before it.
     """
@@ -112,7 +113,7 @@ class ExactIndex:
         dead = ~self._alive[start : start + len(keys)].to(keys.device)
         fit = (squared_norms <= (2 * MAX_NORM) ** 2) | dead
         if not bool(fit.all()):
-            raise unmeasurable_key(self.store, start + int(fit.int().argmin()))
+            raise self.store.unfit_key(start + int(fit.int().argmin()))
         squared_norms[dead] = torch.inf
         return _Block(start, keys, squared_norms)
 

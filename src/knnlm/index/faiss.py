@@ -21,11 +21,12 @@ from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import ASIDE, file_problem, publish, writing
 from knnlm.datastore.stored_index import FOLDER, IndexFile, StoredIndex, unused_name
+from knnlm.datastore.unfit_keys import measurable
 from knnlm.errors import DatastoreCorruptError, InvalidArgumentError, KNNLMError
 from knnlm.index.backend import Built, IndexOptions, check_keys, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.measure import choose_nprobe
-from knnlm.index.protocol import Neighbors, check_search, measurable, merge_neighbors
+from knnlm.index.protocol import Neighbors, check_search, merge_neighbors
 from knnlm.index.report import IndexReport, Measured
 
 _K_FACTOR = 4.0

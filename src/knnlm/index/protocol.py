@@ -10,9 +10,6 @@ from torch import Tensor
 from knnlm.errors import InvalidArgumentError
 from knnlm.rules import check_k
 
-MAX_NORM = 1e18
-"""The greatest norm of keys and queries: float32 holds any squared distance between them."""
-
 
 @dataclass(frozen=True, slots=True)
 class Neighbors:
@@ -43,17 +40,6 @@ class Index(Protocol):
         another dimension.
         """
         ...
-
-
-def measurable(vectors: Float[Tensor, "n dim"]) -> Bool[Tensor, " n"]:
-    """Return which keys or queries have distances: all but NaN, infinite and longer than 1e18."""
-    return vectors.float().square().sum(dim=1) <= MAX_NORM**2
-
-
-def why_unmeasurable(vectors: Float[Tensor, "n dim"]) -> str:
-    """Return what is wrong with vectors of which one is not `measurable`."""
-    finite = bool(vectors.isfinite().all())
-    return f"longer than {MAX_NORM:g}" if finite else "not finite"
 
 
 def merge_neighbors(left: Neighbors, right: Neighbors, k: int) -> Neighbors:

@@ -12,9 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.unfit_keys import measurable
 from knnlm.index.backend import check_keys
 from knnlm.index.ivf.codes import Coder, Codes
-from knnlm.index.protocol import measurable
 from knnlm.progress import Progress
 from knnlm.threads import workers
 
@@ -122,7 +122,7 @@ def train_lists(
 ) -> Lists:
     """Place the centroids by k-means on a sample of the keys, and fit the coder to the sample.
 
-    Raises NonFiniteKeysError for a key in it that is not `measurable`.
+    Raises DatastoreCorruptError for a key in it that is not `measurable`.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted = max(_LEAST_TRAINING_KEYS, _TRAINING_KEYS_PER_LIST * nlist)
@@ -192,7 +192,7 @@ def place_rows(
 ) -> Placement:
     """Put the rows from `first` on into lists.
 
-    Raises NonFiniteKeysError for a key that is not `measurable`.
+    Raises DatastoreCorruptError for a key that is not `measurable`.
     """
     numbers = _assign(store, lists, first, progress)
     return _place(numbers, len(lists.centroids), first, seed)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnlm.datastore.unfit_keys import measurable
 from knnlm.index.ivf import kernels, kernels_few
 from knnlm.index.ivf.candidates import (
     UNBOUNDED,
@@ -27,7 +28,7 @@ from knnlm.index.ivf.codes import MARGIN
 from knnlm.index.ivf.kernels import Kept, Nearest
 from knnlm.index.ivf.kernels_few import CodedKeys, CoderArrays
 from knnlm.index.ivf.lists import Lists
-from knnlm.index.protocol import Neighbors, measurable
+from knnlm.index.protocol import Neighbors
 from knnlm.threads import workers
 
 _SPARE_CANDIDATES = 32
