@@ -30,7 +30,7 @@ class _Block(NamedTuple):
     squared_norms: Float[Tensor, " rows"]  # +inf where forgotten
 
 
-_Scores = tuple[int, Float[Tensor, "query _"]]  # the first row of a block, and its scores
+_ScoredBlock = tuple[int, Float[Tensor, "query _"]]  # the first row of a block, and its scores
 
 
 class _Candidates(NamedTuple):
@@ -169,12 +169,12 @@ class ExactIndex:
         squared_norms = centered.square().sum(dim=1)
         rows_at_once = max(1, _SCORES // max(1, len(queries)))
         # less |q|², which changes no order
-        scored: Iterable[_Scores] = (
+        scored: Iterable[_ScoredBlock] = (
             (block.start, torch.addmm(block.squared_norms, centered, block.keys.T, alpha=-2))
             for block in self._blocks(rows_at_once, dtype)
         )
 
-        def choose(some: slice | Tensor, scored: Iterable[_Scores], wanted: int) -> _Found:
+        def choose(some: slice | Tensor, scored: Iterable[_ScoredBlock], wanted: int) -> _Found:
             nearest, rows = _least(scored, centered[some], wanted)
             squared = (nearest + squared_norms[some, None]).clamp_min(0.0)
             return self._checked(queries[some], squared_norms[some], _Candidates(squared, rows), k)
@@ -274,7 +274,7 @@ def _rounds_products(device: torch.device) -> bool:
 
 
 def _least(
-    scored: Iterable[_Scores],
+    scored: Iterable[_ScoredBlock],
     queries: Float[Tensor, "query dim"],
     k: int,
 ) -> tuple[Float[Tensor, "query k"], Int[Tensor, "query k"]]:
