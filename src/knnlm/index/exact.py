@@ -32,6 +32,9 @@ class _Block(NamedTuple):
     squared_norms: Float[Tensor, " rows"]  # +inf where forgotten
 
 
+_ScoredBlock = tuple[int, Float[Tensor, "query _"]]  # the first row of a block, and its scores
+
+
 class _Candidates(NamedTuple):
     squared_distances: Float[Tensor, "query candidate"]  # ascending, +inf where absent
     rows: Int[Tensor, "query candidate"]
@@ -165,16 +168,28 @@ class ExactIndex:
         device = self._device_of(dtype)
         queries = queries.to(device)
         centered = queries.to(dtype) - self._center.to(device, dtype)
-        blocks = self._blocks(max(1, _SCORES // max(1, len(queries))), dtype)
-        # less |q|², which changes no order
-        scored = (
-            (block.start, torch.addmm(block.squared_norms, centered, block.keys.T, alpha=-2))
-            for block in blocks
-        )
-        nearest, rows = _least(scored, centered, k + spare)
         squared_norms = centered.square().sum(dim=1)
-        squared = (nearest + squared_norms[:, None]).clamp_min(0.0)
-        return self._checked(queries, squared_norms, _Candidates(squared, rows), k)
+        rows_at_once = max(1, _SCORES // max(1, len(queries)))
+        # less |q|², which changes no order
+        scored: Iterable[_ScoredBlock] = (
+            (block.start, torch.addmm(block.squared_norms, centered, block.keys.T, alpha=-2))
+            for block in self._blocks(rows_at_once, dtype)
+        )
+
+        def choose(some: slice | Tensor, scored: Iterable[_ScoredBlock], wanted: int) -> _Found:
+            nearest, rows = _least(scored, centered[some], wanted)
+            squared = (nearest + squared_norms[some, None]).clamp_min(0.0)
+            return self._checked(queries[some], squared_norms[some], _Candidates(squared, rows), k)
+
+        if self.store.rows - self.first_row > rows_at_once:
+            return choose(slice(None), scored, k + spare)
+        kept = list(scored)  # all scores fit, so that spare candidates cost no other product
+        found = choose(slice(None), kept, k + spare)
+        doubtful = (~found.resolved).nonzero()[:, 0]
+        if spare == 0 and len(doubtful):
+            scored = [(start, scores[doubtful]) for start, scores in kept]
+            found.replace(doubtful, choose(doubtful, scored, k + _SPARE))
+        return found
 
     def _checked(
         self,
@@ -261,14 +276,11 @@ def _rounds_products(device: torch.device) -> bool:
 
 
 def _least(
-    scored: Iterable[tuple[int, Float[Tensor, "query rows"]]],
+    scored: Iterable[_ScoredBlock],
     queries: Float[Tensor, "query dim"],
     k: int,
 ) -> tuple[Float[Tensor, "query k"], Int[Tensor, "query k"]]:
-    """Return the k least scores of each query, ascending, and their rows.
-
-    scored: (first row, scores) of blocks of keys.
-    """
+    """Return the k least scores of each query, ascending, and their rows."""
     nearest = queries.new_full((len(queries), k), torch.inf)
     rows = torch.full((len(queries), k), -1, device=queries.device)
     for start, scores in scored:
