@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -189,9 +190,9 @@ class Datastore:
         """
         keys = torch.empty(len(rows), self.settings.dimension, dtype=self.key_dtype)
         ascending, places = rows.sort()
-        for shard in self.shards:
-            edges = torch.tensor([shard.start, shard.stop])
-            low, high = torch.searchsorted(ascending, edges).tolist()
+        edges = torch.tensor([*self._starts, self.rows])
+        bounds = torch.searchsorted(ascending, edges).tolist()
+        for shard, (low, high) in zip(self.shards, pairwise(bounds), strict=True):
             if high > low:
                 chosen = self._shard(shard).keys[ascending[low:high] - shard.start]
                 if not bool(chosen.isfinite().all()):
