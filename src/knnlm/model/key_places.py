@@ -78,14 +78,33 @@ class KeyPlaces:
         )
 
 
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal language model that ends before its head.
+
+    Some models (Llama 4's for text) call themselves their decoder; the layers are in one of their
+    children. Raises UnsupportedModelError if there is no such part.
+    """
+    decoder: nn.Module = model.get_decoder()
+    head, layers = model.get_output_embeddings(), _layers(model, decoder)
+    while head is not None and layers is not None and _contains(decoder, head):
+        decoder = next(child for child in decoder.children() if _contains(child, layers))
+        if decoder is layers:
+            raise UnsupportedModelError(
+                f"a {type(model).__name__} must have a decoder apart from its head, but its layers "
+                "are the head's siblings; choose another model"
+            )
+    return decoder
+
+
 def find_key_places(model: PreTrainedModel, probe: Int[Tensor, "batch time"]) -> KeyPlaces:
     """Find every key choice that `model` has, with one forward pass over a few tokens."""
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     taps = {"output_after_norm": Tap(decoder, "output")}
-    layer = _last_layer(model, decoder)
-    if layer is None:
+    layers = _layers(model, decoder)
+    if layers is None:
         reason = "its decoder has no list of num_hidden_layers layers"
         return KeyPlaces(taps, {key: reason for key in Key if key not in taps})
+    layer = layers[-1]
     taps["output"] = Tap(layer, "output")
     attention = _child(layer, _ATTENTION_NAMES)
     feed_forward = _child(layer, _FEED_FORWARD_NAMES)
@@ -158,12 +177,16 @@ def capture_keys(
         yield capture
 
 
-def _last_layer(model: PreTrainedModel, decoder: nn.Module) -> nn.Module | None:
+def _layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList | None:
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module[-1]
+            return module
     return None
+
+
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return any(other is part for other in module.modules())
 
 
 def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -18,8 +19,20 @@ from transformers import PreTrainedModel
 
 from knnlm.choices import Key, parse_choice
 from knnlm.errors import UnsupportedModelError
-from knnlm.model.key_places import KeyCapture, capture_keys, find_key_places
+from knnlm.model.key_places import KeyCapture, capture_keys, find_decoder, find_key_places
+from knnlm.model.reading_rules import (
+    BatchRules,
+    CacheRules,
+    Pass,
+    agree,
+    find_cache_rules,
+    find_frequency_limit,
+    is_future_seen,
+    probe_tokens,
+    read_alone,
+)
 
+_CACHE_RULES: WeakKeyDictionary[PreTrainedModel, dict[str, CacheRules]] = WeakKeyDictionary()
 _WINDOW_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _SAMPLE_SIZE = 1024
 
@@ -51,18 +64,24 @@ class KeyedModel:
         self.max_window: int | None = _max_window(model.config.get_text_config())
         """How many positions the model can read at once; None if there is no limit."""
         check_decoder_only(model.config, self.name)
-        probe = self._probe()
+        vocab_size: int = model.config.get_text_config().vocab_size
+        self._probe = probe_tokens(vocab_size, self.max_window).to(self.device)
         with _evaluating(self.model):
-            logits = self._causal_logits(probe)
-            places = find_key_places(model, probe)
+            logits = self._causal_logits()
+            places = find_key_places(model, self._probe)
         self.key: str = places.resolve(key)
         """The key choice in effect, one of `Key`."""
-        self._decoder: nn.Module = model.get_decoder()
+        self._decoder: nn.Module = find_decoder(model)
         self._tap = places.taps[self.key]
-        self.dimension: int = self.keys(probe).shape[-1]
+        self._is_decoder_enough = True  # to compute keys
+        self.batch_rules = BatchRules(True)
+        keys = self.keys(self._probe)
+        self.dimension: int = keys.shape[-1]
         """The dimension of a key; in some models not the hidden size."""
         self.vocab_size: int = logits.shape[-1]
         """The last dimension of the logits, which may exceed the tokenizer's vocabulary."""
+        self.batch_rules: BatchRules = self._find_batch_rules(Pass(keys, logits, None))
+        """Which texts may be read beside each other."""
 
     @property
     def device(self) -> torch.device:
@@ -80,17 +99,26 @@ class KeyedModel:
         """Return the key of every position, without running the LM head.
 
         No mask is needed for rows padded on the right: a causal model's real positions never see
-        the padding, whose keys are to be ignored.
+        the padding, whose keys are to be ignored. See `batch_rules` for which rows may be so.
         """
+        if len(tokens) > 1 and not self.batch_rules.batches:
+            return torch.cat([self.keys(row) for row in tokens.split(1)])
+        if not self._is_decoder_enough:
+            return self._run(input_ids=tokens.to(self.device), use_cache=False).keys
         with _evaluating(self.model), self.capture() as captured:
             self._decoder(input_ids=tokens.to(self.device), use_cache=False)
             return captured.keys.to(self.device)
 
     def keys_and_logits(self, tokens: Int[Tensor, "batch time"]) -> Reading:
         """Return keys and logits of every position from one forward pass; padding as in `keys`."""
-        with _evaluating(self.model), self.capture() as captured:
-            logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-            return Reading(captured.keys.to(self.device), logits.float())
+        if len(tokens) > 1 and not self.batch_rules.batches:
+            readings = [self.keys_and_logits(row) for row in tokens.split(1)]
+            return Reading(
+                torch.cat([reading.keys for reading in readings]),
+                torch.cat([reading.logits for reading in readings]),
+            )
+        read = self._run(input_ids=tokens.to(self.device), use_cache=False)
+        return Reading(read.keys, read.logits.float())
 
     def capture(
         self, on_keys: Callable[[Tensor], None] | None = None
@@ -125,29 +153,51 @@ class KeyedModel:
             digest.update(rounded.astype("<f2").tobytes())
         return digest.hexdigest()
 
-    def _probe(self) -> Int[Tensor, "2 time"]:
-        """Return two rows of a few tokens that differ in the last one."""
-        vocab_size: int = self.model.config.get_text_config().vocab_size
-        tokens = torch.arange(min(8, self.max_window or 8)).repeat(2, 1)
-        tokens[1, -1] += 1
-        return (tokens % vocab_size).to(self.device)
+    @property
+    def cache_rules(self) -> CacheRules:
+        """How a text may be continued from what earlier passes read; found at the first use."""
+        known = _CACHE_RULES.setdefault(self.model, {})
+        if self.key not in known:
+            known[self.key] = find_cache_rules(self.model, self._run, self._probe[:1])
+        return known[self.key]
 
-    def _causal_logits(self, probe: Int[Tensor, "2 time"]) -> Float[Tensor, "2 time vocab"]:
+    def _run(self, **arguments: Any) -> Pass:
+        with _evaluating(self.model), self.capture() as captured:
+            output = self.model(**arguments)
+            return Pass(captured.keys.to(self.device), output.logits, output)
+
+    def _causal_logits(self) -> Float[Tensor, "2 time vocab"]:
         """Return the logits of the probe, having checked that they depend on the past only."""
-        logits: Tensor | None = getattr(self.model(input_ids=probe), "logits", None)
+        logits: Tensor | None = getattr(self.model(input_ids=self._probe), "logits", None)
         if logits is None or logits.dim() != 3:
             raise UnsupportedModelError(
                 f"model {self.name!r} must have a language-modeling head, but is a "
                 f"{type(self.model).__name__}; load it with AutoModelForCausalLM"
             )
-        one, other = logits[:, :-1].float()
-        tolerance = 4 * torch.finfo(logits.dtype).eps * float(one.abs().max())
-        if float((one - other).abs().max()) > tolerance:
+        if is_future_seen(logits):
             raise UnsupportedModelError(
                 f"model {self.name!r} must be a causal language model, but a position's logits "
                 "depend on later tokens, as in masked language models; choose a decoder-only model"
             )
         return logits
+
+    def _find_batch_rules(self, together: Pass) -> BatchRules:
+        """Compare what a text gets alone with what it got beside another, padded on the right.
+
+        together: logits of the model and keys of its decoder alone.
+        """
+        limit = find_frequency_limit(self.model.config.get_text_config())
+        alone = read_alone(self._run, self._probe)
+        if agree(together.row(1, alone.keys.shape[1]), alone):
+            return BatchRules(True, limit)
+        if not agree(read_alone(self._run, self._probe), alone):
+            raise UnsupportedModelError(
+                f"model {self.name!r} must give a text the same keys and logits whenever it is "
+                "read, but computes them with random numbers; choose another model"
+            )
+        whole = self._run(input_ids=self._probe, use_cache=False)
+        self._is_decoder_enough = agree(together, whole)
+        return BatchRules(agree(whole.row(1, alone.keys.shape[1]), alone), limit)
 
 
 def check_decoder_only(config: Any, name: str) -> None:
