@@ -214,6 +214,10 @@ class KNNLM:
             options.setdefault("eos_token_id", sorted(lm.end_tokens) or None)
         padding = lm.tokenizer.pad_token_id
         options.setdefault("pad_token_id", lm.start_token if padding is None else padding)
+        if lm.cache_rules.is_unreliable or lm.batch_rules.changes_between(
+            length, length + max_new_tokens
+        ):
+            options.setdefault("use_cache", False)
         devices = [lm.device] if lm.device.type == "cuda" else []
         training = lm.model.training
         lm.model.eval()

@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnlm.attachment.sequence_caches import SequenceCaches
-from knnlm.errors import AttachmentError, InvalidArgumentError
+from knnlm.errors import AttachmentError
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.rows import select
 from knnlm.model.keyed_model import KeyedModel
+from knnlm.model.wrapped import forget_compiled_code
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Stores, as_stores
 from knnlm.threads import BackgroundThread
@@ -63,6 +64,9 @@ class Attachment:
             with_kwargs=True,
         )
         self._hooks.callback(hook.remove)
+        if keyed.is_compiled:
+            forget_compiled_code()
+            self._hooks.callback(forget_compiled_code)
         self.attached = True
         _ATTACHED.add(self.model)
 
@@ -161,11 +165,6 @@ def attach(
     DatastoreMismatchError for a datastore of another model, AttachmentError if one is attached
     already, InvalidArgumentError.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise InvalidArgumentError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: load it "
-            "with AutoModelForCausalLM, or give a LanguageModel's .model"
-        )
     stores = as_stores(store)
     keyed = KeyedModel(model, key=stores[0].settings.key)
     given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}

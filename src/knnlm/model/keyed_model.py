@@ -6,7 +6,7 @@ Knows transformers and tensors. Knows no tokenizer, no datastore, no neighbor.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,7 @@ from knnlm.model.reading_rules import (
     probe_tokens,
     read_alone,
 )
+from knnlm.model.wrapped import has_adapter, is_compiled, original_name, unwrap
 
 _CACHE_RULES: WeakKeyDictionary[PreTrainedModel, dict[str, CacheRules]] = WeakKeyDictionary()
 _WINDOW_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
@@ -51,22 +52,25 @@ class KeyedModel:
     `key` chooses the hidden state that is the key, one of `Key`; in models without a
     feed-forward block (Mamba) `ffn_input` becomes `attention_input`, the mixer's input, and the
     attribute `key` has the choice in effect. `name` is by default the model's own name or path.
+    A model that torch.compile, DataParallel or PEFT has wrapped is taken out of its wrapper.
 
-    Raises UnsupportedModelError.
+    Raises UnsupportedModelError, and InvalidArgumentError for what holds no model.
     """
 
     def __init__(
         self, model: PreTrainedModel, *, key: str = "ffn_input", name: str | None = None
     ) -> None:
         parse_choice(Key, "key", key)
-        self.model = model
+        self.is_compiled: bool = is_compiled(model)
+        """Whether torch.compile was applied to it or to a part of it."""
+        self.model = model = unwrap(model)
         self.name: str = name or model.name_or_path or type(model).__name__
         self.max_window: int | None = _max_window(model.config.get_text_config())
         """How many positions the model can read at once; None if there is no limit."""
         check_decoder_only(model.config, self.name)
         vocab_size: int = model.config.get_text_config().vocab_size
         self._probe = probe_tokens(vocab_size, self.max_window).to(self.device)
-        with _evaluating(self.model):
+        with self._evaluating():
             logits = self._causal_logits()
             places = find_key_places(model, self._probe)
         self.key: str = places.resolve(key)
@@ -105,7 +109,7 @@ class KeyedModel:
             return torch.cat([self.keys(row) for row in tokens.split(1)])
         if not self._is_decoder_enough:
             return self._run(input_ids=tokens.to(self.device), use_cache=False).keys
-        with _evaluating(self.model), self.capture() as captured:
+        with self._evaluating(), self.capture() as captured:
             self._decoder(input_ids=tokens.to(self.device), use_cache=False)
             return captured.keys.to(self.device)
 
@@ -149,9 +153,21 @@ class KeyedModel:
             sample = flat[:: -(-len(flat) // _SAMPLE_SIZE) | 1]
             # Rounded to what all three precisions can hold.
             rounded = sample.to(torch.bfloat16).to(torch.float16).cpu().numpy()
-            digest.update(json.dumps([name, list(parameter.shape)]).encode())
+            digest.update(json.dumps([original_name(name), list(parameter.shape)]).encode())
             digest.update(rounded.astype("<f2").tobytes())
         return digest.hexdigest()
+
+    def remedy_for_weights(self, dtype: str) -> str:
+        """Say what to do about weights unlike a datastore's, built with a model in `dtype`."""
+        own = str(self.dtype).removeprefix("torch.")
+        if own != dtype and "float16" in (own, dtype):
+            return (
+                f"if it is the same model, {own} only rounds its weights differently than {dtype}: "
+                f"load it with dtype {dtype}"
+            )
+        if has_adapter(self.model):
+            return "load that model, or take the adapter off this one"
+        return "load that model"
 
     @property
     def cache_rules(self) -> CacheRules:
@@ -161,8 +177,24 @@ class KeyedModel:
             known[self.key] = find_cache_rules(self.model, self._run, self._probe[:1])
         return known[self.key]
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Run without dropout and gradients, then restore the model's training mode."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with ExitStack() as contexts:
+                if self.is_compiled:  # compiled code does not notice hooks that come and go
+                    contexts.enter_context(torch.compiler.set_stance("force_eager"))
+                contexts.enter_context(torch.inference_mode())
+                yield
+        finally:
+            if training:
+                self.model.train()
+
     def _run(self, **arguments: Any) -> Pass:
-        with _evaluating(self.model), self.capture() as captured:
+        with self._evaluating(), self.capture() as captured:
             output = self.model(**arguments)
             return Pass(captured.keys.to(self.device), output.logits, output)
 
@@ -214,17 +246,3 @@ def _max_window(config: Any) -> int | None:
         return None
     limits = (getattr(config, name, None) for name in _WINDOW_NAMES)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Run without dropout and gradients, then restore the model's training mode."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if training:
-            model.train()

@@ -58,6 +58,10 @@ class BatchRules:
         """Whether a text of this length is read with the frequencies for long texts."""
         return self.frequency_limit is not None and positions > self.frequency_limit
 
+    def changes_between(self, positions: int, later: int) -> bool:
+        """Whether a text that grows this far must be read again with other frequencies."""
+        return self.is_long(later) and not self.is_long(positions)
+
 
 @dataclass(frozen=True, slots=True)
 class CacheRules:

@@ -96,7 +96,10 @@ class Decoder:
         known = tokens if before is None and self._keeps_tokens else None
         if before is not None and before.tokens is not None:
             known = torch.cat([before.tokens, tokens], dim=1)
-            if self._must_reread(mask.shape[1] - new, mask.shape[1]):
+            read_again = self._rules.cache is None or self._lm.batch_rules.changes_between(
+                mask.shape[1] - new, mask.shape[1]
+            )
+            if read_again:
                 tokens, cache = known, None
         if cache is None and self._rules.shared:
             # full layers even if the model's attention slides: they can be padded and joined
@@ -118,11 +121,6 @@ class Decoder:
         keys = self._captured.keys.to(device).float()[:, -new:]
         cache = None if self._rules.cache is None else getattr(output, self._rules.cache)
         return keys, output.logits.float(), CachedSequences(mask, cache, known)
-
-    def _must_reread(self, before: int, after: int) -> bool:
-        """Whether sequences of `before` positions must be read again to reach `after`."""
-        is_long = self._lm.batch_rules.is_long
-        return self._rules.cache is None or (is_long(after) and not is_long(before))
 
     def join(self, parts: Sequence[CachedSequences]) -> CachedSequences:
         """Join several batches into one; all must grow within `shares_batches`."""
