@@ -147,8 +147,8 @@ class KeyCapture:
         if keys is None:
             raise UnsupportedModelError(
                 "no key was captured: the model's forward pass did not reach the module that the "
-                "key is read from; choose another key, for instance key='output_after_norm', or, if "
-                "the model had been compiled, call torch.compiler.reset() first"
+                "key is read from; choose another key, such as key='output_after_norm', or, if the "
+                "model had been compiled, call torch.compiler.reset() first"
             )
         return keys
 

@@ -78,13 +78,13 @@ class KeyedModel:
         self._decoder: nn.Module = find_decoder(model)
         self._tap = places.taps[self.key]
         self._is_decoder_enough = True  # to compute keys
-        self.batch_rules = BatchRules(True)
+        self.batch_rules: BatchRules = BatchRules(True)
         keys = self.keys(self._probe)
         self.dimension: int = keys.shape[-1]
         """The dimension of a key; in some models not the hidden size."""
         self.vocab_size: int = logits.shape[-1]
         """The last dimension of the logits, which may exceed the tokenizer's vocabulary."""
-        self.batch_rules: BatchRules = self._find_batch_rules(Pass(keys, logits, None))
+        self.batch_rules = self._find_batch_rules(Pass(keys, logits, None))
         """Which texts may be read beside each other."""
 
     @property
@@ -106,7 +106,7 @@ class KeyedModel:
         the padding, whose keys are to be ignored. See `batch_rules` for which rows may be so.
         """
         if len(tokens) > 1 and not self.batch_rules.batches:
-            return torch.cat([self.keys(row) for row in tokens.split(1)])
+            return torch.cat([self.keys(row) for row in torch.split(tokens, 1)])
         if not self._is_decoder_enough:
             return self._run(input_ids=tokens.to(self.device), use_cache=False).keys
         with self._evaluating(), self.capture() as captured:
@@ -116,7 +116,7 @@ class KeyedModel:
     def keys_and_logits(self, tokens: Int[Tensor, "batch time"]) -> Reading:
         """Return keys and logits of every position from one forward pass; padding as in `keys`."""
         if len(tokens) > 1 and not self.batch_rules.batches:
-            readings = [self.keys_and_logits(row) for row in tokens.split(1)]
+            readings = [self.keys_and_logits(row) for row in torch.split(tokens, 1)]
             return Reading(
                 torch.cat([reading.keys for reading in readings]),
                 torch.cat([reading.logits for reading in readings]),
