@@ -22,7 +22,15 @@ from transformers import PreTrainedModel
 from knnlm.choices import Key
 from knnlm.errors import UnsupportedModelError
 
-_FEED_FORWARD_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "fc1")
+_FEED_FORWARD_NAMES = (
+    "mlp",
+    "feed_forward",
+    "ffn",
+    "block_sparse_moe",
+    "mlp_block",
+    "fc1",
+    "intermediate",
+)
 _ATTENTION_NAMES = (
     "self_attn",
     "attention",
@@ -81,10 +89,12 @@ class KeyPlaces:
 def find_decoder(model: PreTrainedModel) -> nn.Module:
     """Return the part of a causal language model that ends before its head.
 
-    Some models (Llama 4's for text) call themselves their decoder; the layers are in one of their
-    children. Raises UnsupportedModelError if there is no such part.
+    What models call their decoder may be all of the model (Llama 4's for text) or a part of the
+    head (ModernBERT's decoder). Raises UnsupportedModelError if there is no such part.
     """
-    decoder: nn.Module = model.get_decoder()
+    decoders = (model.get_decoder(), model.base_model)
+    with_layers = (one for one in decoders if _layers(model, one) is not None)
+    decoder: nn.Module = next(with_layers, decoders[0])
     head, layers = model.get_output_embeddings(), _layers(model, decoder)
     while head is not None and layers is not None and _contains(decoder, head):
         decoder = next(child for child in decoder.children() if _contains(child, layers))

@@ -193,6 +193,11 @@ class KeyedModel:
             if training:
                 self.model.train()
 
+    def may_use_cache(self, positions: int, later: int) -> bool:
+        """Whether `generate` may use the model's cache for a text that grows this far."""
+        grows = self.batch_rules.changes_between(positions, later)
+        return not grows and not self.cache_rules.is_unreliable
+
     def _run(self, **arguments: Any) -> Pass:
         with self._evaluating(), self.capture() as captured:
             output = self.model(**arguments)

@@ -72,9 +72,11 @@ class CacheRules:
     is_unreliable: the model has such a cache, but with it gives other keys or logits.
     pieces: whether several tokens may be read at once after others.
     shared: whether texts of several lengths may share a cache, padded on the left.
+    positions: whether the model takes `position_ids` that count from 0, as `generate` does.
     """
 
     cache: str | None
+    positions: bool
     is_unreliable: bool = False
     pieces: bool = False
     shared: bool = False
@@ -131,13 +133,16 @@ def find_cache_rules(
     """Read a text at once, in pieces, and beside padding on the left; compare."""
     probe = _CacheProbe(model, run, tokens)
     time, half = tokens.shape[1], _first_piece(tokens.shape[1])
+    positions = probe.counts_positions
     if probe.name is None:
-        return CacheRules(None)
+        return CacheRules(None, positions)
     if probe.reads_in(half, time - 1, time):
-        return CacheRules(probe.name, pieces=True, shared=probe.reads_beside_padding(half))
+        return CacheRules(
+            probe.name, positions, pieces=True, shared=probe.reads_beside_padding(half)
+        )
     if probe.reads_in(time - 1, time):
-        return CacheRules(probe.name)
-    return CacheRules(None, is_unreliable=True)
+        return CacheRules(probe.name, positions)
+    return CacheRules(None, positions, is_unreliable=True)
 
 
 class _CacheProbe:
@@ -149,8 +154,13 @@ class _CacheProbe:
         self._run = run
         self._tokens = tokens
         self._options = {"use_cache": True} if "use_cache" in accepted else {}
-        self._takes_positions = "position_ids" in accepted
         self._whole = run(input_ids=tokens, **self._options)
+        self.counts_positions = False
+        """Whether the model takes `position_ids`, and counts from 0 if there are none."""
+        if "position_ids" in accepted:
+            counted = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            given = run(input_ids=tokens, position_ids=counted, **self._options)
+            self.counts_positions = agree(given, self._whole)
         self.name = next((name for name in _CACHE_NAMES if name in self._whole.output), None)
         """The argument that hands over what was read, None if there is none."""
 
@@ -180,7 +190,7 @@ class _CacheProbe:
             if padding:
                 options["attention_mask"] = mask[:, : padding + stop]
             first = start + padding if start else 0
-            if self._takes_positions:
+            if self.counts_positions:
                 options["position_ids"] = positions[:, first : padding + stop]
             read = self._run(input_ids=tokens[:, first : padding + stop], **options)
             new = stop - start

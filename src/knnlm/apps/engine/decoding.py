@@ -52,7 +52,6 @@ class Decoder:
         self._rules = lm.cache_rules
         accepted = inspect.signature(lm.model.forward).parameters
         self._takes_use_cache = "use_cache" in accepted
-        self._takes_positions = "position_ids" in accepted
         self._can_skip_logits = "logits_to_keep" in accepted
         self._keeps_tokens = self._rules.cache is None or lm.batch_rules.frequency_limit is not None
 
@@ -111,7 +110,7 @@ class Decoder:
             options["use_cache"] = self._rules.cache is not None
         if self._rules.shared:  # else there is no padding
             options["attention_mask"] = mask.to(device)
-        if self._takes_positions:
+        if self._rules.positions:
             positions = mask.cumsum(dim=1)[:, -tokens.shape[1] :] - 1
             options["position_ids"] = positions.to(device)
         if self._can_skip_logits:
