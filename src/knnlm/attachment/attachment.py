@@ -17,11 +17,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnlm.attachment.sequence_caches import SequenceCaches
-from knnlm.errors import AttachmentError, InvalidArgumentError
+from knnlm.errors import AttachmentError, UnsupportedModelError
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.rows import select
 from knnlm.model.keyed_model import KeyedModel
+from knnlm.model.wrapped import forget_compiled_code
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Stores, as_stores
 from knnlm.threads import BackgroundThread
@@ -51,6 +52,7 @@ class Attachment:
                 "attach several at once with attach(model, [store, other])"
             )
         self._keyed = keyed
+        _ = keyed.cache_rules  # found by passes that the hooks below must not see
         self._signature = inspect.signature(self.model.forward)
         self._hooks = ExitStack()
         self._ahead = BackgroundThread()
@@ -64,6 +66,9 @@ class Attachment:
             with_kwargs=True,
         )
         self._hooks.callback(hook.remove)
+        if keyed.is_compiled:
+            forget_compiled_code()
+            self._hooks.callback(forget_compiled_code)
         self.attached = True
         _ATTACHED.add(self.model)
 
@@ -98,6 +103,7 @@ class Attachment:
     ) -> Any:
         given = self._signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
+        self._check_reading(given, output)
         # a tuple holds the losses first, which have no dimensions
         place = None if hasattr(output, "logits") else _first_with_three_dimensions(output)
         logits: Tensor = output.logits if place is None else output[place]
@@ -120,6 +126,25 @@ class Attachment:
             aux_loss = parts[1] if place == 2 else None
             parts[0] = _loss(model, given, logits, mixed, loss=parts[0], aux_loss=aux_loss)
         return tuple(parts)
+
+    def _check_reading(self, given: dict[str, Any], output: Any) -> None:
+        """Refuse a pass whose keys are not those of reading the text at once."""
+        keyed = self._keyed
+        if given.get("position_ids") is not None and not keyed.cache_rules.positions:
+            raise UnsupportedModelError(
+                f"position_ids must mean what they meant for the keys, but {keyed.name!r} does not "
+                "count positions from 0, as generate does: leave position_ids out, or use "
+                "knnlm serve"
+            )
+        past = getattr(output, "past_key_values", None)
+        if past is not None and keyed.batch_rules.frequency_limit is not None:
+            read = int(past.get_seq_length())
+            before = read - self._captured.keys.shape[1]
+            if before > 0 and keyed.batch_rules.changes_between(before, read):
+                raise UnsupportedModelError(
+                    f"a text of {read} positions must be read by {keyed.name!r} with other rotary "
+                    f"frequencies than the {before} in its cache: pass use_cache=False"
+                )
 
     def _mix(
         self, logits: Float[Tensor, "batch kept vocab"], given: dict[str, Any], output: Any
@@ -163,11 +188,6 @@ def attach(
     DatastoreMismatchError for a datastore of another model, AttachmentError if one is attached
     already, InvalidArgumentError.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise InvalidArgumentError(
-            f"model must be a transformers PreTrainedModel, got {type(model).__name__}: load it "
-            "with AutoModelForCausalLM, or give a LanguageModel's .model"
-        )
     stores = as_stores(store)
     keyed = KeyedModel(model, key=stores[0].settings.key)
     given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}

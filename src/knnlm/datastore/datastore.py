@@ -311,10 +311,12 @@ class Datastore:
         pairs.append(("weights", ours.weights_fingerprint[:12], model.weights_fingerprint[:12]))
         for property_name, stored, given in pairs:
             if stored != given:
+                remedy = "load that model"
+                if property_name == "weights":
+                    remedy = model.remedy_for_weights(ours.model_dtype)
                 raise DatastoreMismatchError(
                     f"{self.path} was built with {ours.model} ({property_name} {stored}), not with "
-                    f"{model.name} ({property_name} {given}); load that model or build another "
-                    "datastore"
+                    f"{model.name} ({property_name} {given}); {remedy}, or build another datastore"
                 )
 
     def load_model(

@@ -22,7 +22,15 @@ from transformers import PreTrainedModel
 from knnlm.choices import Key
 from knnlm.errors import UnsupportedModelError
 
-_FEED_FORWARD_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "mlp_block", "fc1")
+_FEED_FORWARD_NAMES = (
+    "mlp",
+    "feed_forward",
+    "ffn",
+    "block_sparse_moe",
+    "mlp_block",
+    "fc1",
+    "intermediate",
+)
 _ATTENTION_NAMES = (
     "self_attn",
     "attention",
@@ -78,14 +86,35 @@ class KeyPlaces:
         )
 
 
+def find_decoder(model: PreTrainedModel) -> nn.Module:
+    """Return the part of a causal language model that ends before its head.
+
+    What models call their decoder may be all of the model (Llama 4's for text) or a part of the
+    head (ModernBERT's decoder). Raises UnsupportedModelError if there is no such part.
+    """
+    decoders = (model.get_decoder(), model.base_model)
+    with_layers = (one for one in decoders if _layers(model, one) is not None)
+    decoder: nn.Module = next(with_layers, decoders[0])
+    head, layers = model.get_output_embeddings(), _layers(model, decoder)
+    while head is not None and layers is not None and _contains(decoder, head):
+        decoder = next(child for child in decoder.children() if _contains(child, layers))
+        if decoder is layers:
+            raise UnsupportedModelError(
+                f"a {type(model).__name__} must have a decoder apart from its head, but its layers "
+                "are the head's siblings; choose another model"
+            )
+    return decoder
+
+
 def find_key_places(model: PreTrainedModel, probe: Int[Tensor, "batch time"]) -> KeyPlaces:
     """Find every key choice that `model` has, with one forward pass over a few tokens."""
-    decoder = model.get_decoder()
+    decoder = find_decoder(model)
     taps = {"output_after_norm": Tap(decoder, "output")}
-    layer = _last_layer(model, decoder)
-    if layer is None:
+    layers = _layers(model, decoder)
+    if layers is None:
         reason = "its decoder has no list of num_hidden_layers layers"
         return KeyPlaces(taps, {key: reason for key in Key if key not in taps})
+    layer = layers[-1]
     taps["output"] = Tap(layer, "output")
     attention = _child(layer, _ATTENTION_NAMES)
     feed_forward = _child(layer, _FEED_FORWARD_NAMES)
@@ -128,7 +157,8 @@ class KeyCapture:
         if keys is None:
             raise UnsupportedModelError(
                 "no key was captured: the model's forward pass did not reach the module that the "
-                "key is read from; choose another key, for instance key='output_after_norm'"
+                "key is read from; choose another key, such as key='output_after_norm', or, if the "
+                "model had been compiled, call torch.compiler.reset() first"
             )
         return keys
 
@@ -158,12 +188,16 @@ def capture_keys(
         yield capture
 
 
-def _last_layer(model: PreTrainedModel, decoder: nn.Module) -> nn.Module | None:
+def _layers(model: PreTrainedModel, decoder: nn.Module) -> nn.ModuleList | None:
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module[-1]
+            return module
     return None
+
+
+def _contains(module: nn.Module, part: nn.Module) -> bool:
+    return any(other is part for other in module.modules())
 
 
 def _child(layer: nn.Module, names: tuple[str, ...]) -> nn.Module | None:

@@ -6,10 +6,11 @@ Knows transformers and tensors. Knows no tokenizer, no datastore, no neighbor.
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Float32, Int
@@ -18,8 +19,21 @@ from transformers import PreTrainedModel
 
 from knnlm.choices import Key, parse_choice
 from knnlm.errors import UnsupportedModelError
-from knnlm.model.key_places import KeyCapture, capture_keys, find_key_places
+from knnlm.model.key_places import KeyCapture, capture_keys, find_decoder, find_key_places
+from knnlm.model.reading_rules import (
+    BatchRules,
+    CacheRules,
+    Pass,
+    agree,
+    find_cache_rules,
+    find_frequency_limit,
+    is_future_seen,
+    probe_tokens,
+    read_alone,
+)
+from knnlm.model.wrapped import has_adapter, is_compiled, original_name, unwrap
 
+_CACHE_RULES: WeakKeyDictionary[PreTrainedModel, dict[str, CacheRules]] = WeakKeyDictionary()
 _WINDOW_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 _SAMPLE_SIZE = 1024
 
@@ -38,31 +52,40 @@ class KeyedModel:
     `key` chooses the hidden state that is the key, one of `Key`; in models without a
     feed-forward block (Mamba) `ffn_input` becomes `attention_input`, the mixer's input, and the
     attribute `key` has the choice in effect. `name` is by default the model's own name or path.
+    A model that torch.compile, DataParallel or PEFT has wrapped is taken out of its wrapper.
 
-    Raises UnsupportedModelError.
+    Raises UnsupportedModelError, and InvalidArgumentError for what holds no model.
     """
 
     def __init__(
         self, model: PreTrainedModel, *, key: str = "ffn_input", name: str | None = None
     ) -> None:
         parse_choice(Key, "key", key)
-        self.model = model
+        self.is_compiled: bool = is_compiled(model)
+        """Whether torch.compile was applied to it or to a part of it."""
+        self.model = model = unwrap(model)
         self.name: str = name or model.name_or_path or type(model).__name__
         self.max_window: int | None = _max_window(model.config.get_text_config())
         """How many positions the model can read at once; None if there is no limit."""
         check_decoder_only(model.config, self.name)
-        probe = self._probe()
-        with _evaluating(self.model):
-            logits = self._causal_logits(probe)
-            places = find_key_places(model, probe)
+        vocab_size: int = model.config.get_text_config().vocab_size
+        self._probe = probe_tokens(vocab_size, self.max_window).to(self.device)
+        with self._evaluating():
+            logits = self._causal_logits()
+            places = find_key_places(model, self._probe)
         self.key: str = places.resolve(key)
         """The key choice in effect, one of `Key`."""
-        self._decoder: nn.Module = model.get_decoder()
+        self._decoder: nn.Module = find_decoder(model)
         self._tap = places.taps[self.key]
-        self.dimension: int = self.keys(probe).shape[-1]
+        self._is_decoder_enough = True  # to compute keys
+        self.batch_rules: BatchRules = BatchRules(True)
+        keys = self.keys(self._probe)
+        self.dimension: int = keys.shape[-1]
         """The dimension of a key; in some models not the hidden size."""
         self.vocab_size: int = logits.shape[-1]
         """The last dimension of the logits, which may exceed the tokenizer's vocabulary."""
+        self.batch_rules = self._find_batch_rules(Pass(keys, logits, None))
+        """Which texts may be read beside each other."""
 
     @property
     def device(self) -> torch.device:
@@ -80,21 +103,32 @@ class KeyedModel:
         """Return the key of every position, without running the LM head.
 
         No mask is needed for rows padded on the right: a causal model's real positions never see
-        the padding, whose keys are to be ignored. Raises UnsupportedModelError where keys are
-        numbers and what the model makes of them is not.
+        the padding, whose keys are to be ignored. See `batch_rules` for which rows may be so.
+        Raises UnsupportedModelError where keys are numbers and what the model makes of them is not.
         """
-        with _evaluating(self.model), self.capture() as captured:
-            states = self._decoder(input_ids=tokens.to(self.device), use_cache=False)[0]
-            keys = captured.keys.to(self.device)
+        if len(tokens) > 1 and not self.batch_rules.batches:
+            return torch.cat([self.keys(row) for row in torch.split(tokens, 1)])
+        if self._is_decoder_enough:
+            with self._evaluating(), self.capture() as captured:
+                made = self._decoder(input_ids=tokens.to(self.device), use_cache=False)[0]
+                keys = captured.keys.to(self.device)
+        else:
+            read = self._run(input_ids=tokens.to(self.device), use_cache=False)
+            keys, made = read.keys, read.logits[..., 0]
         if bool(keys.isfinite().all()):  # whoever reads the others can say of what text they are
-            self.check_numbers(states)
+            self.check_numbers(made)
         return keys
 
     def keys_and_logits(self, tokens: Int[Tensor, "batch time"]) -> Reading:
         """Return keys and logits of every position from one forward pass; padding as in `keys`."""
-        with _evaluating(self.model), self.capture() as captured:
-            logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-            return Reading(captured.keys.to(self.device), logits.float())
+        if len(tokens) > 1 and not self.batch_rules.batches:
+            readings = [self.keys_and_logits(row) for row in torch.split(tokens, 1)]
+            return Reading(
+                torch.cat([reading.keys for reading in readings]),
+                torch.cat([reading.logits for reading in readings]),
+            )
+        read = self._run(input_ids=tokens.to(self.device), use_cache=False)
+        return Reading(read.keys, read.logits.float())
 
     def log_probs(
         self, logits: Float[Tensor, "*position vocab"]
@@ -149,33 +183,88 @@ class KeyedModel:
             sample = flat[:: -(-len(flat) // _SAMPLE_SIZE) | 1]
             # Rounded to what all three precisions can hold.
             rounded = sample.to(torch.bfloat16).to(torch.float16).cpu().numpy()
-            digest.update(json.dumps([name, list(parameter.shape)]).encode())
+            digest.update(json.dumps([original_name(name), list(parameter.shape)]).encode())
             digest.update(rounded.astype("<f2").tobytes())
         return digest.hexdigest()
 
-    def _probe(self) -> Int[Tensor, "2 time"]:
-        """Return two rows of a few tokens that differ in the last one."""
-        vocab_size: int = self.model.config.get_text_config().vocab_size
-        tokens = torch.arange(min(8, self.max_window or 8)).repeat(2, 1)
-        tokens[1, -1] += 1
-        return (tokens % vocab_size).to(self.device)
+    def remedy_for_weights(self, dtype: str) -> str:
+        """Say what to do about weights unlike a datastore's, built with a model in `dtype`."""
+        own = str(self.dtype).removeprefix("torch.")
+        if own != dtype and "float16" in (own, dtype):
+            return (
+                f"if it is the same model, {own} only rounds its weights differently than {dtype}: "
+                f"load it with dtype {dtype}"
+            )
+        if has_adapter(self.model):
+            return "load that model, or take the adapter off this one"
+        return "load that model"
 
-    def _causal_logits(self, probe: Int[Tensor, "2 time"]) -> Float[Tensor, "2 time vocab"]:
+    @property
+    def cache_rules(self) -> CacheRules:
+        """How a text may be continued from what earlier passes read; found at the first use."""
+        known = _CACHE_RULES.setdefault(self.model, {})
+        if self.key not in known:
+            known[self.key] = find_cache_rules(self.model, self._run, self._probe[:1])
+        return known[self.key]
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Run without dropout and gradients, then restore the model's training mode."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with ExitStack() as contexts:
+                if self.is_compiled:  # compiled code does not notice hooks that come and go
+                    contexts.enter_context(torch.compiler.set_stance("force_eager"))
+                contexts.enter_context(torch.inference_mode())
+                yield
+        finally:
+            if training:
+                self.model.train()
+
+    def may_use_cache(self, positions: int, later: int) -> bool:
+        """Whether `generate` may use the model's cache for a text that grows this far."""
+        grows = self.batch_rules.changes_between(positions, later)
+        return not grows and not self.cache_rules.is_unreliable
+
+    def _run(self, **arguments: Any) -> Pass:
+        with self._evaluating(), self.capture() as captured:
+            output = self.model(**arguments)
+            return Pass(captured.keys.to(self.device), output.logits, output)
+
+    def _causal_logits(self) -> Float[Tensor, "2 time vocab"]:
         """Return the logits of the probe, having checked that they depend on the past only."""
-        logits: Tensor | None = getattr(self.model(input_ids=probe), "logits", None)
+        logits: Tensor | None = getattr(self.model(input_ids=self._probe), "logits", None)
         if logits is None or logits.dim() != 3:
             raise UnsupportedModelError(
                 f"model {self.name!r} must have a language-modeling head, but is a "
                 f"{type(self.model).__name__}; load it with AutoModelForCausalLM"
             )
-        one, other = logits[:, :-1].float()
-        tolerance = 4 * torch.finfo(logits.dtype).eps * float(one.abs().max())
-        if float((one - other).abs().max()) > tolerance:
+        if is_future_seen(logits):
             raise UnsupportedModelError(
                 f"model {self.name!r} must be a causal language model, but a position's logits "
                 "depend on later tokens, as in masked language models; choose a decoder-only model"
             )
         return logits
+
+    def _find_batch_rules(self, together: Pass) -> BatchRules:
+        """Compare what a text gets alone with what it got beside another, padded on the right.
+
+        together: logits of the model and keys of its decoder alone.
+        """
+        limit = find_frequency_limit(self.model.config.get_text_config())
+        alone = read_alone(self._run, self._probe)
+        if agree(together.row(1, alone.keys.shape[1]), alone):
+            return BatchRules(True, limit)
+        if not agree(read_alone(self._run, self._probe), alone):
+            raise UnsupportedModelError(
+                f"model {self.name!r} must give a text the same keys and logits whenever it is "
+                "read, but computes them with random numbers; choose another model"
+            )
+        whole = self._run(input_ids=self._probe, use_cache=False)
+        self._is_decoder_enough = agree(together, whole)
+        return BatchRules(agree(whole.row(1, alone.keys.shape[1]), alone), limit)
 
 
 def check_decoder_only(config: Any, name: str) -> None:
@@ -192,17 +281,3 @@ def _max_window(config: Any) -> int | None:
         return None
     limits = (getattr(config, name, None) for name in _WINDOW_NAMES)
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Run without dropout and gradients, then restore the model's training mode."""
-    training = model.training
-    if training:
-        model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        if training:
-            model.train()

@@ -17,6 +17,7 @@ from knnlm.choices import Boundary
 from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
+from knnlm.model.reading_rules import BatchRules
 from knnlm.rules import LARGEST, check_whole
 from knnlm.text.corpus import Document, Documents
 from knnlm.text.windows import (
@@ -174,7 +175,7 @@ def read_keys(
     lm: LanguageModel, windows: Sequence[Window]
 ) -> Iterator[tuple[int, Float[Tensor, "new dim"]]]:
     """Yield (window number, the keys of its new positions), in the order of the batches."""
-    for numbers in _batches(windows, default_batch_tokens(lm)):
+    for numbers in _batches(lm.batch_rules, windows, default_batch_tokens(lm)):
         keys = lm.keys(_padded(windows, numbers))
         for row, number in enumerate(numbers):
             window = windows[number]
@@ -216,7 +217,7 @@ def read_scores(
     UnsupportedModelError for NaN.
     """
     affordable = _LOGITS_BYTES // (4 * lm.vocab_size)
-    for numbers in _batches(windows, min(default_batch_tokens(lm), affordable)):
+    for numbers in _batches(lm.batch_rules, windows, min(default_batch_tokens(lm), affordable)):
         reading = lm.keys_and_logits(_padded(windows, numbers))
         for row, number in enumerate(numbers):
             window = windows[number]
@@ -256,13 +257,17 @@ def _log_prob_slices(
         yield log_probs, log_probs.gather(1, some_targets[:, None])[:, 0]
 
 
-def _batches(windows: Sequence[Window], batch_tokens: int) -> Iterator[list[int]]:
+def _batches(
+    rules: BatchRules, windows: Sequence[Window], batch_tokens: int
+) -> Iterator[list[int]]:
     """Group windows of similar length, so that batches hold little padding."""
     order = sorted(range(len(windows)), key=lambda number: -windows[number].positions)
-    while order:
-        count = max(1, batch_tokens // windows[order[0]].positions)
-        yield order[:count]
-        order = order[count:]
+    for _, group in groupby(order, lambda number: rules.is_long(windows[number].positions)):
+        left = list(group)
+        while left:
+            count = max(1, batch_tokens // windows[left[0]].positions) if rules.batches else 1
+            yield left[:count]
+            left = left[count:]
 
 
 def _padded(windows: Sequence[Window], numbers: Sequence[int]) -> Int[Tensor, "batch time"]:

@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from knnlm.model.key_places import KeyCapture
 from knnlm.model.language_model import LanguageModel
@@ -29,39 +28,40 @@ class Step(NamedTuple):
 class CachedSequences:
     """Sequences that the model has read, as its cache holds them: padded on the left.
 
-    mask: 1 where there is a token. cache: the model's own; of an unknown type where sequences
-    cannot share a batch, and the tokens themselves where the model has none.
+    mask: 1 where there is a token. cache: the model's own; None if there is none.
+    tokens: what was read, where it may have to be read again; else None.
     """
 
     mask: Int[Tensor, "sequence time"]
     cache: Any
+    tokens: Int[Tensor, "sequence time"] | None
 
 
 class Decoder:
     """Runs one model, whose keys `captured` records, for one thread.
 
-    With models that only have attention, sequences of any lengths share one batch. With others
-    (Mamba and its hybrids) they are read one by one, because their states do not allow padding.
-    Models without a cache that is handed over (RWKV, RecurrentGemma, GPT-1) read all again.
+    `CacheRules` tell how. Sequences of any lengths share one batch where the model's cache can be
+    padded. Else (Mamba and its hybrids) they are read one by one, and where nothing can be handed
+    from pass to pass (GPT-1), each pass reads all of a sequence. LongRoPE's sequences that may grow
+    beyond its first frequencies are read one by one too, and again when they do.
     """
 
     def __init__(self, lm: LanguageModel, captured: KeyCapture) -> None:
         self._lm = lm
         self._captured = captured
+        self._rules = lm.cache_rules
         accepted = inspect.signature(lm.model.forward).parameters
-        self._use_cache = {"use_cache": True} if "use_cache" in accepted else {}
-        with torch.inference_mode():  # some accept a cache and return none
-            start = torch.tensor([[lm.start_token]], device=lm.device)
-            output = lm.model(input_ids=start, **self._use_cache)
-        names = [name for name in ("cache_params", "past_key_values") if name in output]
-        self._cache_name = names[0] if names else None
-        self._takes_positions = "position_ids" in accepted
+        self._takes_use_cache = "use_cache" in accepted
         self._can_skip_logits = "logits_to_keep" in accepted
-        layers = DynamicCache(config=lm.model.config).layers
-        self.shares_batches = self._cache_name == "past_key_values" and all(
-            type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers
-        )
-        """Whether `join` can batch sequences, and `read` can continue one by several tokens."""
+        self._keeps_tokens = self._rules.cache is None or lm.batch_rules.frequency_limit is not None
+
+    def shares_batches(self, positions: int) -> bool:
+        """Whether `join` may batch sequences that grow to this many positions."""
+        return self._rules.shared and not self._lm.batch_rules.is_long(positions)
+
+    def may_read_pieces(self, positions: int) -> bool:
+        """Whether `read` may read a prompt of this many positions piece by piece."""
+        return self._rules.pieces and not self._lm.batch_rules.is_long(positions)
 
     def read(
         self, tokens: Int[Tensor, " time"], before: CachedSequences | None, keep: int
@@ -69,13 +69,8 @@ class Decoder:
         """Read the next tokens of one prompt; return the last `keep` positions."""
         read = 0 if before is None else before.mask.shape[1]
         mask = torch.ones(1, read + len(tokens), dtype=torch.int64)
-        cache = None if before is None else before.cache
-        if cache is None and self.shares_batches:
-            # full layers even if the model's attention slides: they can be padded and joined
-            cache = DynamicCache()
-        keys, logits, cache = self._forward(tokens[None], mask, cache, keep)
-        step = Step(keys[0, -keep:], torch.log_softmax(logits[0, -keep:], dim=-1))
-        return step, CachedSequences(mask, cache)
+        keys, logits, after = self._forward(tokens[None], mask, before, keep)
+        return Step(keys[0, -keep:], torch.log_softmax(logits[0, -keep:], dim=-1)), after
 
     def advance(
         self, tokens: Sequence[int], batch: CachedSequences
@@ -83,27 +78,39 @@ class Decoder:
         """Read one more token of every sequence."""
         column = torch.tensor(tokens, dtype=torch.int64)[:, None]
         mask = torch.cat([batch.mask, torch.ones_like(column)], dim=1)
-        keys, logits, cache = self._forward(column, mask, batch.cache, 1)
-        step = Step(keys[:, -1], torch.log_softmax(logits[:, -1], dim=-1))
-        return step, CachedSequences(mask, cache)
+        keys, logits, after = self._forward(column, mask, batch, 1)
+        return Step(keys[:, -1], torch.log_softmax(logits[:, -1], dim=-1)), after
 
     def _forward(
         self,
         tokens: Int[Tensor, "sequence new"],
         mask: Int[Tensor, "sequence time"],
-        cache: Any,
+        before: CachedSequences | None,
         keep: int,
-    ) -> tuple[Float[Tensor, "sequence new dim"], Float[Tensor, "sequence kept vocab"], Any]:
-        device = self._lm.device
-        new = tokens.shape[1]
-        if self._cache_name is not None:
-            options: dict[str, Any] = {self._cache_name: cache, **self._use_cache}
-        else:
-            options = dict.fromkeys(self._use_cache, False)
-            tokens = tokens if cache is None else torch.cat([cache, tokens], dim=1)
-        if self.shares_batches:  # sequences that are read one by one have no padding
+    ) -> tuple[
+        Float[Tensor, "sequence new dim"], Float[Tensor, "sequence kept vocab"], CachedSequences
+    ]:
+        device, new = self._lm.device, tokens.shape[1]
+        cache = None if before is None else before.cache
+        known = tokens if before is None and self._keeps_tokens else None
+        if before is not None and before.tokens is not None:
+            known = torch.cat([before.tokens, tokens], dim=1)
+            read_again = self._rules.cache is None or self._lm.batch_rules.changes_between(
+                mask.shape[1] - new, mask.shape[1]
+            )
+            if read_again:
+                tokens, cache = known, None
+        if cache is None and self._rules.shared:
+            # full layers even if the model's attention slides: they can be padded and joined
+            cache = DynamicCache()
+        options: dict[str, Any] = {}
+        if self._rules.cache is not None:
+            options[self._rules.cache] = cache
+        if self._takes_use_cache:
+            options["use_cache"] = self._rules.cache is not None
+        if self._rules.shared:  # else there is no padding
             options["attention_mask"] = mask.to(device)
-        if self._takes_positions:
+        if self._rules.positions:
             positions = mask.cumsum(dim=1)[:, -tokens.shape[1] :] - 1
             options["position_ids"] = positions.to(device)
         if self._can_skip_logits:
@@ -111,11 +118,11 @@ class Decoder:
         with torch.inference_mode():
             output = self._lm.model(input_ids=tokens.to(device), **options)
         keys = self._captured.keys.to(device).float()[:, -new:]
-        cache = tokens if self._cache_name is None else getattr(output, self._cache_name)
-        return keys, output.logits.float(), cache
+        cache = None if self._rules.cache is None else getattr(output, self._rules.cache)
+        return keys, output.logits.float(), CachedSequences(mask, cache, known)
 
     def join(self, parts: Sequence[CachedSequences]) -> CachedSequences:
-        """Join several batches into one; needs `shares_batches`."""
+        """Join several batches into one; all must grow within `shares_batches`."""
         longest = max(part.mask.shape[1] for part in parts)
         joined = DynamicCache()
         for number in range(len(parts[0].cache.layers)):
@@ -128,13 +135,13 @@ class Decoder:
         masks = [
             torch.nn.functional.pad(part.mask, (longest - part.mask.shape[1], 0)) for part in parts
         ]
-        return CachedSequences(torch.cat(masks), joined)
+        return CachedSequences(torch.cat(masks), joined, None)
 
     def select(self, batch: CachedSequences, sequences: Sequence[int]) -> CachedSequences:
         """Select some sequences (or one several times); drop columns that are padding in all.
 
-        Needs `shares_batches`. (`Cache.batch_select_indices` works in place and keeps every column:
-        then a batch never gets shorter than the longest sequence it ever had.)
+        Only where `shares_batches`. (`Cache.batch_select_indices` works in place and keeps every
+        column: then a batch never gets shorter than the longest sequence it ever had.)
         """
         chosen = list(sequences)
         mask = batch.mask[chosen]
@@ -143,7 +150,7 @@ class Decoder:
         for number, layer in enumerate(batch.cache.layers):
             keys, values = layer.keys[chosen], layer.values[chosen]
             selected.update(keys[..., first:, :], values[..., first:, :], number)
-        return CachedSequences(mask[:, first:], selected)
+        return CachedSequences(mask[:, first:], selected, None)
 
 
 def _padded(states: Float[Tensor, "sequence head time dim"], time: int) -> Tensor:

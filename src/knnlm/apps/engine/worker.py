@@ -74,10 +74,14 @@ class _Sample:
 
 @dataclass(eq=False, slots=True)
 class _Batch:
-    """Samples that grow together; `cached` holds a sequence for each."""
+    """Samples that grow together; `cached` holds a sequence for each.
+
+    is_shared: whether others may join.
+    """
 
     samples: list[_Sample]
     cached: CachedSequences
+    is_shared: bool = False
 
 
 class Worker:
@@ -205,9 +209,9 @@ class Worker:
         Returns how many tokens were read; more if each of them had many neighbors.
         """
         job, left = prompt.job, prompt.left
-        size = left  # states without padding cannot be continued by several tokens either
+        size = left
         cost = 1
-        if self._decoder.shares_batches:
+        if self._decoder.may_read_pieces(len(job.prompt)):
             if job.score_prompt:
                 k = sum(retriever.parameters.k for retriever in prompt.mixer.searched)
                 cost = max(1, _PROMPT_TOKENS * k // _NEIGHBORS)
@@ -282,16 +286,16 @@ class Worker:
             self._metrics.first_token.observe(time.perf_counter() - job.arrived)
         if not samples or job.cancelled:
             return
-        if not self._decoder.shares_batches:
+        if not self._decoder.shares_batches(len(job.prompt) + job.max_tokens):
             self._batches += [_Batch([one], copy.deepcopy(prompt.cached)) for one in samples]
             return
         cached = self._decoder.select(prompt.cached, [0] * len(samples))
-        if self._batches:
-            (batch,) = self._batches
-            batch.cached = self._decoder.join([batch.cached, cached])
-            batch.samples += samples
+        shared = next((batch for batch in self._batches if batch.is_shared), None)
+        if shared is not None:
+            shared.cached = self._decoder.join([shared.cached, cached])
+            shared.samples += samples
         else:
-            self._batches.append(_Batch(samples, cached))
+            self._batches.append(_Batch(samples, cached, is_shared=True))
 
     def _advance(self, batch: _Batch) -> None:
         """Read the last token of every sample, and choose the next one."""
