@@ -1,7 +1,7 @@
 """Tiny tokenizers of every family: how they split, mark spaces, fall back to bytes and decode."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from tokenizers import (
@@ -47,11 +47,15 @@ def byte_level() -> PreTrainedTokenizerFast:
 def byte_level_with_added() -> PreTrainedTokenizerFast:
     """Added tokens that carry spaces, take those around them, or are ordinary words."""
     tokenizer = byte_level()
-    tokenizer.add_tokens(["  \n", " of the", "<think>", AddedToken("<tool>", lstrip=True, rstrip=True)])
+    tokenizer.add_tokens(
+        ["  \n", " of the", "<think>", AddedToken("<tool>", lstrip=True, rstrip=True)]
+    )
     return tokenizer
 
 
-def _byte_fallback(decoder: Any, change: Callable[[dict[str, Any]], None]) -> PreTrainedTokenizerFast:
+def _byte_fallback(
+    decoder: Any, change: Callable[[dict[str, Any]], None]
+) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     trainer = trainers.BpeTrainer(
@@ -77,7 +81,12 @@ def llama_2() -> PreTrainedTokenizerFast:
         )
 
     strip = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
     )
     return _byte_fallback(strip, change)
 

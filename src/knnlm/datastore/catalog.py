@@ -67,6 +67,7 @@ class Settings:
     window: int
     context: int
     boundary: str
+    control_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ class Encoder:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, end_tokens: Collection[int] = ()
     ) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._controls = {
             token: added.content
             for token, added in tokenizer.added_tokens_decoder.items()
@@ -48,9 +48,7 @@ class Encoder:
         """
         for text in texts:
             check_text("text", text)
-        return _encode(
-            self._tokenizer if control_tokens else self._for_text, texts, control_tokens
-        )
+        return _encode(self.tokenizer if control_tokens else self._for_text, texts, control_tokens)
 
 
 def check_text(argument: str, text: str) -> None:
@@ -85,13 +83,11 @@ def _rename(tokenizer: Tokenizer, names: dict[int, str]) -> Tokenizer:
         added["content"] = renamed.get(added["content"], added["content"])
     model = described["model"]
     if isinstance(model["vocab"], dict):
-        model["vocab"] = {renamed.get(name, name): id for name, id in model["vocab"].items()}
+        model["vocab"] = {renamed.get(name, name): token for name, token in model["vocab"].items()}
     else:
         model["vocab"] = [[renamed.get(name, name), score] for name, score in model["vocab"]]
     if "merges" in model:
-        pairs = [
-            pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]
-        ]
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
         model["merges"] = [
             pair for pair in pairs if renamed.keys().isdisjoint([*pair, "".join(pair)])
         ]

@@ -5,14 +5,16 @@ alone, a token may lose the space before it, and the parts of a character look a
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-_UNFINISHED = "\ufffd"  # what the bytes of a partial character are decoded as
-_CONTEXT_TOKENS = 4
+UNFINISHED = "\ufffd"
+"""What the bytes of a partial character are decoded as."""
+CONTEXT_TOKENS = 4
+"""How many of the tokens before it decide how a token is written."""
 _MOST_OPEN = 64  # tokens whose text waits for what follows them
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
@@ -61,13 +63,12 @@ class TokenTexts:
             ends[number] = max(ends[number - 1 : number + 1])
         return [grown[-1][start:stop] for start, stop in pairwise(ends)]
 
-    def split(self, tokens: Sequence[int], before: Sequence[int] = ()) -> list[str]:
-        """Return the text that each token adds; see `GrowingText`."""
+    def split(self, tokens: Sequence[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """Yield the text that each token adds; see `GrowingText`."""
         growing = GrowingText(self, before)
         for token in tokens:
-            growing.push(token)
-        growing.finish()
-        return growing.pieces()
+            yield from growing.push(token)
+        yield from growing.finish()
 
     def bytes_of(self, token: int, text: str | None = None) -> bytes:
         """Return a token's own bytes: those of its text, or a part of a character's.
@@ -79,19 +80,23 @@ class TokenTexts:
             data = self._bytes[token] = self._find_bytes(token)
         return data if text is None or not _is_text(data) or self.is_open(token) else text.encode()
 
-    def name(self, token: int, before: Sequence[int] | None = None) -> str:
-        r"""Return a token's text, but `bytes:\xe4` for a part of a character, as OpenAI has it.
-
-        before: None for a token within any text.
-        """
+    def name(self, token: int, text: str) -> str:
+        r"""Return what a token adds to a text, but `bytes:\xe4` for a part of a character."""
         data = self.bytes_of(token)
-        if not _is_text(data):
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-        return data.decode() if before is None else self.decode([token], before)
+        return text if _is_text(data) else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def names(self, tokens: Iterable[int], before: Sequence[int] | None = None) -> list[str]:
+        """Return the name of each of several tokens that might follow.
+
+        before: None for any text.
+        """
+        context = self._some_text if before is None else self.context(before)
+        start = len(self._joined(context))
+        return [self.name(token, self._joined([*context, token])[start:]) for token in tokens]
 
     def context(self, before: Sequence[int]) -> list[int]:
         """Return the last tokens of a text that decide how those after them are written."""
-        tokens = list(before[-_CONTEXT_TOKENS:])
+        tokens = list(before[-CONTEXT_TOKENS:])
         while tokens and not self._is_whole(tokens):
             tokens.pop()
         return tokens
@@ -104,18 +109,18 @@ class TokenTexts:
             alone = self._joined([token])
             known = self._open[token] = (
                 bool(_BYTE_PIECE.fullmatch(piece or "")) and alone != piece
-            ) or not self._joined([token, *self._some_text]).startswith(alone.rstrip(_UNFINISHED))
+            ) or not self._joined([token, *self._some_text]).startswith(alone.rstrip(UNFINISHED))
         return known
 
     def _joined(self, tokens: Sequence[int]) -> str:
         return detokenize(self._tokenizer, tokens) if tokens else ""
 
     def _is_whole(self, tokens: Sequence[int]) -> bool:
-        return not self._joined(tokens).endswith(_UNFINISHED)
+        return not self._joined(tokens).endswith(UNFINISHED)
 
     def _find_bytes(self, token: int) -> bytes:
         text = self.decode([token], self._some_text)
-        if _UNFINISHED in text:
+        if UNFINISHED in text:
             piece = self._tokenizer.convert_ids_to_tokens(token) or ""
             if match := _BYTE_PIECE.fullmatch(piece):
                 return bytes.fromhex(match[1])
@@ -126,51 +131,41 @@ class TokenTexts:
 
 
 class GrowingText:
-    """The text of tokens as they arrive, which goes on the text before them.
+    """The text of tokens as they arrive, which continues the text of the tokens before them.
 
-    `text` is the part that is certain: it never gets shorter, and ends in no partial character. A
-    character belongs to the token that completes it. `offsets` says where in the text each token
-    begins whose text is certain.
+    A token's text is given once it is certain. A character belongs to the token that completes it.
     """
 
     def __init__(self, texts: TokenTexts, before: Sequence[int] = ()) -> None:
         self._texts = texts
         self._context = texts.context(before)
         self._waiting: list[int] = []
-        self.text = ""
-        self.offsets: list[int] = []
 
-    def push(self, token: int) -> None:
-        """Add a token."""
+    def push(self, token: int) -> list[str]:
+        """Add a token; return the texts of the tokens, this one the last, that are certain now."""
         self._waiting.append(token)
         if len(self._waiting) < _MOST_OPEN and self._texts.is_open(token):
-            return
-        if not self.ahead().endswith(_UNFINISHED):
-            self.finish()
+            return []
+        return [] if self.ahead().endswith(UNFINISHED) else self.finish()
 
     def ahead(self) -> str:
-        """Return what the waiting tokens add to the text if none follow them."""
+        """Return what the tokens without a certain text add to it if no others follow."""
         return self._texts.decode(self._waiting, self._context)
 
-    def finish(self) -> None:
-        """Take the text of all tokens so far as certain."""
+    def finish(self) -> list[str]:
+        """Return the texts of the tokens whose text was not certain: there are no others."""
+        texts = self._texts.cut([[token] for token in self._waiting], self._context)
         if self._waiting:
-            pieces = self._texts.cut([[token] for token in self._waiting], self._context)
-            for piece in pieces:
-                self.offsets.append(len(self.text))
-                self.text += piece
             self._context, self._waiting = self._waiting, []
-
-    def pieces(self) -> list[str]:
-        """Return the text of each token that is certain; they add up to the text."""
-        return [self.text[start:stop] for start, stop in pairwise([*self.offsets, len(self.text)])]
+        return texts
 
 
 def _common(first: str, second: str) -> int:
     """Return the length of the longest common beginning of two texts."""
     if second.startswith(first):
         return len(first)
-    return next(n for n, pair in enumerate(zip(first, second)) if pair[0] != pair[1])
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), len(second))
 
 
 def _is_text(data: bytes) -> bool:
