@@ -41,10 +41,8 @@ def build(
     lm: a language model, or the name or path to load it from (with an existing datastore's key and
         dtype).
     documents: documents, or sources for `read_documents`.
-    window, context, boundary: see `Windowing`; by default 1,024 positions (or all that the model
-        has), a quarter of them context, "document"; for an existing datastore, its own.
-    control_tokens: whether the tokenizer's control tokens, such as `</s>`, are meant where a text
-        spells them, and in all text that is read with the datastore; by default they are text.
+    window, context, boundary, control_tokens: see `Windowing`; by default 1,024 positions (or all
+        that the model has), a quarter of them context; for an existing datastore, its own.
     key_dtype: of the keys on disk, "float16" (default), "bfloat16" or "float32".
     max_entries: stop at the last whole window with which the datastore has at most this many rows.
     index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a

@@ -18,12 +18,11 @@ def generate_tokens(
 ) -> tuple[list[int], bool]:
     """Return the tokens that follow a prompt, and whether the last of them ends the text.
 
-    options: those of transformers' `generate`; by default decoding is greedy, sampling is from the
-    whole distribution, and `lm.end_tokens` end the text. seed: makes sampling repeatable and leaves
-    torch's own random numbers alone.
+    options: those of transformers' `generate`, with its defaults; but decoding is greedy, and
+    `lm.end_tokens` end the text. seed: makes sampling repeatable and leaves torch's own random
+    numbers alone.
     """
-    if options.setdefault("do_sample", False):
-        options.setdefault("top_k", 0)
+    options.setdefault("do_sample", False)
     tokens = torch.tensor([prompt], device=lm.device)
     devices = [lm.device] if lm.device.type == "cuda" else []
     with (

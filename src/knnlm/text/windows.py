@@ -25,8 +25,8 @@ class Windowing:
 
     window: positions that the model reads at once. context: how many of them the previous window
     has already scored. boundary: "document" (each document starts afresh) or "stream" (all
-    documents are one stream, as in Khandelwal et al. 2020). control_tokens: whether `</s>` and the
-    like in a text are the tokenizer's control tokens; else they are text like any other.
+    documents are one stream, as in Khandelwal et al. 2020). control_tokens: whether a text that has
+    `</s>` or the like means the tokenizer's control tokens; else they are text like any other.
 
     Raises InvalidArgumentError.
     """
