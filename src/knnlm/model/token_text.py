@@ -146,17 +146,21 @@ class GrowingText:
         self._waiting.append(token)
         if len(self._waiting) < _MOST_OPEN and self._texts.is_open(token):
             return []
-        return [] if self.ahead().endswith(UNFINISHED) else self.finish()
+        return self._settle(is_last=False)
 
     def ahead(self) -> str:
         """Return what the tokens without a certain text add to it if no others follow."""
-        return self._texts.decode(self._waiting, self._context)
+        return self._texts.decode(self._waiting, self._context) if self._waiting else ""
 
     def finish(self) -> list[str]:
         """Return the texts of the tokens whose text was not certain: there are no others."""
+        return self._settle(is_last=True) if self._waiting else []
+
+    def _settle(self, is_last: bool) -> list[str]:
         texts = self._texts.cut([[token] for token in self._waiting], self._context)
-        if self._waiting:
-            self._context, self._waiting = self._waiting, []
+        if not is_last and "".join(texts).endswith(UNFINISHED):
+            return []
+        self._context, self._waiting = [*self._context, *self._waiting][-CONTEXT_TOKENS:], []
         return texts
 
 
