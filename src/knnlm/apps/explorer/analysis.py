@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.apps.engine.turns import Turns, finish
-from knnlm.datastore.datastore import Datastore, DocumentsByRow
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain_scores, read_passage
 from knnlm.evaluation.explanation import Explanation
