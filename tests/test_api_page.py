@@ -34,12 +34,14 @@ def test_every_public_name_is_on_the_page(name: str) -> None:
 INTERNAL = {
     "BucketedLambda",
     "Catalog",
+    "Encoder",
     "Explainable",
     "ForEach",
     "KeyedModel",
     "LearnedGate",
     "Mixer",
     "Stores",
+    "TokenTexts",
     "Voters",
     "Votes",
 }

@@ -440,7 +440,7 @@ def test_generation_leaves_the_model_as_it_was(tiny_lm: LanguageModel, store: Da
 def test_the_end_of_text_ends_it(llama_lm: LanguageModel, tmp_path: Path) -> None:
     end = llama_lm.tokenizer.eos_token
     document = Document("d", f"The nearest zebra.{end}")
-    store = append_documents(tmp_path / "s", llama_lm, [document], **SIZES)
+    store = append_documents(tmp_path / "s", llama_lm, [document], control_tokens=True, **SIZES)
     model = KNNLM(llama_lm, store, k=1, lmbda=1.0)
     generation = model.generate("The nearest zeb", max_new_tokens=50)
     assert generation.text == "ra."

@@ -20,7 +20,9 @@ from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
-from knnlm.model.language_model import LanguageModel, check_text
+from knnlm.model.encoding import check_text
+from knnlm.model.generation import generate_tokens
+from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
@@ -137,6 +139,11 @@ class KNNLM:
             model._chosen = model.mixer
         return model
 
+    def encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, read as the (first) datastore's text was; no start token."""
+        (tokens,) = self.lm.encode([text], control_tokens=self.windowing.control_tokens)
+        return [int(token) for token in tokens]
+
     def log_probs(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Return log p of every next token after each position, float32.
 
@@ -193,9 +200,11 @@ class KNNLM:
         """Continue a prompt, greedily unless `do_sample=True`.
 
         options: those of transformers' `generate` (do_sample, temperature, top_p, num_beams, …),
-        where temperature is the sampling temperature; all of them act on the mixture. seed: makes
-        sampling repeatable and leaves torch's own random numbers alone. Any of the model's
-        `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError for
+        where temperature is the sampling temperature; all of them act on the mixture. The model's
+        generation config only says which tokens end a text: its penalties, bans and sampling
+        options count if they are given here. seed: makes sampling repeatable and leaves torch's own
+        random numbers alone. Any of the model's `end_tokens` ends the text and is left out of it.
+        The prompt and the text together are what the tokens say. Raises InvalidArgumentError for
         arguments outside their rules, and if prompt and continuation do not fit the model.
         """
         max_new_tokens = check_whole("max_new_tokens", max_new_tokens)
@@ -203,41 +212,17 @@ class KNNLM:
         check_text("prompt", prompt)
         options = _checked(options)
         lm = self.lm
-        prompted = [lm.start_token, *lm.encode([prompt])[0].tolist()]
-        tokens = torch.tensor([prompted], device=lm.device)
-        length = tokens.shape[1]
-        if lm.max_window is not None and length + max_new_tokens > lm.max_window:
+        tokens = [lm.start_token, *self.encode(prompt)]
+        if lm.max_window is not None and len(tokens) + max_new_tokens > lm.max_window:
             raise InvalidArgumentError(
-                f"prompt ({length} tokens) and max_new_tokens ({max_new_tokens}) must fit the "
+                f"prompt ({len(tokens)} tokens) and max_new_tokens ({max_new_tokens}) must fit the "
                 f"model's {lm.max_window} positions; shorten one of them"
             )
-        options.setdefault("do_sample", False)
-        if "generation_config" not in options:
-            options.setdefault("eos_token_id", sorted(lm.end_tokens) or None)
-        padding = lm.tokenizer.pad_token_id
-        options.setdefault("pad_token_id", lm.start_token if padding is None else padding)
-        if not lm.may_use_cache(length, length + max_new_tokens):
+        if not lm.may_use_cache(len(tokens), len(tokens) + max_new_tokens):
             options.setdefault("use_cache", False)
-        devices = [lm.device] if lm.device.type == "cuda" else []
-        training = lm.model.training
-        lm.model.eval()
-        try:
-            with (
-                torch.random.fork_rng(devices, enabled=seed is not None),
-                Attachment(lm, self.mixer),
-            ):
-                if seed is not None:
-                    torch.manual_seed(seed)
-                output = lm.model.generate(
-                    input_ids=tokens,
-                    attention_mask=torch.ones_like(tokens),
-                    max_new_tokens=max_new_tokens,
-                    **options,
-                )
-        finally:
-            lm.model.train(training)
-        new = output[0, length:].tolist()
-        text = lm.decode(new[:-1] if new and new[-1] in lm.end_tokens else new)
+        with Attachment(lm, self.mixer):
+            new, ended = generate_tokens(lm, tokens, seed, max_new_tokens=max_new_tokens, **options)
+        text = lm.decode(new[:-1] if ended else new, before=tokens[1:])
         return Generation(prompt, text, new)
 
 

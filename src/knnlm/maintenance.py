@@ -25,6 +25,7 @@ def build(
     window: int | None = None,
     context: int | None = None,
     boundary: str | None = None,
+    control_tokens: bool | None = None,
     key_dtype: str | None = None,
     max_entries: int | None = None,
     index: str | None = None,
@@ -40,8 +41,8 @@ def build(
     lm: a language model, or the name or path to load it from (with an existing datastore's key and
         dtype).
     documents: documents, or sources for `read_documents`.
-    window, context, boundary: see `Windowing`; by default 1,024 positions (or all that the model
-        has), a quarter of them context, "document"; for an existing datastore, its own.
+    window, context, boundary, control_tokens: see `Windowing`; by default 1,024 positions (or all
+        that the model has), a quarter of them context; for an existing datastore, its own.
     key_dtype: of the keys on disk, "float16" (default), "bfloat16" or "float32".
     max_entries: stop at the last whole window with which the datastore has at most this many rows.
     index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
@@ -66,6 +67,7 @@ def build(
         window=window,
         context=context,
         boundary=boundary,
+        control_tokens=control_tokens,
         key_dtype=key_dtype,
         max_entries=max_entries,
         progress=progress,

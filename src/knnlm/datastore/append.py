@@ -41,6 +41,7 @@ def append_documents(
     window: int | None = None,
     context: int | None = None,
     boundary: str | None = None,
+    control_tokens: bool | None = None,
     key_dtype: str | None = None,
     max_entries: int | None = None,
     shard_rows: int | None = None,
@@ -56,7 +57,13 @@ def append_documents(
         if number is not None:
             check_whole(name, number, most=LARGEST)
     store = open_or_create(
-        Path(path), lm, window=window, context=context, boundary=boundary, key_dtype=key_dtype
+        Path(path),
+        lm,
+        window=window,
+        context=context,
+        boundary=boundary,
+        control_tokens=control_tokens,
+        key_dtype=key_dtype,
     )
     with store.writer(), _removed_if_empty(store):
         _Appender(store, lm, documents, shard_rows, progress).run(max_entries)

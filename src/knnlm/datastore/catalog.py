@@ -1,9 +1,8 @@
 """The catalog: a datastore's settings, shards and documents in SQLite.
 
-Knows the tables and nothing of tensors. The tables: `settings` (name → JSON), `shards` (file, rows
-and checksum of each), `documents` (name, text fingerprint, contiguous rows, whether forgotten).
-SQLite notices damage to its own structure only, so settings and documents have checksums: each has
-its own, and the setting `digest` holds one of all the others' names and checksums.
+Knows tables and no tensors: `settings` (name → JSON), `shards` (file, rows, checksum), `documents`
+(name, text fingerprint, contiguous rows, whether forgotten). SQLite notices damage to its own
+structure only, so settings and documents have checksums, and `digest` one of all settings.
 """
 
 import hashlib
@@ -67,6 +66,7 @@ class Settings:
     window: int
     context: int
     boundary: str
+    control_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)

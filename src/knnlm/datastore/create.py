@@ -1,6 +1,7 @@
 """Opening a datastore to store documents with a language model, or creating it."""
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from knnlm.choices import KeyDtype, parse_choice
@@ -19,6 +20,7 @@ def open_or_create(
     window: int | None,
     context: int | None,
     boundary: str | None,
+    control_tokens: bool | None,
     key_dtype: str | None,
 ) -> Datastore:
     """Open the datastore at `path`, checked against the model and the given settings, or create it.
@@ -27,12 +29,18 @@ def open_or_create(
     """
     if catalog_exists(path):
         store = Datastore(path)
-        _check_same(store, window, context, boundary, key_dtype)
+        asked = {"window": window, "context": context, "boundary": boundary}
+        _check_same(store, asked | {"control_tokens": control_tokens, "key_dtype": key_dtype})
         store.check_model(lm)
         store.windowing.check_positions(lm.max_window, lm.name)
         return store
     windowing = choose_windowing(
-        lm.max_window, lm.name, window=window, context=context, boundary=boundary
+        lm.max_window,
+        lm.name,
+        window=window,
+        context=context,
+        boundary=boundary,
+        control_tokens=control_tokens,
     )
     return _create(path, _new_settings(lm, windowing, key_dtype or KeyDtype.float16))
 
@@ -53,26 +61,16 @@ def _new_settings(lm: LanguageModel, windowing: Windowing, dtype: str) -> Settin
         window=windowing.window,
         context=windowing.context,
         boundary=windowing.boundary,
+        control_tokens=windowing.control_tokens,
     )
 
 
-def _check_same(
-    store: Datastore,
-    window: int | None,
-    context: int | None,
-    boundary: str | None,
-    key_dtype: str | None,
-) -> None:
-    settings = store.settings
-    for name, asked, stored in [
-        ("window", window, settings.window),
-        ("context", context, settings.context),
-        ("boundary", boundary, settings.boundary),
-        ("key_dtype", key_dtype, settings.key_dtype),
-    ]:
-        if asked is not None and asked != stored:
+def _check_same(store: Datastore, asked: Mapping[str, object]) -> None:
+    for name, value in asked.items():
+        stored = getattr(store.settings, name)
+        if value is not None and value != stored:
             raise DatastoreMismatchError(
-                f"{store.path} was built with {name} {stored}, not {asked}; leave {name} out or "
+                f"{store.path} was built with {name} {stored}, not {value}; leave {name} out or "
                 "build another datastore"
             )
 

@@ -153,7 +153,9 @@ class Datastore:
     def windowing(self) -> Windowing:
         """How the stored text was cut into windows."""
         settings = self.settings
-        return Windowing(settings.window, settings.context, settings.boundary)
+        return Windowing(
+            settings.window, settings.context, settings.boundary, settings.control_tokens
+        )
 
     @property
     def values(self) -> Int[Tensor, " rows"]:

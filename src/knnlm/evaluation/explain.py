@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from knnlm.datastore.datastore import Datastore, Passage
 from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explanation import (
@@ -28,6 +29,7 @@ from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors
 from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.model.language_model import LanguageModel
+from knnlm.model.token_text import CONTEXT_TOKENS
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
 from knnlm.rules import check_whole
@@ -69,7 +71,8 @@ def explain(
             f"model must be a KNNLM, got {model!r} ({type(model).__name__}): make one with "
             "KNNLM(model, store)"
         )
-    tokens = [*model.lm.encode([text])[0].tolist(), *generated]
+    (encoded,) = model.lm.encode([text], control_tokens=model.windowing.control_tokens)
+    tokens = [*encoded.tolist(), *generated]
     return list(explain_tokens(model, tokens, sources=sources, before=before, after=after))
 
 
@@ -93,12 +96,19 @@ def explain_tokens(
     request = replace(request, retrievers=model.mixer.retrievers)
     scores = score_text(model.lm, tokens, model.windowing, request, tokens_at_once)
     return explain_scores(
-        model, scores, sources=sources, before=before, after=after, with_credits=with_credits
+        model,
+        tokens,
+        scores,
+        sources=sources,
+        before=before,
+        after=after,
+        with_credits=with_credits,
     )
 
 
 def explain_scores(
     model: Explainable,
+    tokens: Sequence[int],
     scores: Iterable[Scores],
     *,
     sources: int = 3,
@@ -106,7 +116,7 @@ def explain_scores(
     after: int = 8,
     with_credits: bool = True,
 ) -> Iterator[Explanation]:
-    """Explain the tokens of a text from its scores, in order; see `explain` and `Explainer`.
+    """Explain the tokens of a text from their scores, in order; see `explain` and `Explainer`.
 
     The scores have neighbors from all the mixer's retrievers: k from each of them, or more.
     """
@@ -126,12 +136,13 @@ def explain_scores(
         after=after,
         with_credits=with_credits,
     )
+    texts = model.lm.token_texts.split(tokens)
     for part in scores:
         pairs = zip(retrievers, compress(part.neighbors, has_votes), strict=True)
         neighbors = [retriever.keep_nearest(deeper) for retriever, deeper in pairs]
         votes = mixer.votes(retrievers, neighbors, part.cache_neighbors, part.lm)
         evidence = Evidence(part.targets, part.lm_log_probs, votes, neighbors, part.cache_neighbors)
-        yield from explainer.explain(evidence)
+        yield from explainer.explain(evidence, texts)
 
 
 class Evidence(NamedTuple):
@@ -152,13 +163,15 @@ class Evidence(NamedTuple):
 class Explainer:
     """Explains the tokens of one text, in order.
 
-    retrievers: those that the evidence is from. sources, before, after: see `explain`.
-    with_credits: whether to sum each document's part, for which all neighbors are looked up.
+    retrievers: those that the evidence is from. text: the tokens before the first that is
+    explained. sources, before, after: see `explain`. with_credits: whether to sum each document's
+    part, for which all neighbors are looked up.
     """
 
     lm: LanguageModel
     retrievers: Sequence[Retriever]
     _: KW_ONLY
+    text: Sequence[int] = ()
     sources: int = 3
     before: int = 24
     after: int = 8
@@ -168,15 +181,18 @@ class Explainer:
         self._documents = [
             DocumentsByRow(own.store) for own in self.retrievers if self.with_credits
         ]
-        self._text: list[int] = []  # the tokens so far, where the continuous cache's passages are
+        self._text = [*self.text]  # and those so far, where the continuous cache's passages are
 
-    def explain(self, evidence: Evidence) -> Iterator[Explanation]:
-        """Explain the next tokens of the text."""
+    def explain(self, evidence: Evidence, texts: Iterator[str]) -> Iterator[Explanation]:
+        """Explain the next tokens of the text; `texts` are what they add to it."""
         targets, votes = evidence.targets.tolist(), evidence.votes
+        seen = len(self._text)
         self._text += targets
         if not votes:
             for token, log_prob in zip(targets, evidence.lm_log_probs.tolist(), strict=True):
-                yield Explanation(token, self.lm.decode([token]), log_prob, 0.0, log_prob)
+                text = next(texts)
+                name = self.lm.token_texts.name(token, text)
+                yield Explanation(token, text, name, log_prob, 0.0, log_prob)
             return
         components = [own.for_targets(evidence.targets) for own in votes]
         shares = _shares(votes)
@@ -194,14 +210,21 @@ class Explainer:
             voters = map(partial(self._source, evidence, number), *named)
             sources = tuple(source for source in voters if source is not None)
             wanted = {token, *(source.token for source in sources)}
+            text = next(texts)
             yield Explanation(
                 token=token,
-                text=self.lm.decode([token]),
+                text=text,
+                name=self.lm.token_texts.name(token, text),
                 lm_log_prob=float(evidence.lm_log_probs[number]),
                 knn_prob=float(knn_probs[number]),
                 log_prob=float(log_probs[number]),
                 sources=sources,
-                votes=self._heaviest_votes(weights[number], tokens[number], wanted),
+                votes=self._heaviest_votes(
+                    weights[number],
+                    tokens[number],
+                    wanted,
+                    self._text[max(seen + number - CONTEXT_TOKENS, 0) : seen + number],
+                ),
                 credits=self._credits(evidence, number, log_probs[number]),
             )
 
@@ -219,17 +242,17 @@ class Explainer:
             if row < 0:
                 return None
             store = self.retrievers[which].store
-            path, passage = str(store.path), store.passage(row, self.before, self.after)
-            name, position = passage.document.name, row - passage.document.start
-            token, before, after = passage.value, passage.before.tolist(), passage.after.tolist()
+            passage, texts = read_passage(self.lm, store, row, self.before, self.after)
+            path, name = str(store.path), passage.document.name
+            position, token = row - passage.document.start, passage.value
         else:
             if nearest.tokens[place] < 0:
                 return None
             path, row, name, text = "", -1, THIS_TEXT, self._text
             position = len(text) - len(evidence.targets) + number - int(nearest.ages[place])
-            token = text[position]
-            before = text[max(position - self.before, 0) : position]
+            token, start = text[position], max(position - self.before, 0)
             after = text[position + 1 : position + 1 + self.after]
+            texts = self.lm.token_texts.cut([text[start:position], [token], after], text[:start])
         return Source(
             store=path,
             row=row,
@@ -238,9 +261,9 @@ class Explainer:
             token=token,
             weight=weight,
             squared_distance=float(nearest.squared_distances[place]),
-            before=self.lm.decode(before),
-            value=self.lm.decode([token]),
-            after=self.lm.decode(after),
+            before=texts[0],
+            value=texts[1],
+            after=texts[2],
         )
 
     def _heaviest_votes(
@@ -248,17 +271,26 @@ class Explainer:
         weights: Float[Tensor, " voter"],
         tokens: Int[Tensor, " voter"],
         wanted: Collection[int],
+        text: Sequence[int],
     ) -> tuple[Vote, ...]:
-        """Return the heaviest votes and those for `wanted`; an absent voter's token is −1."""
+        """Return the heaviest votes and those for `wanted`; an absent voter's token is −1.
+
+        text: the tokens before the one voted for.
+        """
         present = (tokens >= 0).numpy()
         voted, group, counts = np.unique(
             tokens.numpy()[present], return_inverse=True, return_counts=True
         )
         sums = np.bincount(group, weights=weights.numpy()[present], minlength=len(voted))
-        return tuple(
-            Vote(int(voted[n]), self.lm.decode(voted[[n]]), float(sums[n]), int(counts[n]))
+        kept = [
+            n
             for rank, n in enumerate(np.argsort(-sums, kind="stable"))
             if rank < _HEAVIEST_VOTES or voted[n] in wanted
+        ]
+        names = self.lm.token_texts.names(voted[kept].tolist(), text)
+        return tuple(
+            Vote(int(voted[n]), name, float(sums[n]), int(counts[n]))
+            for n, name in zip(kept, names, strict=True)
         )
 
     def _credits(
@@ -282,6 +314,21 @@ class Explainer:
                 if part > 0.0:
                     sums[document] += part
         return sorted_credits(sums)
+
+
+def read_passage(
+    lm: LanguageModel, store: Datastore, row: int, before: int, after: int
+) -> tuple[Passage, list[str]]:
+    """Return the passage around an entry, and its text: before the value, of it, and after it.
+
+    before, after: how many tokens; the passage also has the few before them that decide how they
+    are written.
+    """
+    passage = store.passage(row, before + CONTEXT_TOKENS, after)
+    left = passage.before.tolist()
+    start = max(len(left) - before, 0)
+    runs = [left[start:], [passage.value], passage.after.tolist()]
+    return passage, lm.token_texts.cut(runs, left[:start])
 
 
 def _shares(votes: Sequence[Votes]) -> Float[Tensor, "query source"]:

@@ -14,8 +14,8 @@ class Source:
     """A neighbor that voted for a token, with its passage.
 
     store: the path of its datastore; "" for a pair in the continuous cache, whose row is −1.
-    position: of the entry in its document, in tokens. token: the one it votes for; `value` is its
-    text, and before + value + after the passage. weight: its share of p_kNN.
+    position: of the entry in its document, in tokens. token: the one it votes for; `value` is what
+    it adds to the passage, before + value + after. weight: its share of p_kNN.
     """
 
     store: str
@@ -32,7 +32,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Vote:
-    """A token that neighbors vote for: how many they are, and their share of p_kNN."""
+    r"""A token that neighbors vote for: how many they are, and their share of p_kNN.
+
+    text: of the token after the text before it; `bytes:\xe4` for a part of a character.
+    """
 
     token: int
     text: str
@@ -56,8 +59,10 @@ class Credit:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The probability of one token of a text, and where it comes from; log-probabilities in nats.
+    r"""The probability of one token of a text, and where it comes from; log-probabilities in nats.
 
+    text: what the token adds to the text; all the texts add up to it, and a character belongs to
+    the token that completes it. name: the text, but `bytes:\xe4` for a part of a character.
     knn_prob: p_kNN of the token; with several datastores, their mean weighted by λ. sources: the
     neighbors with the greatest weight, whatever they vote for. votes: the heaviest, and always
     those of the sources and for the token itself. credits: of every document, the greatest first.
@@ -65,6 +70,7 @@ class Explanation:
 
     token: int
     text: str
+    name: str
     lm_log_prob: float
     knn_prob: float
     log_prob: float

@@ -36,7 +36,9 @@ from knnlm.errors import (
     missing_dependency,
 )
 from knnlm.model.device import parse_device
+from knnlm.model.encoding import Encoder
 from knnlm.model.keyed_model import KeyedModel, check_decoder_only
+from knnlm.model.token_text import TokenTexts
 
 _PROBE_TEXT = "The 1st café’s naïve “kNN-LM” — 3.14 ≈ π,\r\n\tif x != [0, 1]: 日本語 🙂  <s> end"
 
@@ -121,20 +123,40 @@ class LanguageModel(KeyedModel):
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
 
-    def encode(self, texts: list[str]) -> list[Int32[np.ndarray, " tokens"]]:
-        """Tokenize a batch of texts, adding no special tokens."""
+    @cached_property
+    def encoder(self) -> Encoder:
+        """Turns texts into tokens; a copy of it serves another thread."""
+        return Encoder(self.tokenizer, self.end_tokens)
+
+    @cached_property
+    def token_texts(self) -> TokenTexts:
+        """The text of each token in its context."""
+        return TokenTexts(self.tokenizer)
+
+    def encode(
+        self, texts: list[str], *, control_tokens: bool = False
+    ) -> list[Int32[np.ndarray, " tokens"]]:
+        """Tokenize a batch of texts, adding no special tokens.
+
+        control_tokens: whether `</s>` and the like in a text are control tokens instead of text.
+        """
         if not texts:
             return []
-        tokenized = tokenize(self.tokenizer, texts)
+        tokenized = self.encoder.encode(texts, control_tokens)
         token_lists = [np.array(tokens, dtype=np.int32) for tokens in tokenized]
         largest = max((int(tokens.max()) for tokens in token_lists if len(tokens)), default=0)
         self._check_token(largest)
         return token_lists
 
-    def decode(self, tokens: Sequence[int] | np.ndarray | Tensor) -> str:
-        """Return the text of `tokens` unchanged, special tokens and spaces included."""
+    def decode(
+        self, tokens: Sequence[int] | np.ndarray | Tensor, before: Sequence[int] = ()
+    ) -> str:
+        """Return the text of `tokens` unchanged, special tokens and spaces included.
+
+        before: tokens whose text they continue; the space between them belongs to the result.
+        """
         ids = tokens.tolist() if isinstance(tokens, np.ndarray | Tensor) else list(tokens)
-        return detokenize(self.tokenizer, ids)
+        return self.token_texts.decode(ids, before)
 
     @property
     def end_tokens(self) -> frozenset[int]:
@@ -147,7 +169,7 @@ class LanguageModel(KeyedModel):
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 over the vocabulary, the start token and the tokens of a fixed text."""
         vocabulary = sorted(self.tokenizer.get_vocab().items())
-        probe_tokens = self.encode([_PROBE_TEXT])[0].tolist()
+        probe_tokens = self.encode([_PROBE_TEXT], control_tokens=True)[0].tolist()
         described = json.dumps([vocabulary, self.start_token, probe_tokens])
         return hashlib.sha256(described.encode()).hexdigest()
 
@@ -168,38 +190,6 @@ class LanguageModel(KeyedModel):
                 f"{self.vocab_size} tokens, but gave the token {token}; use the model's own "
                 "tokenizer, or resize the model's token embeddings"
             )
-
-
-def check_text(argument: str, text: str) -> None:
-    """Raise InvalidArgumentError, naming the argument, for a text that UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidArgumentError(
-            f"{argument} must be text in UTF-8, but character {error.start} is "
-            f"{text[error.start]!a}, got {text[max(0, error.start - 20) : error.end]!a}: correct it"
-        ) from error
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Return the tokens of each text, adding no special tokens.
-
-    Raises InvalidArgumentError for a text that UTF-8 cannot hold.
-    """
-    for text in texts:
-        check_text("text", text)
-    tokens: list[list[int]] = tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    return tokens
-
-
-def detokenize(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
-    """Return the text of tokens unchanged, special tokens and spaces included."""
-    text: str = tokenizer.decode(
-        list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    return text
 
 
 def _parse_dtype(dtype: str, device: torch.device) -> torch.dtype | str:

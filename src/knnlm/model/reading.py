@@ -108,7 +108,7 @@ def cut_documents(
     windowing.check_positions(lm.max_window, lm.name)
     streaming = windowing.boundary == Boundary.stream
     start = lm.start_token if streaming else None
-    encoded = _encode_documents(lm, documents, start, on_document)
+    encoded = _encode_documents(lm, documents, start, on_document, windowing.control_tokens)
     if streaming:
         pieces = ((document.number, document.pieces(document.skip)) for document in encoded)
         windows = stream_windows(pieces, windowing, history)
@@ -127,11 +127,12 @@ def _encode_documents(
     documents: Iterable[Document],
     start: int | None,
     on_document: Callable[[EncodedDocument], None] | None,
+    control_tokens: bool,
 ) -> Iterator[EncodedDocument]:
     """Yield the documents that have text, in order; each must be used up before the next.
 
     Text is tokenized in batches across documents, and no more than a batch of it is held. start:
-    a token to put before each document's own.
+    a token to put before each document's own. control_tokens: see `Windowing`.
     """
     blocks = (
         (number, document.name, text)
@@ -141,7 +142,11 @@ def _encode_documents(
     encoded = (
         _EncodedBlock(*block, tokens)
         for batch in _batched(blocks)
-        for block, tokens in zip(batch, lm.encode([text for *_, text in batch]), strict=True)
+        for block, tokens in zip(
+            batch,
+            lm.encode([text for *_, text in batch], control_tokens=control_tokens),
+            strict=True,
+        )
     )
     for (number, name), group in groupby(encoded, key=attrgetter("number", "name")):
         document = EncodedDocument(number, name, group, start)

@@ -26,7 +26,8 @@ class Windowing:
 
     window: positions that the model reads at once. context: how many of them the previous window
     has already scored. boundary: "document" (each document starts afresh) or "stream" (all
-    documents are one stream, as in Khandelwal et al. 2020).
+    documents are one stream, as in Khandelwal et al. 2020). control_tokens: whether a text that has
+    `</s>` or the like means the tokenizer's control tokens; else they are text like any other.
 
     Raises InvalidArgumentError.
     """
@@ -34,6 +35,7 @@ class Windowing:
     window: int = DEFAULT_WINDOW
     context: int = DEFAULT_WINDOW // 4
     boundary: str = Boundary.document
+    control_tokens: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", check_whole("window", self.window))
@@ -64,6 +66,7 @@ def choose_windowing(
     window: int | None = None,
     context: int | None = None,
     boundary: str | None = None,
+    control_tokens: bool | None = None,
     default: Windowing | None = None,
 ) -> Windowing:
     """Complete the given settings from `default`, else 1,024 positions, a quarter of them context.
@@ -78,7 +81,11 @@ def choose_windowing(
         window = default.window
     if context is None:
         context = min(default.context, window // 4)
-    chosen = Windowing(window, context, default.boundary if boundary is None else boundary)
+    if boundary is None:
+        boundary = default.boundary
+    if control_tokens is None:
+        control_tokens = default.control_tokens
+    chosen = Windowing(window, context, boundary, control_tokens)
     chosen.check_positions(max_positions, model_name)
     return chosen
 

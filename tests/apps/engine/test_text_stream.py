@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from knnlm.apps.engine.text_stream import TextStream
+from knnlm.model.token_text import TokenTexts
 
 TOKENIZER = byte_tokenizer()
 
@@ -28,7 +29,7 @@ def encode(text: str) -> list[int]:
 
 def grown(tokens: Sequence[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
     """Return what is certain after every token and at the end."""
-    stream = TextStream(decode, encode("before"), stop)
+    stream = TextStream(TokenTexts(TOKENIZER), encode("before"), stop)
     seen = []
     for token in tokens:
         stream.push(token)
@@ -119,7 +120,7 @@ def test_tokenizers_that_write_a_first_word_differently() -> None:
 
     assert decode_words([0, 1]) == "one two"
     assert decode_words([1]) == "two"
-    stream = TextStream(decode_words, [0])
+    stream = TextStream(TokenTexts(tokenizer), [0])
     stream.push(1)
     assert stream.text == " two"
     stream.push(2)
@@ -129,7 +130,7 @@ def test_tokenizers_that_write_a_first_word_differently() -> None:
 def test_a_prompt_that_ends_within_a_character() -> None:
     tokens = encode("x日")
     assert len(tokens) == 4
-    stream = TextStream(decode, tokens[:2])
+    stream = TextStream(TokenTexts(TOKENIZER), tokens[:2])
     for token in tokens[2:]:
         stream.push(token)
     stream.finish()

@@ -198,12 +198,12 @@ def test_log_probs_are_the_mixtures(
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
         for position, token in enumerate(scored):
             best = log_probs[position].topk(3)
-            names = [model.lm.decode([other]) for other in best.indices.tolist()]
-            assert token.top is not None
-            assert set(token.top) == {*names, token.text}
-            for name, value in zip(names, best.values.tolist(), strict=True):
-                if names.count(name) == 1 and name != token.text:
-                    assert token.top[name] == pytest.approx(value, abs=2e-5)
+            chosen = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            chosen[token.token] = float(log_probs[position, token.token])
+            names = model.lm.token_texts.names(chosen, tokens[1 : position + 1])
+            assert len(set(names)) == len(chosen), "halves of characters have names of their own"
+            wanted = dict(zip(names, chosen.values(), strict=True))
+            assert token.top == pytest.approx(wanted, abs=2e-5)
 
 
 def test_offsets_are_where_the_tokens_begin(model: KNNLM) -> None:

@@ -4,17 +4,19 @@ import asyncio
 import random
 import time
 
+import pytest
 from conftest import PROSE, byte_tokenizer
 
 from knnlm.apps.server.tokenizing import Tokenizing
-from knnlm.model.language_model import tokenize
+from knnlm.model.encoding import Encoder
 
 PIECES = ["a", " ", "\n", "x y", "🙂", "日本", PROSE, "<s>", "\t\r\n", "naïve "]
 
 
-def test_tokens_are_those_of_the_whole_text_or_too_many() -> None:
-    tokenizer = byte_tokenizer()
-    tokenizing = Tokenizing(tokenizer)
+@pytest.mark.parametrize("control_tokens", [False, True])
+def test_tokens_are_those_of_the_whole_text_or_too_many(control_tokens: bool) -> None:
+    encoder = Encoder(byte_tokenizer())
+    tokenizing = Tokenizing(encoder, control_tokens)
     chosen = random.Random(0)
     refused = 0
     for _ in range(60):
@@ -23,7 +25,7 @@ def test_tokens_are_those_of_the_whole_text_or_too_many() -> None:
         text = ""
         while len(text) < size:
             text += chosen.choice(parts)
-        whole = tokenize(tokenizer, [text])[0]
+        whole = encoder.encode([text], control_tokens)[0]
         most = chosen.choice([1, 100, 20_000, 10**6])
         found = asyncio.run(tokenizing.encode(text, most))
         if found is None:
@@ -36,7 +38,7 @@ def test_tokens_are_those_of_the_whole_text_or_too_many() -> None:
 
 def test_a_short_text_does_not_wait_for_long_ones() -> None:
     async def wait() -> tuple[float, float]:
-        tokenizing = Tokenizing(byte_tokenizer())
+        tokenizing = Tokenizing(Encoder(byte_tokenizer()))
         long_ones = [
             asyncio.create_task(tokenizing.encode("ab " * 300_000, 10**7)) for _ in range(4)
         ]

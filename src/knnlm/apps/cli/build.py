@@ -45,6 +45,14 @@ _Index = Annotated[
         "one."
     ),
 ]
+_ControlTokens = Annotated[
+    bool | None,
+    typer.Option(
+        "--control-tokens/--no-control-tokens",
+        help="Whether </s> and the like in a text are the tokenizer's control tokens, here and in "
+        "all text that is read with the datastore; by default as before, text in a new one.",
+    ),
+]
 _Dtype = Annotated[
     ModelDtype,
     typer.Option(
@@ -63,6 +71,7 @@ def build(
     window: options.Window = None,
     context: options.Context = None,
     boundary: options.Boundary = None,
+    control_tokens: _ControlTokens = None,
     key_dtype: _KeyDtype = None,
     max_entries: _MaxEntries = None,
     index: _Index = None,
@@ -93,6 +102,7 @@ def build(
         window=window,
         context=context,
         boundary=boundary,
+        control_tokens=control_tokens,
         key_dtype=key_dtype,
         max_entries=max_entries,
         index=index,

@@ -118,7 +118,7 @@ def _print_generation(title: str, model: "KNNLM") -> list[int]:
 
 def _print_sources(model: "KNNLM", generated: list[int]) -> None:
     """Explain the three generated tokens that gained most from the datastore."""
-    first = len(model.lm.encode([_PROMPT])[0])
+    first = len(model.encode(_PROMPT))
     explanations = model.explain(_PROMPT, generated=generated, sources=2)
     numbers = range(first, len(explanations))
     most = sorted(numbers, key=lambda number: -explanations[number].gain)[:3]

@@ -83,8 +83,11 @@ def explain(
     first = len(explanations) - len(generated) if generated else 0
     shown = _check_at(at, len(explanations)) or _most_changed(explanations, first, tokens)
     if as_json:
-        value = _to_dict(explanations[first:])
-        print_json(value | {"text": opened.lm.decode(generated)} if generated else value)
+        value, text = (
+            _to_dict(explanations[first:]),
+            "".join(one.text for one in explanations[first:]),
+        )
+        print_json(value | {"text": text} if generated else value)
         return
     print_explanations(explanations, shown, first)
     if html is not None:

@@ -44,7 +44,7 @@ def _print_probabilities(explanations: Sequence["Explanation"], shown: Sequence[
         explanation = explanations[number]
         table.add_row(
             str(number),
-            Text(repr(explanation.text), "bold"),
+            Text(repr(explanation.name), "bold"),
             f"{math.exp(explanation.lm_log_prob):.3f}",
             f"{explanation.knn_prob:.3f}",
             f"{math.exp(explanation.log_prob):.3f}",
@@ -55,7 +55,7 @@ def _print_probabilities(explanations: Sequence["Explanation"], shown: Sequence[
 
 def _print_votes(number: int, explanation: "Explanation") -> None:
     """Print the tokens that the neighbors vote for, and below each its sources."""
-    OUT.print(Text.assemble(f"\ntoken {number} ", (repr(explanation.text), "bold")))
+    OUT.print(Text.assemble(f"\ntoken {number} ", (repr(explanation.name), "bold")))
     without_sources = []
     for vote in explanation.votes:
         sources = [source for source in explanation.sources if source.token == vote.token]

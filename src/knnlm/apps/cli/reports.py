@@ -162,7 +162,7 @@ def print_store(facts: dict[str, Any]) -> None:
         "model": f"{settings['model']} ({settings['model_dtype']})",
         "keys": f"{settings['key']}, {settings['dimension']} × {settings['key_dtype']}",
         "windows": f"{settings['window']} positions, {settings['context']} of them context, "
-        f"{settings['boundary']} boundaries",
+        f"{settings['boundary']} boundaries" + ", control tokens" * settings["control_tokens"],
         "index": _index_line(facts["index"]),
         "parameters": _parameters_line(facts["parameters"], facts["tuning"]),
     }

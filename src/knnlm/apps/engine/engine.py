@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from transformers import PreTrainedTokenizerBase
-
 from knnlm.apps.engine.admission import admit
 from knnlm.apps.engine.jobs import Failed, Job, Lane
 from knnlm.apps.engine.limits import Limits
@@ -19,6 +17,7 @@ from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.worker import Worker
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.parameters import Parameters
+from knnlm.model.encoding import Encoder
 
 _LOG = logging.getLogger(__name__)
 
@@ -35,12 +34,14 @@ class UnavailableError(RuntimeError):
 class ModelFacts:
     """What other threads may know about the model, which they may not use.
 
-    tokenizer: the model's own; other threads use a copy of it. max_window: the most positions for
+    encoder: the model's own; other threads use a copy of it. control_tokens: see `Windowing`, for
+    all texts. max_window: the most positions for
     a prompt and its completion together; None for no limit. entries, parameters: of each datastore,
     in the state that the next request sees. weights: see `Mixer.weights`.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder
+    control_tokens: bool
     vocab_size: int
     start_token: int
     max_window: int | None
@@ -238,7 +239,8 @@ class Engine:
 
 def _facts(model: KNNLM) -> ModelFacts:
     return ModelFacts(
-        tokenizer=model.lm.tokenizer,
+        encoder=model.lm.encoder,
+        control_tokens=model.windowing.control_tokens,
         vocab_size=model.lm.vocab_size,
         start_token=model.lm.start_token,
         max_window=model.lm.max_window,

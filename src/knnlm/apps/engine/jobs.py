@@ -27,14 +27,16 @@ class Lane(Enum):
 class ScoredToken:
     """A token of a prompt or a completion.
 
-    offset: where its text begins in the prompt's or the completion's text, in characters.
-    log_prob: under the mixture, in nats; None for a token that nothing precedes. top: the log
-    probabilities of the likeliest tokens in its place, and of the token itself.
+    text: what it adds to the prompt's or the completion's text; data: its own bytes. offset: where
+    its text begins, in characters. log_prob: under the mixture, in nats; None for a token that
+    nothing precedes. top: the log probabilities of the likeliest tokens in its place, and of the
+    token itself, by `TokenTexts.names`, or `token_id:7` for a less likely token of the same name.
     """
 
     token: int
-    text: str
-    offset: int
+    text: str = ""
+    data: bytes = b""
+    offset: int = 0
     log_prob: float | None = None
     top: dict[str, float] | None = None
     explanation: Explanation | None = None

@@ -4,6 +4,7 @@ Knows the mixer and tensors; knows no job and no text.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,8 +38,14 @@ class MixedStep:
         """The mixture's log-probabilities."""
         return self.mixed.log_probs
 
-    def explain(self, position: int, token: int, sources: int, lm: LanguageModel) -> Explanation:
-        """Name the strongest neighbors for `token`, which follows a position."""
+    def explain(
+        self, position: int, text: Sequence[int], sources: int, lm: LanguageModel
+    ) -> Explanation:
+        """Name the strongest neighbors for the last token of a text, which follows a position.
+
+        What the token adds to the text is left out.
+        """
+        *before, token = text
         evidence = Evidence(
             torch.tensor([token]),
             self.lm_log_probs[position, [token]].cpu(),
@@ -50,8 +57,8 @@ class MixedStep:
                 for nearest in self.neighbors
             ],
         )
-        explainer = Explainer(lm, self.retrievers, sources=sources, with_credits=False)
-        (explanation,) = explainer.explain(evidence)
+        explainer = Explainer(lm, self.retrievers, text=before, sources=sources, with_credits=False)
+        (explanation,) = explainer.explain(evidence, iter([""]))
         return explanation
 
 

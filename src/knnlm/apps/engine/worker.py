@@ -13,6 +13,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from knnlm.apps.engine.calls import Calls
 from knnlm.apps.engine.decoding import CachedSequences, Decoder, Step
@@ -29,6 +31,7 @@ from knnlm.apps.engine.jobs import (
 )
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.sampling import choose_token, seeded_generator
+from knnlm.apps.engine.scored_tokens import score_token, with_texts
 from knnlm.apps.engine.steps import MixedStep, mix_step
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.errors import InvalidArgumentError
@@ -134,7 +137,7 @@ class Worker:
                 for sample in range(job.samples):
                     job.post(Grown(sample, "", (), "length"))
             elif isinstance(job, Completion):
-                stream = TextStream(self._lm.decode, ())
+                stream = TextStream(self._lm.token_texts)
                 self._prompts.append(_Prompt(job, mixer, stream))
             elif isinstance(job, ModelCall):
                 self._calls.begin(job, job.function(model))
@@ -230,7 +233,9 @@ class Worker:
         if job.score_prompt:
             self._score(prompt, mixed, prompt.read - size)
         if is_last:
-            job.post(PromptRead(tuple(prompt.scored)))
+            prompt.stream.finish()
+            scored = with_texts(prompt.scored, self._lm.token_texts, prompt.stream)
+            job.post(PromptRead(tuple(scored)))
             self._begin_samples(prompt, mixed)
         return size * cost
 
@@ -246,25 +251,19 @@ class Worker:
         if first == 0:
             for token in job.prompt[job.hidden : 1]:
                 prompt.stream.push(token)
-                prompt.scored.append(ScoredToken(token, self._lm.decode([token]), 0))
+                prompt.scored.append(ScoredToken(token))
         following = job.prompt[first + 1 : first + 1 + len(mixed.log_probs)]
         for position, token in enumerate(following):
+            prompt.scored.append(
+                self._score_token(job, prompt.stream, token, mixed.log_probs[position])
+            )
             prompt.stream.push(token)
-            prompt.scored.append(self._scored(job, prompt.stream, token, mixed, position))
 
-    def _scored(
-        self, job: Completion, stream: TextStream, token: int, mixed: MixedStep, position: int
+    def _score_token(
+        self, job: Completion, stream: TextStream, token: int, log_probs: Float[Tensor, " vocab"]
     ) -> ScoredToken:
-        """Return the last token of a stream, which follows a position, as the job wants it."""
-        text = self._lm.decode([token])
-        log_prob = float(mixed.log_probs[position, token])
-        top = None
-        if job.log_probs is not None:
-            top = {text: log_prob}
-            best = mixed.log_probs[position].topk(job.log_probs)
-            for other, value in zip(best.indices.tolist(), best.values.tolist(), strict=True):
-                top.setdefault(self._lm.decode([other]), value)
-        return ScoredToken(token, text, stream.offsets[-1], log_prob, top)
+        """Return a stream's next token as the job wants it; its text is still to come."""
+        return score_token(self._lm.token_texts, token, stream.last, log_probs, job.log_probs)
 
     def _begin_samples(self, prompt: _Prompt, mixed: MixedStep) -> None:
         job = prompt.job
@@ -276,7 +275,7 @@ class Worker:
                 number,
                 prompt.mixer,
                 seeded_generator(job.sampling.seed, number),
-                TextStream(self._lm.decode, job.prompt[job.hidden :], job.stop),
+                TextStream(self._lm.token_texts, job.prompt[job.hidden :], job.stop),
             )
             if job.max_tokens == 0:
                 job.post(Grown(number, "", (), "length"))
@@ -336,13 +335,13 @@ class Worker:
         if token in self._lm.end_tokens:
             reason = "stop"
         else:
+            scored = self._score_token(job, sample.stream, token, mixed.log_probs[position])
             sample.stream.push(token)
             sample.last_token = token
             sample.tokens += 1
             self._metrics.generated_tokens.inc()
-            scored = self._scored(job, sample.stream, token, mixed, position)
             if job.sources:
-                explanation = mixed.explain(position, token, job.sources, self._lm)
+                explanation = mixed.explain(position, sample.stream.last, job.sources, self._lm)
                 scored = replace(scored, explanation=explanation)
             sample.held.append(scored)
             if sample.stream.stopped:
@@ -359,7 +358,9 @@ class Worker:
         """Post the text that is certain, and the tokens that begin in it."""
         text = sample.stream.text
         is_whole = reason is not None and not sample.stream.stopped
-        ready = [scored for scored in sample.held if is_whole or scored.offset < len(text)]
+        first = sample.tokens - len(sample.held)
+        certain = with_texts(sample.held, self._lm.token_texts, sample.stream, first)
+        ready = [scored for scored in certain if is_whole or scored.offset < len(text)]
         sample.held = sample.held[len(ready) :]
         if ready or reason is not None or len(text) > sample.shown:
             grown = Grown(sample.number, text[sample.shown :], tuple(ready), reason)

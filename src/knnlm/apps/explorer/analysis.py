@@ -13,12 +13,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.apps.engine.text_stream import TextStream
 from knnlm.apps.engine.turns import Turns, finish
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
-from knnlm.evaluation.explain import explain_scores
+from knnlm.evaluation.explain import explain_scores, read_passage
 from knnlm.evaluation.explanation import Explanation
 from knnlm.evaluation.scoring import (
     QUERIES_AT_ONCE,
@@ -79,11 +78,13 @@ class Analysis:
         mentioned = torch.cat([self.tokens, self.lm_top.flatten(), *(v.flatten() for v in values)])
         named = np.unique(mentioned.numpy()).tolist()
         yield
-        vocabulary = {str(token): self.lm.decode([token]) for token in named if token >= 0}
+        texts = self.lm.token_texts
+        named = [token for token in named if token >= 0]
+        vocabulary = dict(zip(map(str, named), texts.names(named), strict=True))
         yield
         return {
             "model": self.lm.name,
-            "pieces": _pieces(self.lm, self.tokens.tolist()),
+            "pieces": list(texts.split(self.tokens.tolist())),
             "tokens": _packed(self.tokens, "<i4"),
             "generated_from": self.generated_from,
             "lm_log_probs": _packed(self.lm_log_probs, "<f4"),
@@ -115,7 +116,7 @@ def analyze(model: KNNLM, text: str, generated: Sequence[int] = ()) -> Analysis:
     generated: the tokens that the model generated after it. The continuous cache is left out.
     Raises InvalidArgumentError for a text without tokens.
     """
-    return finish(analyze_in_turns(model, model.lm.encode([text])[0].tolist(), generated))
+    return finish(analyze_in_turns(model, model.encode(text), generated))
 
 
 def analyze_in_turns(
@@ -143,11 +144,11 @@ def analyze_and_explain(
     model: KNNLM, text: str, generated: Sequence[int] = (), sources: int = 3
 ) -> tuple[Analysis, list[Explanation]]:
     """Return the results of `analyze` and `model.explain` from one reading of the text."""
-    tokens = [*model.lm.encode([text])[0].tolist(), *generated]
+    tokens = [*model.encode(text), *generated]
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")
     scores = list(_read(model, tokens))
-    explanations = list(explain_scores(model, scores, sources=sources))
+    explanations = list(explain_scores(model, tokens, scores, sources=sources))
     return _analysis(model, scores, len(tokens) - len(generated)), explanations
 
 
@@ -233,14 +234,9 @@ def read_passages_in_turns(
                     f"rows must be below {retriever.store.rows}, the entries of "
                     f"{retriever.store.path}, got {row}"
                 )
-            passage = retriever.store.passage(row, _BEFORE, _AFTER)
-            if passage.document.forgotten:
-                continue
-            passages[str(row)] = {
-                "before": lm.decode(passage.before),
-                "value": lm.decode([passage.value]),
-                "after": lm.decode(passage.after),
-            }
+            passage, texts = read_passage(lm, retriever.store, row, _BEFORE, _AFTER)
+            if not passage.document.forgotten:
+                passages[str(row)] = dict(zip(("before", "value", "after"), texts, strict=True))
         passages_by_retriever.append(passages)
     return passages_by_retriever
 
@@ -296,19 +292,6 @@ def _documents_to_dicts(store: Datastore, rows: Int[Tensor, "token k"]) -> list[
         {"name": document.name, "start": document.start, "stop": document.stop}
         for document in DocumentsByRow(store).holding(rows[rows >= 0])
     ]
-
-
-def _pieces(lm: LanguageModel, tokens: Sequence[int]) -> list[str]:
-    """Return the text of each token; joined, the pieces are the whole text.
-
-    A character that takes several tokens belongs to the first of them.
-    """
-    stream = TextStream(lm.decode, ())
-    for token in tokens:
-        stream.push(token)
-    stream.finish()
-    stops = [*stream.offsets[1:], len(stream.text)]
-    return [stream.text[start:stop] for start, stop in zip(stream.offsets, stops, strict=True)]
 
 
 def _packed(values: Tensor, dtype: str) -> str:

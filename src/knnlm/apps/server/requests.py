@@ -43,7 +43,7 @@ class RequestReader:
     def __init__(self, facts: ModelFacts, limits: Limits) -> None:
         self._facts = facts
         self.limits = limits
-        self._tokenizing = Tokenizing(facts.tokenizer)
+        self._tokenizing = Tokenizing(facts.encoder, facts.control_tokens)
 
     async def prompts(self, request: CompletionRequest) -> list[EncodedPrompt]:
         """Tokenize the prompts of a request.

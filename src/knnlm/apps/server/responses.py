@@ -114,6 +114,7 @@ class ResponseBuilder:
 def _log_probs(tokens: Sequence[ScoredToken]) -> LogProbs:
     return LogProbs(
         tokens=[scored.text for scored in tokens],
+        bytes=[list(scored.data) for scored in tokens],
         token_logprobs=[scored.log_prob for scored in tokens],
         top_logprobs=[scored.top for scored in tokens],
         text_offset=[scored.offset for scored in tokens],

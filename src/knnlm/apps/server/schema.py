@@ -123,9 +123,15 @@ class ExplainRequest(_Request):
 
 
 class LogProbs(BaseModel):
-    """Log-probabilities, in nats, of every token of a choice under the mixture."""
+    r"""Log-probabilities, in nats, of every token of a choice under the mixture.
+
+    tokens: what each adds to the text; a character belongs to the token that completes it. bytes:
+    of each token, a part of a character's too. top_logprobs: by the tokens' texts, `bytes:\xe4` for
+    a part of a character, and `token_id:7` for the less likely of tokens with the same text.
+    """
 
     tokens: list[str]
+    bytes: list[list[int]]
     token_logprobs: list[LogProb | None]
     top_logprobs: list[dict[str, LogProb] | None]
     text_offset: list[int]

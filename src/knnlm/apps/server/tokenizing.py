@@ -9,39 +9,39 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
-from transformers import PreTrainedTokenizerBase
 
-from knnlm.model.language_model import detokenize, tokenize
+from knnlm.model.encoding import Encoder
+from knnlm.model.token_text import detokenize
 
 Given = TypeVar("Given")
 Value = TypeVar("Value")
 _PIECE = 1 << 14  # characters or tokens: some milliseconds of work
 
 
-class _OwnTokenizer:
-    """A tokenizer, which serves one thread at a time, and those who wait for it in order."""
+class _OwnEncoder:
+    """An encoder, which serves one thread at a time, and those who wait for it in order."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = copy.deepcopy(tokenizer)
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = copy.deepcopy(encoder)
         self._turn = asyncio.Lock()
 
-    async def run(
-        self, function: Callable[[PreTrainedTokenizerBase, Given], Value], given: Given
-    ) -> Value:
-        """Call a function in a thread that has the tokenizer to itself."""
+    async def run(self, function: Callable[[Encoder, Given], Value], given: Given) -> Value:
+        """Call a function in a thread that has the encoder to itself."""
         # who waits here takes no thread, and a client that leaves gives its turn up
         async with self._turn:
-            return await run_in_threadpool(function, self._tokenizer, given)
+            return await run_in_threadpool(function, self._encoder, given)
 
 
 class Tokenizing:
-    """Tokenizes and detokenizes for one event loop; the model thread uses the original tokenizer.
+    """Tokenizes and detokenizes for one event loop; the model thread uses the original encoder.
 
-    Short texts and long ones have a tokenizer each, and long texts take turns.
+    Short texts and long ones have an encoder each, and long texts take turns. control_tokens: see
+    `Encoder.encode`, of all texts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._short, self._long = _OwnTokenizer(tokenizer), _OwnTokenizer(tokenizer)
+    def __init__(self, encoder: Encoder, control_tokens: bool = False) -> None:
+        self._short, self._long = _OwnEncoder(encoder), _OwnEncoder(encoder)
+        self._control_tokens = control_tokens
 
     async def encode(self, text: str, most: int) -> list[int] | None:
         """Return the tokens of a text; may return None instead if they are more than `most`.
@@ -49,20 +49,23 @@ class Tokenizing:
         A long text is first counted in pieces, which costs little more than `most` tokens do.
         """
         if len(text) <= _PIECE:
-            return await self._short.run(_encode, text)
+            return await self._short.run(self._tokens, text)
         counted = 0
         for start in range(0, len(text), _PIECE):
-            counted += len(await self._long.run(_encode, text[start : start + _PIECE]))
+            counted += len(await self._long.run(self._tokens, text[start : start + _PIECE]))
             # the cuts between the pieces add a token or two each: far from as many again
             if counted > 2 * most:
                 return None
-        return await self._long.run(_encode, text)
+        return await self._long.run(self._tokens, text)
+
+    def _tokens(self, encoder: Encoder, text: str) -> list[int]:
+        return encoder.encode([text], self._control_tokens)[0]
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens unchanged, special tokens and spaces included."""
         own = self._short if len(tokens) <= _PIECE else self._long
-        return await own.run(detokenize, tokens)
+        return await own.run(_decode, tokens)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenize(tokenizer, [text])[0]
+def _decode(encoder: Encoder, tokens: Sequence[int]) -> str:
+    return detokenize(encoder.tokenizer, tokens)
