@@ -40,9 +40,11 @@ if TYPE_CHECKING:
         Similarity as Similarity,
         Weights as Weights,
     )
-    from knnlm.datastore.catalog import Settings as Settings, StoredDocument as StoredDocument
+    from knnlm.datastore.catalog import Settings as Settings
     from knnlm.datastore.compaction import Compaction as Compaction
     from knnlm.datastore.datastore import Datastore as Datastore, Passage as Passage
+    from knnlm.datastore.sources import Changes as Changes
+    from knnlm.datastore.tables import StoredDocument as StoredDocument
     from knnlm.datastore.verification import Verification as Verification
     from knnlm.evaluation.explain import explain as explain
     from knnlm.evaluation.explanation import (
@@ -88,9 +90,11 @@ __version__ = "0.1.0"
 _LAZY = {
     "attachment.attachment": ("Attachment", "attach"),
     "choices": ("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "Weights"),
-    "datastore.catalog": ("Settings", "StoredDocument"),
+    "datastore.catalog": ("Settings",),
     "datastore.compaction": ("Compaction",),
     "datastore.datastore": ("Datastore", "Passage"),
+    "datastore.sources": ("Changes",),
+    "datastore.tables": ("StoredDocument",),
     "datastore.verification": ("Verification",),
     "evaluation.explain": ("explain",),
     "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),

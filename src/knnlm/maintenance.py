@@ -28,13 +28,15 @@ def build(
     key_dtype: str | None = None,
     max_entries: int | None = None,
     index: str | None = None,
+    sync: bool = False,
     progress: Progress = SILENT,
 ) -> Datastore:
     """Store every token of `documents` with the key that preceded it, and build the index.
 
     Creates the datastore, extends it, or resumes an interrupted build after its last committed
     shard. A document that is already stored with the same text is skipped; if its text changed, it
-    replaces its old version.
+    replaces its old version: the same document is the same full path, or row of it, however the
+    path is given. `Datastore.changes` of what is returned says what was done.
 
     path: the datastore's folder; created if it does not exist.
     lm: a language model, or the name or path to load it from (with an existing datastore's key and
@@ -46,6 +48,9 @@ def build(
     max_entries: stop at the last whole window with which the datastore has at most this many rows.
     index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
         factory: see `build_index`.
+    sync: forget the documents that are gone from the folders and files that are given; rows that
+        are gone from their file or dataset are forgotten in any case. Not where `max_entries` ends
+        the build, and not if nothing at all is left in a folder.
 
     With boundary "stream" and context > 0 the first block, which has no context, is read but not
     stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,
@@ -68,6 +73,7 @@ def build(
         boundary=boundary,
         key_dtype=key_dtype,
         max_entries=max_entries,
+        sync=sync,
         progress=progress,
     )
     if index is None:

@@ -21,12 +21,13 @@ import torch
 from conftest import refusal
 from stores import assert_same, contents, distinct_documents, small_disk, stored_keys
 
-from knnlm.datastore import catalog as catalog_module
+from knnlm.datastore import catalog as catalog_module, tables, upgrade
 from knnlm.datastore.append import append_documents
-from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog
+from knnlm.datastore.catalog import SHARDS, Catalog
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import writer_lock
+from knnlm.datastore.tables import FILE_NAME
 from knnlm.datastore.verification import verify
 from knnlm.errors import DatastoreLockedError, DatastoreWriteError
 from knnlm.index.exact import ExactIndex
@@ -178,7 +179,7 @@ def kill_after_commit(count: int) -> None:
 
 def kill_inside_sqlite(instructions: int) -> None:
     """Die after so many instructions of SQLite, with pages and journal wherever they are then."""
-    original, passing = catalog_module._connect, countdown(instructions)
+    original, passing = tables.connect, countdown(instructions)
 
     def replacement(path: Path) -> sqlite3.Connection:
         connection = original(path)
@@ -186,7 +187,8 @@ def kill_inside_sqlite(instructions: int) -> None:
         connection.set_progress_handler(passing, 1)
         return connection
 
-    catalog_module._connect = replacement
+    for module in (catalog_module, tables, upgrade):
+        vars(module)["connect"] = replacement
 
 
 def set_generation(catalog: Catalog, name: str, value: object) -> bool:

@@ -14,10 +14,11 @@ from conftest import byte_tokenizer, refusal, tiny_llama
 from stores import contents, distinct_documents, small_disk, stored_keys
 
 from knnlm.datastore.append import append_documents
-from knnlm.datastore.catalog import FILE_NAME, FORMAT, SHARDS, ShardFile
+from knnlm.datastore.catalog import SHARDS, ShardFile
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore, DocumentsByRow
 from knnlm.datastore.facts import check_size
+from knnlm.datastore.tables import FILE_NAME, FORMAT
 from knnlm.datastore.verification import verify
 from knnlm.errors import (
     DatastoreCorruptError,
@@ -106,7 +107,7 @@ def test_an_unknown_format_is_refused(path: Path) -> None:
     connection = sqlite3.connect(path / FILE_NAME)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with refusal(DatastoreCorruptError, FILE_NAME, "format 99", f"reads format {FORMAT}"):
+    with refusal(DatastoreCorruptError, FILE_NAME, "format 99", f"reads formats up to {FORMAT}"):
         Datastore(path)
 
 

@@ -70,12 +70,14 @@ class IndexReport:
 def describe_index(catalog: Catalog) -> dict[str, Any]:
     """Return how a datastore is searched now, and the facts about its index, as plain values.
 
-    kind: "exact" also while an index that a compaction invalidated is not built again. recall: the
-    share of the k true nearest found, measured when the index was built.
+    kind: "exact" also while an index has to be built again, because a compaction or a conversion
+    from an older version dropped it; then `dropped` is the index's own kind. recall: the share of
+    the k true nearest found, measured when the index was built.
     """
     stored = stored_index(catalog)
     if stored.report is None:
-        return {"kind": IndexKind.exact, "recall": 1.0}
+        dropped = {} if stored.kind == IndexKind.exact else {"dropped": stored.kind}
+        return {"kind": IndexKind.exact, "recall": 1.0, **dropped}
     return {"kind": stored.kind, **IndexReport.from_dict(stored.report).facts()}
 
 

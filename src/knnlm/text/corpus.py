@@ -36,10 +36,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A named text; a file's text is read only when it is needed."""
+    """A named text; a file's text is read only when it is needed.
+
+    identity: what makes it the same document when it is built again; None: its name.
+    """
 
     name: str
     text: str | Path
+    identity: str | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -75,13 +79,25 @@ class Document:
         return digest.hexdigest()
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file, folder or dataset that documents were read from; rows: whether it holds rows."""
+
+    identity: str
+    rows: bool
+
+
 class Documents:
     """A corpus, which can be iterated over repeatedly, always in the same order."""
 
     def __init__(
-        self, readers: Sequence[Callable[[], Iterator[Document]]], total_bytes: int | None
+        self,
+        readers: Sequence[Callable[[], Iterator[Document]]],
+        total_bytes: int | None,
+        sources: tuple[Source, ...] = (),
     ) -> None:
         self._readers = readers
+        self.sources = sources
         self.total_bytes = total_bytes
         """Size of the files as stored, for progress; None if a dataset is streamed."""
 

@@ -176,6 +176,8 @@ def print_store(facts: dict[str, Any]) -> None:
 
 
 def _index_line(index: dict[str, Any]) -> str:
+    if "dropped" in index:
+        return f"exact, until knnlm index, build or compact builds the {index['dropped']} one again"
     if "nprobe" not in index:  # exact, or built by an older version, which kept no facts
         return str(index["kind"])
     line = (

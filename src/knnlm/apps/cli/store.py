@@ -9,12 +9,16 @@ from knnlm.apps.cli.console import OUT, amount, one_line, print_error, print_jso
 from knnlm.apps.cli.reports import print_store
 
 _Documents = Annotated[
-    bool, typer.Option("--documents", help="List the documents and their entries.")
+    bool,
+    typer.Option(
+        "--documents", help="List the documents: their entries, name and, if it differs, identity."
+    ),
 ]
 _Names = Annotated[
     list[str],
     typer.Argument(
-        help="Names as `knnlm info --documents` lists them, or patterns with \\* ? [ ]."
+        help="Names as `knnlm info --documents` lists them, paths of files, folders or files of rows "
+        "(all documents in them), or patterns of names with \\* ? [ ]."
     ),
 ]
 
@@ -31,8 +35,9 @@ def info(
         return
     print_store(facts)
     for document in facts.get("document_list", []):
+        identity = f"  ({one_line(document['identity'])})" if "identity" in document else ""
         OUT.print(
-            f"{document['stop'] - document['start']:>10,}  {one_line(document['name'])}",
+            f"{document['stop'] - document['start']:>10,}  {one_line(document['name'])}{identity}",
             soft_wrap=True,
         )
 
