@@ -57,11 +57,7 @@ def build(
     DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError, NonFiniteKeysError, and the
     errors of reading text and of loading the model.
     """
-    if index is not None and parse_choice(IndexKind, "index", index) is IndexKind.faiss:
-        raise InvalidArgumentError(
-            "index faiss needs a factory: build without it, then run build_index(store, 'faiss', "
-            "factory='IVF1024,Flat') or knnlm index --kind faiss --factory IVF1024,Flat"
-        )
+    _check_index(index)
     given = as_documents(documents)
     model = _load(lm, Path(path))
     store = append_documents(
@@ -97,6 +93,14 @@ def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compa
 def verify(store: Datastore | str | Path, progress: Progress = SILENT) -> Verification:
     """Reread every byte against its checksum, and check that rows and documents fit together."""
     return verification.verify(open_datastore(store), progress)
+
+
+def _check_index(index: str | None) -> None:
+    if index is not None and parse_choice(IndexKind, "index", index) is IndexKind.faiss:
+        raise InvalidArgumentError(
+            "index faiss needs a factory: build without it, then run build_index(store, 'faiss', "
+            "factory='IVF1024,Flat') or knnlm index --kind faiss --factory IVF1024,Flat"
+        )
 
 
 def _load(lm: LanguageModel | str | Path, path: Path) -> LanguageModel:

@@ -369,6 +369,6 @@ class _Appender:
         return replace(
             changes,
             removed=len({document.identity for document in removed}),
-            gone=sum(map(len, gone.of_emptied.values())) + (0 if sync else len(gone.files)),
-            emptied=tuple(gone.of_emptied),
+            gone=0 if sync else len({document.identity for document in gone.files}),
+            emptied=tuple(sorted(gone.emptied)),
         )

@@ -24,8 +24,8 @@ class Changes:
     """What a build did, in documents.
 
     removed: forgotten because they are gone from their source. gone: gone too, but still stored;
-    `sync` removes them. emptied: folders in which nothing is left. Their documents are stored with
-    `sync` too, because a folder that is not mounted looks the same, and count as gone.
+    `sync` removes them. emptied: folders in which nothing is left; their documents stay even with
+    `sync`, because a folder that is not mounted looks the same.
     """
 
     added: int = 0
@@ -40,13 +40,13 @@ class Changes:
 class Gone:
     """Documents that are stored and were not met in their sources, which were read to their ends.
 
-    rows: of sources with rows, which replace themselves. files: of folders and files. of_emptied:
-    by folder, those of folders in which no document was met at all.
+    rows: of sources with rows, which replace themselves. files: of folders and files. emptied:
+    folders that had documents and in which none was met; what is gone from them is not listed.
     """
 
     rows: list[StoredDocument] = field(default_factory=list)
     files: list[StoredDocument] = field(default_factory=list)
-    of_emptied: dict[str, list[StoredDocument]] = field(default_factory=dict)
+    emptied: set[str] = field(default_factory=set)
 
 
 def find_gone(
@@ -76,7 +76,7 @@ def find_gone(
         elif owner in nonempty:
             gone.files.append(document)
         else:
-            gone.of_emptied.setdefault(owner.identity, []).append(document)
+            gone.emptied.add(owner.identity)
     return gone
 
 

@@ -107,9 +107,8 @@ def _contents(
         values = {name: json.loads(value) for name, value, _ in settings if name != DIGEST}
     except (TypeError, ValueError) as error:
         raise damaged(path, error) from error
-    documents = [
-        StoredDocument(*fields[:2], fields[1], *fields[2:6], *map(bool, fields[6:]))
-        for *fields, _ in records
+    documents = [  # whose names are their identities
+        StoredDocument(*record[:2], *record[1:6], *map(bool, record[6:8])) for record in records
     ]
     return values, shards, documents
 

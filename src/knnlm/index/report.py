@@ -70,22 +70,25 @@ class IndexReport:
 def describe_index(catalog: Catalog) -> dict[str, Any]:
     """Return how a datastore is searched now, and the facts about its index, as plain values.
 
-    kind: "exact" also while an index has to be built again, because a compaction or a conversion
-    from an older version dropped it; then `dropped` is the index's own kind. recall: the share of
-    the k true nearest found, measured when the index was built.
+    kind: "exact" also while an index that a compaction invalidated is not built again. recall: the
+    share of the k true nearest found, measured when the index was built.
     """
     stored = stored_index(catalog)
     if stored.report is None:
-        dropped = {} if stored.kind == IndexKind.exact else {"dropped": stored.kind}
-        return {"kind": IndexKind.exact, "recall": 1.0, **dropped}
+        return {"kind": IndexKind.exact, "recall": 1.0}
     return {"kind": stored.kind, **IndexReport.from_dict(stored.report).facts()}
 
 
 def describe_datastore(path: str | Path, list_documents: bool = False) -> dict[str, Any]:
     """Return what `knnlm info --json` prints: the facts about a datastore and its index.
 
-    See `read_facts`. Raises DatastoreNotFoundError and DatastoreCorruptError.
+    See `read_facts`. dropped_index: the kind that a compaction or the conversion from an older
+    version dropped and that is not built again yet. Raises DatastoreNotFoundError and
+    DatastoreCorruptError.
     """
     facts = read_facts(path, list_documents)
     with closing(Catalog(Path(path))) as catalog:
+        stored = stored_index(catalog)
+        dropped = stored.report is None and stored.kind != IndexKind.exact
+        facts["dropped_index"] = stored.kind if dropped else None
         return facts | {"index": describe_index(catalog)}

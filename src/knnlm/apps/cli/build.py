@@ -1,6 +1,7 @@
 """The command `build`: store a text in a datastore."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,7 +10,7 @@ import typer
 from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.opening import ModelOptions, load_model
-from knnlm.apps.cli.reports import print_store
+from knnlm.apps.cli.reports import print_changes, print_store
 from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype
 from knnlm.errors import InvalidArgumentError
 
@@ -45,6 +46,12 @@ _Index = Annotated[
         "one."
     ),
 ]
+_Sync = Annotated[
+    bool,
+    typer.Option(
+        "--sync", help="Forget the documents that are gone from the given folders and files."
+    ),
+]
 _Dtype = Annotated[
     ModelDtype,
     typer.Option(
@@ -66,6 +73,7 @@ def build(
     key_dtype: _KeyDtype = None,
     max_entries: _MaxEntries = None,
     index: _Index = None,
+    sync: _Sync = False,
     text_column: options.TextColumn = "text",
     dtype: _Dtype = ModelDtype.auto,
     device: options.Device = "auto",
@@ -73,9 +81,12 @@ def build(
 ) -> None:
     """Build a datastore from text, resume an interrupted build, or add documents.
 
-    Documents already stored with the same text are skipped; a document whose text has changed
-    replaces its old version. A new datastore reads 1,024 positions at once, 256 of them context.
-    A build may be interrupted at any time; rerun the same command to resume.
+    Documents already stored with the same text are skipped, however their path is spelled; a
+    document whose text has changed replaces its old version. Rows that are gone from their file are
+    forgotten, files that are gone from their folder with --sync. A document is known by its full
+    path: after moving a folder, build it from its new place and knnlm forget the old path.
+    A new datastore reads 1,024 positions at once, 256 of them context. A build may be interrupted
+    at any time; rerun the same command to resume.
 
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """
@@ -96,16 +107,20 @@ def build(
         key_dtype=key_dtype,
         max_entries=max_entries,
         index=index,
+        sync=sync,
         progress=RichProgress(),
     )
     seconds = time.perf_counter() - started
     added = built.rows - rows_before
     facts = describe_datastore(store)
+    assert built.changes is not None
     if as_json:
-        print_json(facts | {"added": added, "seconds": seconds})
+        changes = {"changes": asdict(built.changes)}
+        print_json(facts | {"added": added, "seconds": seconds} | changes)
         return
     print_store(facts)
     OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+    print_changes(store, built.changes)
 
 
 def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":

@@ -17,8 +17,8 @@ _Documents = Annotated[
 _Names = Annotated[
     list[str],
     typer.Argument(
-        help="Names as `knnlm info --documents` lists them, paths of files, folders or files of rows "
-        "(all documents in them), or patterns of names with \\* ? [ ]."
+        help="Names as `knnlm info --documents` lists them, paths of files or folders, for all "
+        "documents in them, or patterns of names with \\* ? [ ]."
     ),
 ]
 
