@@ -14,7 +14,8 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import build_index, keep_index
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
-from knnlm.text.corpus import Document, as_documents
+from knnlm.text.documents import Document
+from knnlm.text.sources import as_documents
 
 
 def build(
@@ -57,7 +58,7 @@ def build(
             "index faiss needs a factory: build without it, then run build_index(store, 'faiss', "
             "factory='IVF1024,Flat') or knnlm index --kind faiss --factory IVF1024,Flat"
         )
-    given = as_documents(documents)
+    given = as_documents(documents, progress)
     model = _load(lm, Path(path))
     store = append_documents(
         path,

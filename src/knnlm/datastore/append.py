@@ -26,7 +26,7 @@ from knnlm.errors import NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Window
 
 _MIN_SHARD_ROWS, _MAX_SHARD_BYTES = 8192, 1 << 28

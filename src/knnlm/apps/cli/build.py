@@ -10,7 +10,8 @@ from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.opening import ModelOptions, load_model
 from knnlm.apps.cli.reports import print_store
-from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype
+from knnlm.apps.cli.texts import TextOptions, checked_texts
+from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype, TextFormat
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ def build(
     max_entries: _MaxEntries = None,
     index: _Index = None,
     text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    encoding: options.Encoding = "utf-8",
+    text_format: options.Format = TextFormat.auto,
+    skip_bad: options.SkipBad = False,
     dtype: _Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -83,29 +88,30 @@ def build(
     from knnlm.apps.cli.progress_bar import RichProgress
     from knnlm.index.report import describe_datastore
 
-    documents = knnlm.read_documents(*text, text_column=text_column)
-    lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
-    started = time.perf_counter()
-    built = knnlm.build(
-        store,
-        lm,
-        documents,
-        window=window,
-        context=context,
-        boundary=boundary,
-        key_dtype=key_dtype,
-        max_entries=max_entries,
-        index=index,
-        progress=RichProgress(),
-    )
-    seconds = time.perf_counter() - started
-    added = built.rows - rows_before
-    facts = describe_datastore(store)
-    if as_json:
-        print_json(facts | {"added": added, "seconds": seconds})
-        return
-    print_store(facts)
-    OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    with checked_texts(text, reading) as documents:
+        lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
+        started = time.perf_counter()
+        built = knnlm.build(
+            store,
+            lm,
+            documents,
+            window=window,
+            context=context,
+            boundary=boundary,
+            key_dtype=key_dtype,
+            max_entries=max_entries,
+            index=index,
+            progress=RichProgress(),
+        )
+        seconds = time.perf_counter() - started
+        added = built.rows - rows_before
+        facts = describe_datastore(store)
+        if as_json:
+            print_json(facts | {"added": added, "seconds": seconds})
+            return
+        print_store(facts)
+        OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
 
 
 def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":
