@@ -59,6 +59,7 @@ PUBLIC = [
     "Source",
     "StoredDocument",
     "Sweep",
+    "TextFormat",
     "TextNotFoundError",
     "Trial",
     "TunedMixture",

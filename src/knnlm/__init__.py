@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         KeyDtype as KeyDtype,
         ModelDtype as ModelDtype,
         Similarity as Similarity,
+        TextFormat as TextFormat,
         Weights as Weights,
     )
     from knnlm.datastore.catalog import Settings as Settings
@@ -74,11 +75,8 @@ if TYPE_CHECKING:
     from knnlm.model.language_model import LanguageModel as LanguageModel
     from knnlm.progress import Advance as Advance, Progress as Progress
     from knnlm.retrieval.retriever import Retriever as Retriever
-    from knnlm.text.corpus import (
-        Document as Document,
-        Documents as Documents,
-        read_documents as read_documents,
-    )
+    from knnlm.text.documents import Document as Document, Documents as Documents
+    from knnlm.text.sources import read_documents as read_documents
     from knnlm.text.windows import Windowing as Windowing
     from knnlm.tuning.fitting import Fit as Fit
     from knnlm.tuning.sweep import Sweep as Sweep, Trial as Trial
@@ -89,7 +87,10 @@ __version__ = "0.1.0"
 # what takes long to load: module → names
 _LAZY = {
     "attachment.attachment": ("Attachment", "attach"),
-    "choices": ("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "Weights"),
+    "choices": (
+        *("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "TextFormat"),
+        "Weights",
+    ),
     "datastore.catalog": ("Settings",),
     "datastore.compaction": ("Compaction",),
     "datastore.datastore": ("Datastore", "Passage"),
@@ -110,7 +111,8 @@ _LAZY = {
     "model.language_model": ("LanguageModel",),
     "progress": ("Advance", "Progress"),
     "retrieval.retriever": ("Retriever",),
-    "text.corpus": ("Document", "Documents", "read_documents"),
+    "text.documents": ("Document", "Documents"),
+    "text.sources": ("read_documents",),
     "text.windows": ("Windowing",),
     "tuning.fitting": ("Fit",),
     "tuning.sweep": ("Sweep", "Trial"),

@@ -14,7 +14,8 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import build_index, keep_index
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
-from knnlm.text.corpus import Document, as_documents
+from knnlm.text.documents import Document
+from knnlm.text.sources import as_documents
 
 
 def build(
@@ -58,7 +59,7 @@ def build(
     errors of reading text and of loading the model.
     """
     _check_index(index)
-    given = as_documents(documents)
+    given = as_documents(documents, progress)
     model = _load(lm, Path(path))
     store = append_documents(
         path,

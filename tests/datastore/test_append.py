@@ -20,7 +20,8 @@ from knnlm.errors import (
     NonFiniteKeysError,
 )
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document, read_documents
+from knnlm.text.documents import Document
+from knnlm.text.sources import read_documents
 
 
 def test_every_token_is_a_value_and_its_key_is_the_models(

@@ -23,7 +23,7 @@ from knnlm.datastore.verification import verify
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.exact import ExactIndex
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 DOCUMENTS = [
     *(Document(f"tales/{d.name}", d.text) for d in distinct_documents(4)),

@@ -34,7 +34,7 @@ from knnlm.index.exact import ExactIndex
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import Advance
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 # newer Pythons warn of forks beside threads; ours use no thread pool
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

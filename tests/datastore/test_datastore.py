@@ -31,7 +31,7 @@ from knnlm.errors import (
 from knnlm.index.exact import ExactIndex
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 DOCUMENTS = distinct_documents(7)
 

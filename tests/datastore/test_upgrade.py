@@ -1,11 +1,13 @@
 """Datastores of older versions: converted once, whole or not at all, and built again in place."""
 
 import json
+import os
 import random
 import shutil
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.report import describe_datastore
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document, Documents, Source
+from knnlm.text.documents import Document, Documents, Source
 
 # newer Pythons warn of forks beside threads; ours use no thread pool
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -176,20 +178,18 @@ def test_a_faiss_index_is_built_again_by_its_factory(store: Datastore, report: A
     if report is not None:
         (path / "index" / "faiss").mkdir(parents=True)
         (path / "index" / "faiss" / "report.json").write_text(json.dumps(report))
-    index = stored_index(Catalog(path))
+    stored = stored_index(Catalog(path))
     expected = ("faiss", "faiss", "IVF16,Flat") if report else ("exact", "auto", None)
-    assert (index.kind, index.asked, index.factory) == expected
+    assert (stored.kind, stored.asked, stored.factory) == expected
 
 
+# SQLite reads the old catalog in about 600 instructions and writes the new one in 2,000
+INSTRUCTIONS = random.Random(0).sample(range(1, 2500), 12)
 KILLS: dict[str, Callable[[], None]] = {
-    "before fsync": lambda: kill_before(__import__("os"), "fsync", 1, lambda *_: True),
-    "before rename": lambda: kill_before(__import__("os"), "rename", 1, lambda *_: True),
-    "after rename": lambda: kill_after(__import__("os"), "rename", 1),
-    # SQLite reads the old catalog in about 600 instructions and writes the new one in 2,000
-    **{
-        f"inside SQLite at {n}": lambda n=n: kill_inside_sqlite(n)
-        for n in random.Random(0).sample(range(1, 2500), 12)
-    },
+    "before fsync": partial(kill_before, os, "fsync", 1, lambda *_: True),
+    "before rename": partial(kill_before, os, "rename", 1, lambda *_: True),
+    "after rename": partial(kill_after, os, "rename", 1),
+    **{f"inside SQLite at {n}": partial(kill_inside_sqlite, n) for n in INSTRUCTIONS},
 }
 
 

@@ -28,7 +28,7 @@ from knnlm.errors import InvalidArgumentError, NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
-from knnlm.text.corpus import Document, Documents
+from knnlm.text.documents import Document, Documents
 from knnlm.text.windows import Window
 
 _MIN_SHARD_ROWS, _MAX_SHARD_BYTES = 8192, 1 << 28
@@ -135,6 +135,7 @@ class _Appender:
         self.in_flight: dict[str, str] = {}  # the fingerprints of both, by identity
         self.met: set[str] = set()
         self.all_met = False
+        self.skipped = self._skipped_now()
         self.added = self.replaced = self.unchanged = 0
         self.named_by_path = named_by_path(self.catalog, self.sources)
         self.identified: dict[str, StoredDocument] = {}  # of these, with their new identities
@@ -203,7 +204,11 @@ class _Appender:
             self.in_flight[identity] = fingerprint
             number += 1
             yield document
-        self.all_met = True
+        # what is skipped while it is read may be there still
+        self.all_met = self.skipped == self._skipped_now()
+
+    def _skipped_now(self) -> int:
+        return len(self.documents.skipped) if isinstance(self.documents, Documents) else 0
 
     def _check_same(self, identity: str, fingerprint: str, stored: StoredDocument | None) -> None:
         """Refuse another text of a document that was met before, which would replace the first."""

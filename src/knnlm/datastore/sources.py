@@ -14,7 +14,7 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.upgrade import NAMED_BY_PATH
 from knnlm.errors import InvalidArgumentError
-from knnlm.text.corpus import Source
+from knnlm.text.documents import Source
 
 _ROW = re.compile(r"(.+):(\d+)", re.DOTALL)  # how older versions named the rows of a source
 

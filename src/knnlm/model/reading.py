@@ -17,7 +17,7 @@ from knnlm.choices import Boundary
 from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document, Documents
+from knnlm.text.documents import Document, Documents
 from knnlm.text.windows import (
     Window,
     Windowing,

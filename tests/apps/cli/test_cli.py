@@ -25,7 +25,7 @@ from knnlm.index.policy import open_index
 from knnlm.index.queries import held_out_queries
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 runner = CliRunner()
 

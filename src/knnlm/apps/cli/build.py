@@ -11,7 +11,8 @@ from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.opening import ModelOptions, load_model
 from knnlm.apps.cli.reports import print_changes, print_store
-from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype
+from knnlm.apps.cli.texts import TextOptions, checked_texts
+from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype, TextFormat
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -75,6 +76,10 @@ def build(
     index: _Index = None,
     sync: _Sync = False,
     text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    encoding: options.Encoding = "utf-8",
+    text_format: options.Format = TextFormat.auto,
+    skip_bad: options.SkipBad = False,
     dtype: _Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -94,33 +99,34 @@ def build(
     from knnlm.apps.cli.progress_bar import RichProgress
     from knnlm.index.report import describe_datastore
 
-    documents = knnlm.read_documents(*text, text_column=text_column)
-    lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
-    started = time.perf_counter()
-    built = knnlm.build(
-        store,
-        lm,
-        documents,
-        window=window,
-        context=context,
-        boundary=boundary,
-        key_dtype=key_dtype,
-        max_entries=max_entries,
-        index=index,
-        sync=sync,
-        progress=RichProgress(),
-    )
-    seconds = time.perf_counter() - started
-    added = built.rows - rows_before
-    facts = describe_datastore(store)
-    assert built.changes is not None
-    if as_json:
-        changes = {"changes": asdict(built.changes)}
-        print_json(facts | {"added": added, "seconds": seconds} | changes)
-        return
-    print_store(facts)
-    OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
-    print_changes(store, built.changes)
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    with checked_texts(text, reading) as documents:
+        lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
+        started = time.perf_counter()
+        built = knnlm.build(
+            store,
+            lm,
+            documents,
+            window=window,
+            context=context,
+            boundary=boundary,
+            key_dtype=key_dtype,
+            max_entries=max_entries,
+            index=index,
+            sync=sync,
+            progress=RichProgress(),
+        )
+        seconds = time.perf_counter() - started
+        added = built.rows - rows_before
+        facts = describe_datastore(store)
+        assert built.changes is not None
+        if as_json:
+            changes = {"changes": asdict(built.changes)}
+            print_json(facts | {"added": added, "seconds": seconds} | changes)
+            return
+        print_store(facts)
+        OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+        print_changes(store, built.changes)
 
 
 def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":
