@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROSE, refusal
+from kills import ends_by_kill, kill_after, kill_before, kill_inside_sqlite
 from stores import assert_same, contents, distinct_documents, small_disk, snapshot
-from test_crash import ends_by_kill, kill_after, kill_before, kill_inside_sqlite
 
 import knnlm
 from knnlm.datastore.append import append_documents
