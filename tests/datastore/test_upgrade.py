@@ -183,7 +183,7 @@ def test_a_faiss_index_is_built_again_by_its_factory(store: Datastore, report: A
     assert (stored.kind, stored.asked, stored.factory) == expected
 
 
-# SQLite reads the old catalog in about 600 instructions and writes the new one in 2,000
+# SQLite converts this datastore in more than 2,500 instructions
 INSTRUCTIONS = random.Random(0).sample(range(1, 2500), 12)
 KILLS: dict[str, Callable[[], None]] = {
     "before fsync": partial(kill_before, os, "fsync", 1, lambda *_: True),
