@@ -18,6 +18,7 @@ PUBLIC = [
     "AttachmentError",
     "Boundary",
     "CacheParameters",
+    "Changes",
     "Compaction",
     "Credit",
     "Datastore",

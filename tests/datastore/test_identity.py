@@ -53,8 +53,12 @@ class World:
         return f"{self.chance.randrange(30)} {PROSE[start : start + self.chance.choice([5, 90])]}"
 
     def change(self) -> None:
-        """Add, change or remove a file or rows."""
+        """Add, change, move or remove a file or rows."""
         path = self.root / self.chance.choice(FOLDERS) / self.chance.choice(FILES)
+        target = self.root / self.chance.choice(FOLDERS) / path.name
+        if path.exists() and not target.exists() and self.chance.random() < 0.3:
+            path.rename(target)
+            return
         if path.suffix != ".jsonl":
             if path.exists() and self.chance.random() < 0.4:
                 path.unlink()
@@ -115,8 +119,11 @@ class World:
             texts[f"{path}#{row['id']}" if self.by_id else f"{path}#{key}{again}"] = row["text"]
         return texts
 
-    def expect(self, sources: list[str], sync: bool) -> None:
-        """Change what must be stored as a build does."""
+    def expect(self, sources: list[str], sync: bool, found: set[str]) -> None:
+        """Change what must be stored as a build does.
+
+        found: what is stored, for which of several documents with the same text was moved.
+        """
         met: dict[str, str] = {}
         files: set[Path] = set()
         folders: set[Path] = set()
@@ -131,15 +138,27 @@ class World:
                 files.add(path)
         for file in files:
             met |= self.texts_of(file)
+        for identity in set(met) - set(self.stored):
+            same_text = [
+                each
+                for each, text in self.stored.items()
+                if text == met[identity] and not path_of(each).exists() and each not in met
+            ]
+            if same_text:  # it was moved from there
+                del self.stored[min(same_text, key=lambda each: each in found)]
         self.stored |= met
         for identity in set(self.stored) - set(met):
-            path = Path(identity.rpartition("#")[0] if ".jsonl#" in identity else identity)
+            path = path_of(identity)
             owner = min((each for each in folders if each in path.parents), default=None)
             emptied = not any(owner in Path(one).parents for one in met if owner is not None)
             if path.suffix == ".jsonl" and path in files:
                 del self.stored[identity]  # a source with rows replaces itself
             elif sync and owner is not None and not emptied:
                 del self.stored[identity]
+
+
+def path_of(identity: str) -> Path:
+    return Path(identity.rpartition("#")[0] if ".jsonl#" in identity else identity)
 
 
 def check(store: Datastore, world: World, lm: LanguageModel) -> None:
@@ -188,8 +207,8 @@ def test_any_sequence_of_builds_holds_what_the_sources_hold(
             kills += ends_by_kill(killed)
         elif world.chance.random() < 0.1:
             build(max_entries=world.chance.randrange(1, 500))
-        world.expect(sources, sync)
         store = build()
+        world.expect(sources, sync, {document.identity for document in store.documents()})
         check(store, world, llama_lm)
         again = build()
         assert again.generation == store.generation, "building again changes nothing"
@@ -379,6 +398,47 @@ def test_sync_needs_a_source_that_says_what_is_gone(
         with refusal(InvalidArgumentError, "sync needs a file, a folder or an hf: dataset"):
             append_documents(tmp_path / "s", llama_lm, documents, sync=True)
     assert not (tmp_path / "s").exists()
+
+
+def test_a_folder_that_was_moved_is_not_read_again(tmp_path: Path, llama_lm: LanguageModel) -> None:
+    rows = "".join(json.dumps({"text": f"row {n}"}) + "\n" for n in range(3))
+    texts = {f"{n}.txt": f"{n}: {PROSE}" for n in range(4)} | {"copy.txt": f"1: {PROSE}"}
+    old = files_of(tmp_path / "old", texts | {"r.jsonl": rows})
+    first = build(tmp_path / "s", llama_lm, old)
+    new = tmp_path / "new"
+    shutil.copytree(old, tmp_path / "copy")
+    old.rename(new)
+    store = build(tmp_path / "s", llama_lm, new)
+    assert store.changes == Changes(moved=8)
+    assert store.rows == first.rows
+    assert all(d.identity.startswith(f"{new}/") for d in store.documents())
+    assert all(d.name.startswith(f"{new}/") for d in store.documents())
+    assert build(tmp_path / "s", llama_lm, new, sync=True).changes == Changes(unchanged=8)
+    # a copy is no move: both are there
+    assert build(tmp_path / "s", llama_lm, tmp_path / "copy").changes == Changes(added=8)
+
+    (new / "1.txt").rename(new / "renamed.txt")
+    (new / "2.txt").write_text("changed too")
+    store = build(tmp_path / "s", llama_lm, new, sync=True)
+    assert store.changes == Changes(replaced=1, moved=1, unchanged=6)
+
+
+def test_a_killed_build_of_a_moved_folder_goes_on(tmp_path: Path, llama_lm: LanguageModel) -> None:
+    old = files_of(tmp_path / "old", {f"{n}.txt": f"{n}: {PROSE}" for n in range(6)})
+    build(tmp_path / "s", llama_lm, old)
+    new = old.rename(tmp_path / "new")
+    files_of(new, {f"{n}{n}.txt": f"new {n}: {PROSE}" for n in range(3)})
+    for place in ("before commit", "after commit", "before commit"):
+
+        def killed(place: str = place) -> None:
+            PLACES[place](1)
+            build(tmp_path / "s", llama_lm, new)
+
+        assert ends_by_kill(killed)
+        assert verify(Datastore(tmp_path / "s")).shards
+    store = build(tmp_path / "s", llama_lm, new)
+    assert len(store.documents()) == 9
+    assert {d.identity for d in store.documents()} == {str(path) for path in new.iterdir()}
 
 
 def test_documents_made_in_python_are_their_names(tmp_path: Path, llama_lm: LanguageModel) -> None:

@@ -22,7 +22,7 @@ from knnlm.datastore.catalog import SHARDS, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
-from knnlm.datastore.sources import Changes, find_gone, named_by_path
+from knnlm.datastore.sources import Changes, find_gone, is_left_behind, named_by_path
 from knnlm.datastore.tables import StoredDocument
 from knnlm.errors import InvalidArgumentError, NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
@@ -136,9 +136,10 @@ class _Appender:
         self.met: set[str] = set()
         self.all_met = False
         self.skipped = self._skipped_now()
-        self.added = self.replaced = self.unchanged = 0
+        self.added = self.replaced = self.moved = self.unchanged = 0
         self.named_by_path = named_by_path(self.catalog, self.sources)
-        self.identified: dict[str, StoredDocument] = {}  # of these, with their new identities
+        self.identified: dict[str, StoredDocument] = {}  # stored ones by their new identities
+        self.moved_ids: set[int] = set()
         self.total_bytes = total_bytes(documents)
         self.bytes_read = self.tokens_read = 0  # of the documents before `current`
         self.current: EncodedDocument | None = None
@@ -193,10 +194,12 @@ class _Appender:
             stored = self._stored(identity)
             if again := identity in self.met:
                 self._check_same(identity, fingerprint, stored)
-            same = stored is not None and stored.fingerprint == fingerprint and stored.complete
             self.met.add(identity)
-            if again or same:
-                self.unchanged += not again
+            same = stored is not None and stored.fingerprint == fingerprint and stored.complete
+            moved = stored is None and not again and self._is_moved(document, fingerprint)
+            if again or same or moved:
+                self.unchanged += same and not again
+                self.moved += moved
                 if self.total_bytes is not None:
                     self.total_bytes -= document.size_bytes
                 continue
@@ -244,6 +247,17 @@ class _Appender:
             incoming.passed = 1  # a stream's first token is read, never predicted
         self.incoming[encoded.number] = incoming
         self.current = encoded
+
+    def _is_moved(self, document: Document, fingerprint: str) -> bool:
+        """Look for a stored document with this text whose own file is no longer there."""
+        same_text = "fingerprint = ? AND complete AND NOT forgotten"
+        for stored in self.catalog.documents(same_text, fingerprint):
+            if stored.id not in self.moved_ids and is_left_behind(stored.identity):
+                self.moved_ids.add(stored.id)
+                identity = document.identity or document.name
+                self.identified[identity] = replace(stored, name=document.name)
+                return True
+        return False
 
     def _unfinished(self, incoming: _Incoming) -> StoredDocument | None:
         """Return the record of a document that the last run was storing when it ended."""
@@ -350,7 +364,7 @@ class _Appender:
 
     def _identify(self) -> None:
         for identity, document in self.identified.items():
-            self.catalog.identify_document(document.id, identity)
+            self.catalog.identify_document(document.id, document.name, identity)
         self.identified.clear()
 
     def _finish(self, all_read: bool, sync: bool) -> Changes:
@@ -358,7 +372,7 @@ class _Appender:
         if self.identified:
             with self.catalog.transaction():
                 self._identify()
-        changes = Changes(self.added, self.replaced, self.unchanged)
+        changes = Changes(self.added, self.replaced, self.moved, self.unchanged)
         if not all_read:
             return changes
         # a text that has become empty replaces the older one by nothing

@@ -272,19 +272,20 @@ class Catalog:
         """
         ((last,),) = self._select("SELECT max(id) FROM documents")
         number = (last or 0) + 1
-        name = self._free_name(name, identity)
+        name = self._free_name(number, name, identity)
         added = StoredDocument(number, name, identity, fingerprint, start, start, 0, False, False)
         self._put_document(added)
         return number
 
-    def _free_name(self, name: str, identity: str) -> str:
+    def _free_name(self, document: int, name: str, identity: str) -> str:
         names = chain([name, identity], (f"{identity} ({n})" for n in count(2)))
-        taken = "name = ? AND identity != ? AND NOT forgotten"
-        return next(name for name in names if not self.records(taken, name, identity))
+        taken = "name = ? AND identity != ? AND id != ? AND NOT forgotten"
+        return next(name for name in names if not self.records(taken, name, identity, document))
 
-    def identify_document(self, document: int, identity: str) -> None:
-        """Give a document another identity; inside a transaction."""
-        self._change_document(document, identity=identity)
+    def identify_document(self, document: int, name: str, identity: str) -> None:
+        """Give a document another identity, and a name that is free; inside a transaction."""
+        name = self._free_name(document, name, identity)
+        self._change_document(document, name=name, identity=identity)
 
     def extend_document(self, document: int, stop: int, tokens: int, complete: bool) -> None:
         """Record how far a document is stored; inside a transaction."""

@@ -23,6 +23,7 @@ _ROW = re.compile(r"(.+):(\d+)", re.DOTALL)  # how older versions named the rows
 class Changes:
     """What a build did, in documents.
 
+    moved: stored already under another path, where there is nothing now; only the path was changed.
     removed: forgotten because they are gone from their source. gone: gone too, but still stored;
     `sync` removes them. emptied: folders in which nothing is left; their documents stay even with
     `sync`, because a folder that is not mounted looks the same.
@@ -30,6 +31,7 @@ class Changes:
 
     added: int = 0
     replaced: int = 0
+    moved: int = 0
     unchanged: int = 0
     removed: int = 0
     gone: int = 0
@@ -97,6 +99,22 @@ class _Owners:
             for found in re.finditer(f"{separator}|$", identity) if owners else ():
                 if (source := owners.get(identity[: found.start()])) is not None:
                     yield source
+
+
+def is_left_behind(identity: str) -> bool:
+    """Return whether an identity is of a file, or a row of a file, that is no longer there."""
+    paths = (identity, *(identity[: found.start()] for found in re.finditer("#", identity)))
+    return identity.startswith("/") and not any(map(_is_there, paths))
+
+
+def _is_there(path: str) -> bool:
+    try:
+        Path(path).stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):  # it cannot be said
+        return True
+    return True
 
 
 def named_by_path(catalog: Catalog, sources: Iterable[Source]) -> dict[str, StoredDocument]:

@@ -37,6 +37,7 @@ CREATE TABLE documents (
 );
 CREATE INDEX documents_by_name ON documents (name);
 CREATE INDEX documents_by_identity ON documents (identity);
+CREATE INDEX documents_by_fingerprint ON documents (fingerprint);
 """
 DIGEST = "digest"
 

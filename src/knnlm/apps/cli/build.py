@@ -16,6 +16,7 @@ from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype, TextFormat
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from knnlm.datastore.datastore import Datastore
     from knnlm.model.language_model import LanguageModel
 
 _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -88,8 +89,8 @@ def build(
 
     Documents already stored with the same text are skipped, however their path is spelled; a
     document whose text has changed replaces its old version. Rows that are gone from their file are
-    forgotten, files that are gone from their folder with --sync. A document is known by its full
-    path: after moving a folder, build it from its new place and knnlm forget the old path.
+    forgotten, files that are gone from their folder with --sync. After a folder was moved, build it
+    from its new place: texts that are stored under a path where nothing is left are not read again.
     A new datastore reads 1,024 positions at once, 256 of them context. A build may be interrupted
     at any time; rerun the same command to resume.
 
@@ -97,7 +98,6 @@ def build(
     """
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
-    from knnlm.index.report import describe_datastore
 
     reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
     with checked_texts(text, reading) as documents:
@@ -117,16 +117,22 @@ def build(
             progress=RichProgress(),
         )
         seconds = time.perf_counter() - started
-        added = built.rows - rows_before
-        facts = describe_datastore(store)
-        assert built.changes is not None
-        if as_json:
-            changes = {"changes": asdict(built.changes)}
-            print_json(facts | {"added": added, "seconds": seconds} | changes)
-            return
-        print_store(facts)
-        OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
-        print_changes(store, built.changes)
+        _print_built(built, built.rows - rows_before, seconds, as_json)
+
+
+def _print_built(built: "Datastore", added: int, seconds: float, as_json: bool) -> None:
+    """Print what a build made. added: how many entries, in so many seconds."""
+    from knnlm.index.report import describe_datastore
+
+    facts = describe_datastore(built.path)
+    assert built.changes is not None
+    if as_json:
+        changes = {"changes": asdict(built.changes)}
+        print_json(facts | {"added": added, "seconds": seconds} | changes)
+        return
+    print_store(facts)
+    OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+    print_changes(built.path, built.changes)
 
 
 def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":

@@ -182,14 +182,14 @@ def print_changes(store: Path, changes: "Changes") -> None:
     """Print what a build did, in documents, and what it left although it is gone."""
     counts = [
         f"{number:,} {word}"
-        for word in ("added", "replaced", "unchanged", "removed")
+        for word in ("added", "replaced", "moved", "unchanged", "removed")
         if (number := getattr(changes, word)) or word == "added"
     ]
     OUT.print(f"documents: {', '.join(counts)}", soft_wrap=True)
     if changes.gone:
         OUT.print(
-            f"{changes.gone:,} documents are gone from their source and still stored: knnlm build "
-            "with --sync forgets them",
+            f"gone from their source and still stored: {changes.gone:,} (knnlm build --sync "
+            "forgets them)",
             soft_wrap=True,
         )
     for folder in changes.emptied:
