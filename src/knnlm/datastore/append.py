@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +23,14 @@ from knnlm.datastore.catalog import SHARDS, StoredDocument, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
-from knnlm.errors import NonFiniteKeysError
+from knnlm.errors import InvalidTextError, NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
 from knnlm.text.documents import Document
 from knnlm.text.windows import Window
 
+_Item = TypeVar("_Item")
 _MIN_SHARD_ROWS, _MAX_SHARD_BYTES = 8192, 1 << 28
 
 
@@ -49,7 +51,8 @@ def append_documents(
 
     The arguments and errors are those of `knnlm.build`, which also keeps the index up to date.
     shard_rows: rows committed at once; by default an eighth of the rows stored, at least 8,192.
-    An error before the first commit leaves no datastore behind.
+    An error before the first commit leaves no datastore behind. At a text that cannot be read, the
+    whole documents before it are stored, and then InvalidTextError is raised.
     """
     for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
         if number is not None:
@@ -58,7 +61,12 @@ def append_documents(
         Path(path), lm, window=window, context=context, boundary=boundary, key_dtype=key_dtype
     )
     with store.writer(), _removed_if_empty(store):
-        _Appender(store, lm, documents, shard_rows, progress).run(max_entries)
+        appender = _Appender(store, lm, documents, shard_rows, progress)
+        appender.run(max_entries)
+        if appender.unreadable is not None:
+            raise InvalidTextError(
+                f"{appender.unreadable}; what came before it is stored, the rest is left out"
+            ) from appender.unreadable
     store.refresh()
     return store
 
@@ -117,18 +125,21 @@ class _Appender:
         self.total_bytes = total_bytes(documents)
         self.bytes_read = self.tokens_read = 0  # of the documents before `current`
         self.current: EncodedDocument | None = None
+        self.unreadable: InvalidTextError | None = None
 
     def run(self, max_entries: int | None) -> None:
         """Store everything that is missing, up to `max_entries` rows in the datastore."""
         with self.progress.task("build", None, "tokens") as advance:
             shard: list[Window] = []
             shard_rows = 0
-            windows = cut_documents(
-                self.lm,
-                self._missing(),
-                self.store.windowing,
-                on_document=self._begin,
-                history=self.history,
+            windows = self._until_unreadable(
+                cut_documents(
+                    self.lm,
+                    self._until_unreadable(self._missing()),
+                    self.store.windowing,
+                    on_document=self._begin,
+                    history=self.history,
+                )
             )
             passed_over: Window | None = None
             if self.fresh_stream and self.store.settings.context > 0:
@@ -146,6 +157,26 @@ class _Appender:
                 shard_rows += window.new
             if shard or passed_over:
                 self._commit(shard, advance)
+            if self.unreadable is not None:
+                self._forget_incomplete()
+
+    def _until_unreadable(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield documents or windows up to a text that cannot be read, as if all text ended there.
+
+        The documents are tokenized ahead of the windows: the first to end keeps what is whole.
+        """
+        try:
+            yield from items
+        except InvalidTextError as error:
+            self.unreadable = error
+
+    def _forget_incomplete(self) -> None:
+        """Forget the document that broke off in the middle: it may never be right again."""
+        broken = [each.id for each in self.incoming.values() if each.id is not None]
+        if broken:
+            with self.catalog.transaction():
+                for number in broken:
+                    self.catalog.forget_document(number)
 
     def _shard_target(self) -> int:
         if self.shard_rows is not None:
