@@ -25,6 +25,7 @@ from knnlm.datastore import catalog as catalog_module
 from knnlm.datastore.append import append_documents
 from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog
 from knnlm.datastore.compaction import compact
+from knnlm.datastore.connection import connect
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import writer_lock
 from knnlm.datastore.verification import verify
@@ -178,7 +179,7 @@ def kill_after_commit(count: int) -> None:
 
 def kill_inside_sqlite(instructions: int) -> None:
     """Die after so many instructions of SQLite, with pages and journal wherever they are then."""
-    original, passing = catalog_module._connect, countdown(instructions)
+    original, passing = connect, countdown(instructions)
 
     def replacement(path: Path) -> sqlite3.Connection:
         connection = original(path)
@@ -186,7 +187,7 @@ def kill_inside_sqlite(instructions: int) -> None:
         connection.set_progress_handler(passing, 1)
         return connection
 
-    catalog_module._connect = replacement
+    vars(catalog_module)["connect"] = replacement
 
 
 def set_generation(catalog: Catalog, name: str, value: object) -> bool:

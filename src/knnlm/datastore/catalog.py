@@ -16,8 +16,14 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from knnlm.datastore.files import ASIDE, publish, unreadable, writing
-from knnlm.datastore.sqlite_errors import damaged, sqlite_errors
+from knnlm.datastore.connection import (
+    connect,
+    damaged,
+    database_exists,
+    database_state,
+    sqlite_errors,
+)
+from knnlm.datastore.files import ASIDE, publish, writing
 from knnlm.errors import DatastoreCorruptError, DatastoreNotFoundError
 
 FILE_NAME = "catalog.sqlite"
@@ -137,7 +143,9 @@ class Catalog:
             )
         self._path = path
         with sqlite_errors(path):
-            self._connection = _connect(path)
+            self._connection = connect(path)
+            # before all else, so that no commit is missed
+            self._opened = database_state(path, self._connection)
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             statements = self._connection.execute("SELECT sql FROM sqlite_master").fetchall()
         if version != FORMAT:
@@ -156,7 +164,7 @@ class Catalog:
         aside = folder / (FILE_NAME + ASIDE)
         with writing(folder):
             aside.unlink(missing_ok=True)
-            with sqlite_errors(aside, writes=True), closing(_connect(aside)) as connection:
+            with sqlite_errors(aside, writes=True), closing(connect(aside)) as connection:
                 # no journal file: a half-made catalog is made anew
                 connection.execute("PRAGMA journal_mode = MEMORY")
                 connection.executescript(_SCHEMA)
@@ -256,6 +264,14 @@ class Catalog:
     def renumber(self) -> None:
         """Record that rows were renumbered, for readers to notice; inside a transaction."""
         self.set("numbering", self.numbering + 1)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether another connection has committed anything since this one was opened.
+
+        A catalog that was put in the place of this one counts too. Raises DatastoreNotFoundError.
+        """
+        return database_state(self._path, self._connection) != self._opened
 
     def shards(self) -> list[StoredShard]:
         """Return all shards in row order."""
@@ -365,14 +381,7 @@ class Catalog:
 
 def catalog_exists(folder: Path) -> bool:
     """Return whether a folder has a catalog. Raises DatastoreCorruptError if it is unreadable."""
-    path = folder / FILE_NAME
-    try:
-        with path.open("rb"):
-            return True
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return False
-    except OSError as error:
-        raise unreadable(path, error) from error
+    return database_exists(folder / FILE_NAME)
 
 
 def _shard_name(number: int) -> str:
@@ -389,9 +398,3 @@ def _set(connection: sqlite3.Connection, name: str, value: Any) -> None:
     connection.execute(put, (name, _setting_sha256(name, text), text))
     rows = connection.execute("SELECT name, sha256 FROM settings WHERE name != ?", (_DIGEST,))
     connection.execute(put, (_DIGEST, _digest(dict(rows.fetchall())), "null"))
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = EXTRA")  # a commit survives power loss
-    return connection
