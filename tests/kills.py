@@ -14,6 +14,7 @@ import torch
 
 from knnlm.datastore import catalog as catalog_module, tables, upgrade
 from knnlm.datastore.catalog import Catalog
+from knnlm.datastore.connection import connect
 
 
 def in_child(work: Callable[[], object]) -> BaseProcess:
@@ -89,7 +90,7 @@ def kill_after_commit(count: int) -> None:
 
 def kill_inside_sqlite(instructions: int) -> None:
     """Die after so many instructions of SQLite, with pages and journal wherever they are then."""
-    original, passing = tables.connect, countdown(instructions)
+    original, passing = connect, countdown(instructions)
 
     def replacement(path: Path) -> sqlite3.Connection:
         connection = original(path)

@@ -1,7 +1,10 @@
 """KNNLM: a language model and its datastores, which together predict the next token."""
 
+import copy
+import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain
 from knnlm.evaluation.explanation import Explanation
 from knnlm.evaluation.perplexity import PerplexityReport, evaluate
+from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.model.language_model import LanguageModel, check_text
@@ -23,6 +27,8 @@ from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
 from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +88,8 @@ class KNNLM:
             lm, stores, index=index, cache=cache, weights=weights, **given
         )
         """Everything that is mixed with the language model, and how."""
+        self._chosen = self.mixer
+        self._choose_mixer = partial(open_mixer, lm, cache=cache, weights=weights, **given)
 
     @property
     def retrievers(self) -> tuple[Retriever, ...]:
@@ -92,6 +100,36 @@ class KNNLM:
     def windowing(self) -> Windowing:
         """How the first datastore's text was cut into windows; held-out text is cut likewise."""
         return self.retrievers[0].store.windowing
+
+    def reopened(self) -> "KNNLM":
+        """Return this model with the newest state of its datastores; itself if none has changed.
+
+        Parameters are chosen as they were for this model: given ones stay, and tuned ones are read
+        again. Where that is no longer possible, because a given k exceeds the entries that are
+        left, or because `mixer` was replaced, they stay as they are. This model does not change.
+        Raises the errors of opening the datastores and their indexes, and of a first search.
+        """
+        stores = [retriever.store.reopened() for retriever in self.retrievers]
+        pairs = list(zip(self.retrievers, stores, strict=True))
+        if all(store is retriever.store for retriever, store in pairs):
+            return self
+        retrievers = []
+        for retriever, store in pairs:
+            store.check_model(self.lm)
+            index = open_index(store, device=str(self.lm.device))
+            retrievers.append(replace(retriever, store=store, index=index))
+            if len(store) > 0:  # what cannot be read is to be noticed now
+                retrievers[-1].tokens(index.search(torch.zeros(1, self.lm.dimension), 1))
+        model = copy.copy(self)
+        model.mixer = replace(self.mixer, retrievers=tuple(retrievers))
+        if self.mixer is self._chosen:
+            try:
+                indexes = [retriever.index for retriever in retrievers]
+                model.mixer = self._choose_mixer(stores, index=indexes)
+            except InvalidArgumentError as error:
+                _LOG.warning("the parameters of %s stay as they are: %s", stores[0].path, error)
+            model._chosen = model.mixer
+        return model
 
     def log_probs(self, tokens: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time vocab"]:
         """Return log p of every next token after each position, float32.

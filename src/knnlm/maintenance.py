@@ -10,7 +10,7 @@ from knnlm.datastore.catalog import catalog_exists
 from knnlm.datastore.compaction import Compaction
 from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.verification import Verification
-from knnlm.errors import InvalidArgumentError
+from knnlm.errors import InvalidArgumentError, InvalidTextError
 from knnlm.index.policy import build_index, keep_index
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
@@ -38,6 +38,8 @@ def build(
     shard. A document that is already stored with the same text is skipped; if its text changed, it
     replaces its old version: the same document is the same full path, or row of it, however the
     path is given. `Datastore.changes` of what is returned says what was done.
+    Where documents cannot be read after all (a dataset that breaks off),
+    the whole ones before that are stored and indexed, and then the error is raised.
 
     path: the datastore's folder; created if it does not exist.
     lm: a language model, or the name or path to load it from (with an existing datastore's key and
@@ -59,25 +61,35 @@ def build(
     errors of reading text and of loading the model.
     """
     _check_index(index)
-    given = as_documents(documents, progress)
-    model = _load(lm, Path(path))
-    store = append_documents(
-        path,
-        model,
-        given,
-        window=window,
-        context=context,
-        boundary=boundary,
-        key_dtype=key_dtype,
-        max_entries=max_entries,
-        sync=sync,
-        progress=progress,
-    )
+    given, model = as_documents(documents, progress), _load(lm, Path(path))
+    try:
+        store = append_documents(
+            path,
+            model,
+            given,
+            window=window,
+            context=context,
+            boundary=boundary,
+            key_dtype=key_dtype,
+            max_entries=max_entries,
+            sync=sync,
+            progress=progress,
+        )
+    except InvalidTextError:  # what came before it is stored, and has to be found
+        if catalog_exists(Path(path)):
+            _renew_index(Datastore(path), index, model, progress)
+        raise
+    _renew_index(store, index, model, progress)
+    return store
+
+
+def _renew_index(
+    store: Datastore, index: str | None, model: LanguageModel, progress: Progress
+) -> None:
     if index is None:
         keep_index(store, device=str(model.device), progress=progress)
     else:
         build_index(store, index, device=str(model.device), progress=progress)
-    return store
 
 
 def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compaction:

@@ -3,6 +3,8 @@
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from itertools import chain
@@ -14,7 +16,7 @@ from conftest import byte_tokenizer, refusal, tiny_llama
 from stores import contents, distinct_documents, small_disk, stored_keys
 
 from knnlm.datastore.append import append_documents
-from knnlm.datastore.catalog import SHARDS, ShardFile
+from knnlm.datastore.catalog import SHARDS, Catalog, ShardFile
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore, DocumentsByRow
 from knnlm.datastore.facts import check_size
@@ -281,6 +283,22 @@ def test_an_empty_datastore_can_be_read(path: Path) -> None:
 
 
 # other writers
+
+
+def test_opening_a_datastore_keeps_the_locks_of_this_process(store: Datastore) -> None:
+    """POSIX drops all of a process's locks on a file when any descriptor of it is closed."""
+    writes = (
+        "import sqlite3, sys\n"
+        "connection = sqlite3.connect(sys.argv[1], timeout=0, isolation_level=None)\n"
+        "connection.execute('BEGIN IMMEDIATE')"
+    )
+    command = [sys.executable, "-c", writes, str(store.path / FILE_NAME)]
+    with store.catalog.transaction(entries_change=False):
+        Datastore(store.path).close()
+        Catalog(store.path).close()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "database is locked" in done.stderr
+    subprocess.run(command, check=True)
 
 
 def test_refresh_sees_what_others_did(

@@ -221,7 +221,7 @@ def test_text_without_binaries_logs_nothing(caplog: pytest.LogCaptureFixture) ->
 def test_a_file_that_is_not_utf8_in_a_folder_is_refused_at_once() -> None:
     write("docs/a.txt", "ay")
     write("docs/b.txt", b"latin \xe9")
-    with refusal(InvalidTextError, "docs/b.txt must be UTF-8", "byte 6", "--encoding", "convert"):
+    with refusal(InvalidTextError, "docs/b.txt must be UTF-8", "byte 6", "convert", "--encoding"):
         read_documents("docs")
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,15 +23,16 @@ from knnlm.datastore.catalog import SHARDS, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
-from knnlm.datastore.sources import Changes, find_gone, is_left_behind, named_by_path
+from knnlm.datastore.sources import Changes, Matching
 from knnlm.datastore.tables import StoredDocument
-from knnlm.errors import InvalidArgumentError, NonFiniteKeysError
+from knnlm.errors import InvalidArgumentError, InvalidTextError, NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
 from knnlm.text.documents import Document, Documents
 from knnlm.text.windows import Window
 
+_Item = TypeVar("_Item")
 _MIN_SHARD_ROWS, _MAX_SHARD_BYTES = 8192, 1 << 28
 
 
@@ -52,7 +54,8 @@ def append_documents(
 
     The arguments and errors are those of `knnlm.build`, which also keeps the index up to date.
     shard_rows: rows committed at once; by default an eighth of the rows stored, at least 8,192.
-    An error before the first commit leaves no datastore behind.
+    An error before the first commit leaves no datastore behind. At a text that cannot be read, the
+    whole documents before it are stored, and then InvalidTextError is raised.
     """
     for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
         if number is not None:
@@ -68,6 +71,10 @@ def append_documents(
     with store.writer(), _removed_if_empty(store):
         appender = _Appender(store, lm, documents, shard_rows, progress)
         changes = appender.run(max_entries, sync)
+        if appender.unreadable is not None:
+            raise InvalidTextError(
+                f"{appender.unreadable}; what came before it is stored, the rest is left out"
+            ) from appender.unreadable
     store.refresh()
     store.changes = changes
     return store
@@ -129,20 +136,18 @@ class _Appender:
         self.streaming = store.settings.boundary == Boundary.stream
         self.history = np.array(self.catalog.get("stream_tail") or [], dtype=np.int32)
         self.fresh_stream = self.streaming and len(self.history) == 0
-        self.sources = documents.sources if isinstance(documents, Documents) else ()
+        sources = documents.sources if isinstance(documents, Documents) else ()
+        self.known = Matching(store.catalog, sources)
         self.arriving: dict[int, _Incoming] = {}  # its text is not tokenized yet
         self.incoming: dict[int, _Incoming] = {}
         self.in_flight: dict[str, str] = {}  # the fingerprints of both, by identity
-        self.met: set[str] = set()
         self.all_met = False
         self.skipped = self._skipped_now()
         self.added = self.replaced = self.moved = self.unchanged = 0
-        self.named_by_path = named_by_path(self.catalog, self.sources)
-        self.identified: dict[str, StoredDocument] = {}  # stored ones by their new identities
-        self.moved_ids: set[int] = set()
         self.total_bytes = total_bytes(documents)
         self.bytes_read = self.tokens_read = 0  # of the documents before `current`
         self.current: EncodedDocument | None = None
+        self.unreadable: InvalidTextError | None = None
 
     def run(self, max_entries: int | None, sync: bool) -> Changes:
         """Store everything that is missing, up to `max_entries` rows in the datastore.
@@ -153,12 +158,14 @@ class _Appender:
         with self.progress.task("build", None, "tokens") as advance:
             shard: list[Window] = []
             shard_rows = 0
-            windows = cut_documents(
-                self.lm,
-                self._missing(),
-                self.store.windowing,
-                on_document=self._begin,
-                history=self.history,
+            windows = self._until_unreadable(
+                cut_documents(
+                    self.lm,
+                    self._until_unreadable(self._missing()),
+                    self.store.windowing,
+                    on_document=self._begin,
+                    history=self.history,
+                )
             )
             passed_over: Window | None = None
             if self.fresh_stream and self.store.settings.context > 0:
@@ -177,7 +184,27 @@ class _Appender:
                 shard_rows += window.new
             if shard or passed_over:
                 self._commit(shard, advance)
+            if self.unreadable is not None:
+                self._forget_incomplete()
         return self._finish(all_read=self.all_met and not stopped, sync=sync)
+
+    def _until_unreadable(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield documents or windows up to a text that cannot be read, as if all text ended there.
+
+        The documents are tokenized ahead of the windows: the first to end keeps what is whole.
+        """
+        try:
+            yield from items
+        except InvalidTextError as error:
+            self.unreadable = error
+
+    def _forget_incomplete(self) -> None:
+        """Forget the document that broke off in the middle: it may never be right again."""
+        broken = [each.id for each in self.incoming.values() if each.id is not None]
+        if broken:
+            with self.catalog.transaction():
+                for number in broken:
+                    self.catalog.forget_document(number)
 
     def _shard_target(self) -> int:
         if self.shard_rows is not None:
@@ -191,12 +218,12 @@ class _Appender:
         for document in self.documents:
             identity = document.identity or document.name
             fingerprint = document.fingerprint()
-            stored = self._stored(identity)
-            if again := identity in self.met:
+            stored = self.known.stored(identity)
+            if again := identity in self.known.met:
                 self._check_same(identity, fingerprint, stored)
-            self.met.add(identity)
+            self.known.met.add(identity)
             same = stored is not None and stored.fingerprint == fingerprint and stored.complete
-            moved = stored is None and not again and self._is_moved(document, fingerprint)
+            moved = stored is None and not again and self.known.is_moved(document, fingerprint)
             if again or same or moved:
                 self.unchanged += same and not again
                 self.moved += moved
@@ -222,14 +249,6 @@ class _Appender:
                 "name (or a value of the id column) of its own"
             )
 
-    def _stored(self, identity: str) -> StoredDocument | None:
-        """Return the newest document of an identity; older versions' names become identities."""
-        if versions := self.catalog.versions(identity):
-            return versions[-1]
-        if identity in self.named_by_path:
-            self.identified[identity] = self.named_by_path.pop(identity)
-        return self.identified.get(identity)
-
     def _begin(self, encoded: EncodedDocument) -> None:
         """Prepare to store a document; the first one may continue an interrupted run."""
         incoming = self.arriving.pop(encoded.number)  # documents without text never get here
@@ -248,20 +267,9 @@ class _Appender:
         self.incoming[encoded.number] = incoming
         self.current = encoded
 
-    def _is_moved(self, document: Document, fingerprint: str) -> bool:
-        """Look for a stored document with this text whose own file is no longer there."""
-        same_text = "fingerprint = ? AND complete AND NOT forgotten"
-        for stored in self.catalog.documents(same_text, fingerprint):
-            if stored.id not in self.moved_ids and is_left_behind(stored.identity):
-                self.moved_ids.add(stored.id)
-                identity = document.identity or document.name
-                self.identified[identity] = replace(stored, name=document.name)
-                return True
-        return False
-
     def _unfinished(self, incoming: _Incoming) -> StoredDocument | None:
         """Return the record of a document that the last run was storing when it ended."""
-        stored = self._stored(incoming.identity)
+        stored = self.known.stored(incoming.identity)
         if stored and stored.fingerprint == incoming.fingerprint and stored.stop == self.rows:
             return stored
         return None
@@ -323,7 +331,7 @@ class _Appender:
             file = write_shard(self.store.path / SHARDS, name, keys, values)
         start = self.rows
         with catalog.transaction():
-            self._identify()
+            self.known.identify()
             if file is not None:
                 catalog.add_shard(StoredShard(start, file))
             for window in windows:
@@ -362,23 +370,18 @@ class _Appender:
             self.replaced += bool(older)
             self.added += not older
 
-    def _identify(self) -> None:
-        for identity, document in self.identified.items():
-            self.catalog.identify_document(document.id, document.name, identity)
-        self.identified.clear()
-
     def _finish(self, all_read: bool, sync: bool) -> Changes:
         """Forget what is gone, in one transaction, if all sources were read to their ends."""
-        if self.identified:
+        if self.known.identified:
             with self.catalog.transaction():
-                self._identify()
+                self.known.identify()
         changes = Changes(self.added, self.replaced, self.moved, self.unchanged)
         if not all_read:
             return changes
         # a text that has become empty replaces the older one by nothing
         unread = [*self.arriving.values(), *self.incoming.values()]
         empty = {document.identity for document in unread if document.id is None}
-        gone = find_gone(self.catalog, self.met, self.sources, self.named_by_path)
+        gone = self.known.find_gone()
         removed = gone.rows + (gone.files if sync else [])
         removed += [d for identity in empty for d in self.catalog.versions(identity)]
         if removed:

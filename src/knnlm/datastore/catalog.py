@@ -13,8 +13,13 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from knnlm.datastore.files import unreadable
-from knnlm.datastore.sqlite_errors import damaged, sqlite_errors
+from knnlm.datastore.connection import (
+    connect,
+    damaged,
+    database_exists,
+    database_state,
+    sqlite_errors,
+)
 from knnlm.datastore.tables import (
     DIGEST,
     FILE_NAME,
@@ -22,7 +27,6 @@ from knnlm.datastore.tables import (
     SCHEMA,
     DocumentRecord,
     StoredDocument,
-    connect,
     new_catalog,
     put_document,
     put_setting,
@@ -102,6 +106,8 @@ class Catalog:
             )
         with sqlite_errors(path):
             self._connection = connect(path)
+            # before all else, so that no commit is missed
+            self._opened = database_state(path, self._connection)
             statements = self._connection.execute("SELECT sql FROM sqlite_master").fetchall()
         wanted = {statement.strip() for statement in SCHEMA.split(";")} - {""}
         if {statement for (statement,) in statements} != wanted:
@@ -205,6 +211,14 @@ class Catalog:
     def renumber(self) -> None:
         """Record that rows were renumbered, for readers to notice; inside a transaction."""
         self.set("numbering", self.numbering + 1)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether another connection has committed anything since this one was opened.
+
+        A catalog that was put in the place of this one counts too. Raises DatastoreNotFoundError.
+        """
+        return database_state(self._path, self._connection) != self._opened
 
     def shards(self) -> list[StoredShard]:
         """Return all shards in row order."""
@@ -331,14 +345,7 @@ class Catalog:
 
 def catalog_exists(folder: Path) -> bool:
     """Return whether a folder has a catalog. Raises DatastoreCorruptError if it is unreadable."""
-    path = folder / FILE_NAME
-    try:
-        with path.open("rb"):
-            return True
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        return False
-    except OSError as error:
-        raise unreadable(path, error) from error
+    return database_exists(folder / FILE_NAME)
 
 
 def _shard_name(number: int) -> str:

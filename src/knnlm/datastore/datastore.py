@@ -79,6 +79,15 @@ class Datastore:
         """Release the catalog's file."""
         self.catalog.close()
 
+    def reopened(self) -> "Datastore":
+        """Return a snapshot of what is committed now: this one if nothing was committed since.
+
+        Unlike `refresh`, it leaves this snapshot as it is. Parameters and indexes that were stored
+        meanwhile count as well as entries. Raises what opening a datastore does.
+        """
+        changed = self.catalog.has_changed or self.catalog.generation != self.generation
+        return Datastore(self.path) if changed else self
+
     def refresh(self) -> bool:
         """Read what other writers have committed since; return whether anything changed.
 

@@ -5,8 +5,8 @@ a row of a file or dataset.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.upgrade import NAMED_BY_PATH
 from knnlm.errors import InvalidArgumentError
-from knnlm.text.documents import Source
+from knnlm.text.documents import Document, Source
 
 _ROW = re.compile(r"(.+):(\d+)", re.DOTALL)  # how older versions named the rows of a source
 
@@ -51,35 +51,66 @@ class Gone:
     emptied: set[str] = field(default_factory=set)
 
 
-def find_gone(
-    catalog: Catalog,
-    met: set[str],
-    sources: Iterable[Source],
-    by_path: Mapping[str, StoredDocument],
-) -> Gone:
-    """Return what is gone from the sources.
+class Matching:
+    """The stored documents that the documents of a build are, by identity and by text.
 
-    met: the identities of all their documents. by_path: what `named_by_path` returned, but for the
-    documents that were met.
+    met: the identities of the documents that were read. identified: stored documents by identities
+    that they get with the next transaction, see `identify`.
     """
-    gone, owners = Gone(), _Owners(sources)
-    stored = {document.id: (document.identity, document) for document in catalog.live_documents()}
-    stored |= {document.id: (identity, document) for identity, document in by_path.items()}
-    nonempty = {source for identity in met for source in owners.of(identity)}
-    for identity, document in stored.values():
-        owner = next(owners.of(identity), None)
-        if identity in met:
-            if document.identity not in met:  # an older version's, which another has replaced
+
+    def __init__(self, catalog: Catalog, sources: Iterable[Source]) -> None:
+        self.met: set[str] = set()
+        self.identified: dict[str, StoredDocument] = {}
+        self._catalog = catalog
+        self._owners = _Owners(sources)
+        self._by_path = _named_by_path(catalog, sources)
+        self._moved: set[int] = set()
+
+    def stored(self, identity: str) -> StoredDocument | None:
+        """Return the newest document of an identity; older versions' names become identities."""
+        if versions := self._catalog.versions(identity):
+            return versions[-1]
+        if identity in self._by_path:
+            self.identified[identity] = self._by_path.pop(identity)
+        return self.identified.get(identity)
+
+    def is_moved(self, document: Document, fingerprint: str) -> bool:
+        """Look for a stored document with this text whose own file is no longer there."""
+        same_text = "fingerprint = ? AND complete AND NOT forgotten"
+        for stored in self._catalog.documents(same_text, fingerprint):
+            if stored.id not in self._moved and _is_left_behind(stored.identity):
+                self._moved.add(stored.id)
+                identity = document.identity or document.name
+                self.identified[identity] = replace(stored, name=document.name)
+                return True
+        return False
+
+    def identify(self) -> None:
+        """Give documents the identities that were found for them; inside a transaction."""
+        for identity, document in self.identified.items():
+            self._catalog.identify_document(document.id, document.name, identity)
+        self.identified.clear()
+
+    def find_gone(self) -> Gone:
+        """Return what is gone from the sources, all of whose documents were met."""
+        gone, owners = Gone(), self._owners
+        stored = {each.id: (each.identity, each) for each in self._catalog.live_documents()}
+        stored |= {each.id: (identity, each) for identity, each in self._by_path.items()}
+        nonempty = {source for identity in self.met for source in owners.of(identity)}
+        for identity, document in stored.values():
+            owner = next(owners.of(identity), None)
+            if identity in self.met:
+                if document.identity not in self.met:  # of an older version, and stored again since
+                    gone.rows.append(document)
+            elif owner is None:
+                continue
+            elif owner.rows:
                 gone.rows.append(document)
-        elif owner is None:
-            continue
-        elif owner.rows:
-            gone.rows.append(document)
-        elif owner in nonempty:
-            gone.files.append(document)
-        else:
-            gone.emptied.add(owner.identity)
-    return gone
+            elif owner in nonempty:
+                gone.files.append(document)
+            else:
+                gone.emptied.add(owner.identity)
+        return gone
 
 
 class _Owners:
@@ -101,7 +132,7 @@ class _Owners:
                     yield source
 
 
-def is_left_behind(identity: str) -> bool:
+def _is_left_behind(identity: str) -> bool:
     """Return whether an identity is of a file, or a row of a file, that is no longer there."""
     paths = (identity, *(identity[: found.start()] for found in re.finditer("#", identity)))
     return identity.startswith("/") and not any(map(_is_there, paths))
@@ -117,7 +148,7 @@ def _is_there(path: str) -> bool:
     return True
 
 
-def named_by_path(catalog: Catalog, sources: Iterable[Source]) -> dict[str, StoredDocument]:
+def _named_by_path(catalog: Catalog, sources: Iterable[Source]) -> dict[str, StoredDocument]:
     """Return the documents that older versions stored under the path that was given.
 
     By the identities that these paths have now, seen from the current folder.

@@ -15,8 +15,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from knnlm.datastore.connection import connect, sqlite_errors
 from knnlm.datastore.files import ASIDE, publish, writing
-from knnlm.datastore.sqlite_errors import sqlite_errors
 
 FILE_NAME = "catalog.sqlite"
 FORMAT = 3
@@ -104,13 +104,6 @@ def setting_sha256(name: str, value: str) -> str:
 def settings_digest(sha256s: Mapping[str, str]) -> str:
     """Return the checksum of all settings but itself, from their names and checksums."""
     return setting_sha256(DIGEST, json.dumps(sha256s, sort_keys=True))
-
-
-def connect(path: Path) -> sqlite3.Connection:
-    """Open a catalog's file; any thread may use the connection, one at a time."""
-    connection = sqlite3.connect(path, timeout=30.0, isolation_level=None, check_same_thread=False)
-    connection.execute("PRAGMA synchronous = EXTRA")  # a commit survives power loss
-    return connection
 
 
 @contextmanager

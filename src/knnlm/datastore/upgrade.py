@@ -10,14 +10,13 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from knnlm.datastore.connection import connect, damaged, sqlite_errors
 from knnlm.datastore.files import writer_lock
-from knnlm.datastore.sqlite_errors import damaged, sqlite_errors
 from knnlm.datastore.tables import (
     DIGEST,
     FILE_NAME,
     FORMAT,
     StoredDocument,
-    connect,
     new_catalog,
     put_document,
     put_setting,

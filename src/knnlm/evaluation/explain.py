@@ -24,7 +24,7 @@ from knnlm.evaluation.explanation import (
     Vote,
     sorted_credits,
 )
-from knnlm.evaluation.scoring import ScoreRequest, Scores, score_text
+from knnlm.evaluation.scoring import QUERIES_AT_ONCE, ScoreRequest, Scores, score_text
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors
 from knnlm.mixture.interpolation import Votes, interpolate
@@ -70,12 +70,31 @@ def explain(
             "KNNLM(model, store)"
         )
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
+    return list(explain_tokens(model, tokens, sources=sources, before=before, after=after))
+
+
+def explain_tokens(
+    model: Explainable,
+    tokens: Sequence[int],
+    *,
+    sources: int = 3,
+    before: int = 24,
+    after: int = 8,
+    tokens_at_once: int = QUERIES_AT_ONCE,
+    with_credits: bool = True,
+) -> Iterator[Explanation]:
+    """Explain the tokens of a text one by one; see `explain`.
+
+    tokens_at_once: how many are read and searched for together. with_credits: see `Explainer`.
+    """
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")
     request = ScoreRequest.for_mixer(model.mixer, model.windowing.boundary)
     request = replace(request, retrievers=model.mixer.retrievers)
-    scores = score_text(model.lm, tokens, model.windowing, request)
-    return explain_scores(model, scores, sources=sources, before=before, after=after)
+    scores = score_text(model.lm, tokens, model.windowing, request, tokens_at_once)
+    return explain_scores(
+        model, scores, sources=sources, before=before, after=after, with_credits=with_credits
+    )
 
 
 def explain_scores(
@@ -85,8 +104,9 @@ def explain_scores(
     sources: int = 3,
     before: int = 24,
     after: int = 8,
-) -> list[Explanation]:
-    """Explain the tokens of a text from its scores, in order; see `explain`.
+    with_credits: bool = True,
+) -> Iterator[Explanation]:
+    """Explain the tokens of a text from its scores, in order; see `explain` and `Explainer`.
 
     The scores have neighbors from all the mixer's retrievers: k from each of them, or more.
     """
@@ -98,15 +118,20 @@ def explain_scores(
         check_number(name, number, 0)
     has_votes = [mixer.gate is not None or len(store) > 0 for store in stores]
     retrievers = list(compress(mixer.retrievers, has_votes))
-    explainer = Explainer(model.lm, retrievers, sources=sources, before=before, after=after)
-    explanations: list[Explanation] = []
+    explainer = Explainer(
+        model.lm,
+        retrievers,
+        sources=sources,
+        before=before,
+        after=after,
+        with_credits=with_credits,
+    )
     for part in scores:
         pairs = zip(retrievers, compress(part.neighbors, has_votes), strict=True)
         neighbors = [retriever.keep_nearest(deeper) for retriever, deeper in pairs]
         votes = mixer.votes(retrievers, neighbors, part.cache_neighbors, part.lm)
         evidence = Evidence(part.targets, part.lm_log_probs, votes, neighbors, part.cache_neighbors)
-        explanations += explainer.explain(evidence)
-    return explanations
+        yield from explainer.explain(evidence)
 
 
 class Evidence(NamedTuple):

@@ -149,9 +149,16 @@ def score_documents(
 
 
 def score_text(
-    lm: LanguageModel, tokens: Sequence[int], windowing: Windowing, request: ScoreRequest
+    lm: LanguageModel,
+    tokens: Sequence[int],
+    windowing: Windowing,
+    request: ScoreRequest,
+    tokens_at_once: int = QUERIES_AT_ONCE,
 ) -> Iterator[Scores]:
-    """Score the tokens of one text, cut into windows as a held-out document is."""
+    """Score the tokens of one text, cut into windows as a held-out document is.
+
+    tokens_at_once: see `score_windows`.
+    """
     windowing.check_positions(lm.max_window, lm.name)
     pieces = [np.array(tokens, np.int32)]
     if windowing.boundary == Boundary.document:
@@ -159,18 +166,21 @@ def score_text(
     else:
         pieces.insert(0, np.array([lm.start_token], np.int32))
         windows = stream_windows([(0, pieces)], windowing, np.empty(0, np.int32))
-    return score_windows(lm, windows, request)
+    return score_windows(lm, windows, request, tokens_at_once)
 
 
 def score_windows(
-    lm: LanguageModel, windows: Iterable[Window], request: ScoreRequest
+    lm: LanguageModel,
+    windows: Iterable[Window],
+    request: ScoreRequest,
+    tokens_at_once: int = QUERIES_AT_ONCE,
 ) -> Iterator[Scores]:
-    """Yield the scores of consecutive windows, some thousands of tokens at a time."""
+    """Yield the scores of consecutive windows: of the fewest that have `tokens_at_once` tokens."""
     scorer = _Scorer(lm, request)
     group: list[Window] = []
     for window in windows:
         group.append(window)
-        if sum(window.new for window in group) >= QUERIES_AT_ONCE:
+        if sum(window.new for window in group) >= tokens_at_once:
             yield scorer.score(group)
             group = []
     if group:

@@ -145,8 +145,8 @@ class Check:
         content = file.content(binary=text_format is TextFormat.parquet)
         if content != "text" and part.is_argument:
             raise InvalidTextError(
-                f"text file {part.name} must hold text, but is {content}: leave it out or convert "
-                "it"
+                f"text file {part.name} must hold {file.encoding_name} text, but is {content}: "
+                "leave it out or convert it"
             )
         if content not in ("text", "empty"):
             self.binaries += 1

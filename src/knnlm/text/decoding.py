@@ -193,23 +193,24 @@ class TextFile:
         if last := "".join(begun):
             yield last
 
+    @property
+    def encoding_name(self) -> str:
+        """The encoding as messages name it."""
+        return "UTF-8" if self.encoding == UTF8 else self.encoding
+
     def _not_decoded(self, error: UnicodeError, offset: int, head: bytes) -> InvalidTextError:
-        place, reason = "", type(error).__name__
-        if isinstance(error, UnicodeDecodeError | UnicodeEncodeError):
-            reason = error.reason
+        place = "its text is not"
         if isinstance(error, UnicodeDecodeError):
-            place = f"byte {offset + error.start} is not "
-        name = "UTF-8" if self.encoding == UTF8 else self.encoding
+            place = f"byte {offset + error.start} is not"
+        reason = getattr(error, "reason", str(error))
+        remedy = "name its encoding with --encoding (cp1252, latin-1, shift_jis, gb18030, …)"
         other = _unicode_other_than_utf8(head) if self.encoding == UTF8 else None
         if other:
-            remedy = f"it begins as {other.upper()} does: read it with --encoding {other}"
-        elif self.encoding == UTF8:
-            remedy = "name its encoding with --encoding (cp1252, latin-1, shift_jis, gb18030, …)"
-        else:
-            remedy = "name another encoding with --encoding"
+            reason = f"it begins as {other.upper()} does"
+            remedy = f"read it with --encoding {other}"
         return InvalidTextError(
-            f"text file {self} must be {name}, but {place}({reason}): {remedy}, convert it to "
-            "UTF-8 or leave it out"
+            f"text file {self} must be {self.encoding_name}, but {place} ({reason}): convert it to "
+            f"UTF-8, leave it out, or {remedy}"
         )
 
 

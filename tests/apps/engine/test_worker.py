@@ -1,7 +1,9 @@
 """The batched work, without a protocol: against `generate`, and against being alone."""
 
+import itertools
+import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ from conftest import PROSE, byte_tokenizer
 from families import FAMILIES
 from serving import PARAMETERS, fresh_lm, tiny_store
 from stores import distinct_documents
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import knnlm.apps.engine.steps
 import knnlm.apps.engine.worker
 import knnlm.retrieval.mixer
 import knnlm.tuning.fitting
+from knnlm.apps.engine.decoding import Decoder
 from knnlm.apps.engine.jobs import (
     Completion,
     Event,
@@ -32,6 +36,7 @@ from knnlm.apps.engine.worker import Worker
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.explain import explain
+from knnlm.index.policy import build_index
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.mixture.by_distance import BucketedLambda
@@ -48,6 +53,8 @@ TEXTS = [
     PROSE[:150],
     "What followed there is a guess at",
 ]
+SHORTEST_FIRST = sorted(TEXTS, key=len)
+"""The order in which they are read, and that of a batch."""
 
 
 @dataclass
@@ -105,6 +112,16 @@ def work(model: KNNLM, *asked: Asked, together: bool = True) -> None:
         assert not any(isinstance(event, Failed) for event in one.events), one.events
 
 
+def run(worker: Worker, asked: Sequence[Asked]) -> None:
+    """Begin what was asked, and work until all jobs are done."""
+    for one in asked:
+        if one.job not in worker.jobs:
+            worker.begin(one.job)
+    while worker.jobs:
+        worker.turn()
+    worker.close()
+
+
 @pytest.fixture(scope="session")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_store(tmp_path_factory.mktemp("worker") / "store")
@@ -132,6 +149,36 @@ def test_every_family_generates_as_transformers_does(tmp_path: Path, family: str
         assert [scored.token for scored in one.tokens()] == kept
         assert one.texts == [generation.text]
         assert one.reasons == ["stop" if ended else "length"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "own"),
+    [
+        ("rwkv", {"attention_hidden_size": 32, "context_length": 256}),
+        (
+            "recurrent_gemma",
+            {"lru_width": 32, "attention_window_size": 64, "num_key_value_heads": 2,
+             "num_attention_heads": 4, "block_types": ["recurrent", "attention"]},
+        ),
+        ("openai-gpt", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 256}),
+    ],
+)  # fmt: skip
+def test_models_that_hand_no_cache_over(tmp_path: Path, kind: str, own: dict[str, Any]) -> None:
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    ends = {"initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None}
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | ends | own))
+    lm = LanguageModel(network.eval(), byte_tokenizer(), name=kind)
+    model = KNNLM(lm, build(tmp_path / "s", lm, distinct_documents(2), window=48), **PARAMETERS)
+    wanted = [model.generate(text, max_new_tokens=12) for text in TEXTS]
+    asked = [ask(lm, text, log_probs=0, samples=2) for text in TEXTS]
+    work(model, *asked)
+    for one, generation in zip(asked, wanted, strict=True):
+        assert one.texts == [generation.text] * 2
+        tokens = torch.tensor([[*one.job.prompt, *(scored.token for scored in one.tokens())]])
+        expected = model.log_probs(tokens)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
+        found = [scored.log_prob for scored in one.tokens()]
+        assert found == pytest.approx(expected[-len(found) :].tolist(), abs=5e-5)
 
 
 @pytest.mark.parametrize("piece", [1, 7, 256])
@@ -419,3 +466,103 @@ def test_a_failure_hits_its_own_request_alone(
     for number, one in enumerate(asked):
         if number != 2:
             assert one.texts == [model.generate(TEXTS[number], max_new_tokens=12).text]
+
+
+def test_what_is_no_number_is_one_samples_own(
+    model: KNNLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any rows of any steps are NaN; the others go on as if they were alone."""
+    wanted = [model.generate(text, max_new_tokens=12).text for text in SHORTEST_FIRST]
+    original = Decoder.advance
+    chosen = random.Random(0)
+    for _ in range(6):
+        asked = [ask(model.lm, text) for text in SHORTEST_FIRST]
+        step_number, bad = chosen.randrange(6), set(chosen.sample(range(len(SHORTEST_FIRST)), 2))
+        calls = itertools.count()
+
+        def advance(self: Decoder, tokens: Any, batch: Any) -> Any:
+            step, cached = original(self, tokens, batch)
+            if next(calls) == step_number:  # noqa: B023
+                step.log_probs[[*bad]] = torch.nan  # noqa: B023
+            return step, cached
+
+        monkeypatch.setattr(Decoder, "advance", advance)
+        run(Worker(model, Metrics()), asked)
+        monkeypatch.setattr(Decoder, "advance", original)
+        assert {n for n, one in enumerate(asked) if isinstance(one.events[-1], Failed)} == bad
+        for number in set(range(len(SHORTEST_FIRST))) - bad:
+            assert asked[number].texts == [wanted[number]]
+
+
+def test_a_search_that_fails_is_one_samples_own(
+    model: KNNLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Searched together they fail, and one by one only the one that is the cause."""
+    wanted = [model.generate(text, max_new_tokens=12).text for text in SHORTEST_FIRST]
+    asked = [ask(model.lm, text) for text in SHORTEST_FIRST]
+    bad_keys: list[torch.Tensor] = []
+    original = knnlm.apps.engine.steps.mix_step
+    calls = itertools.count()
+
+    def mix(mixer: Any, step: Any) -> Any:
+        if len(step.keys) == len(SHORTEST_FIRST) and next(calls) == 3:
+            bad_keys.append(step.keys[1])
+        if any(key.equal(bad) for key in step.keys for bad in bad_keys):
+            raise RuntimeError("no memory left")
+        return original(mixer, step)
+
+    monkeypatch.setattr(knnlm.apps.engine.worker, "mix_step", mix)
+    run(Worker(model, Metrics()), asked)
+    assert bad_keys
+    for number, one in enumerate(asked):
+        if number == 1:
+            assert isinstance(one.events[-1], Failed)
+        else:
+            assert one.texts == [wanted[number]]
+
+
+def test_a_short_prompt_is_read_beside_long_ones(
+    model: KNNLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knnlm.apps.engine.worker, "_PROMPT_TOKENS", 8)
+    long_ones = [ask(model.lm, PROSE[:200], max_tokens=1) for _ in range(4)]
+    short = ask(model.lm, "The", max_tokens=1)
+    worker = Worker(model, Metrics())
+    for one in [*long_ones, short]:
+        worker.begin(one.job)
+    for _ in range(2):
+        worker.turn()
+    assert short.reasons
+    assert not any(one.reasons for one in long_ones)
+    run(worker, [])
+    assert all(one.reasons for one in long_ones)
+
+
+def test_running_samples_keep_their_state(tmp_path: Path) -> None:
+    """What is begun goes on as if nothing was forgotten, compacted, appended or indexed."""
+    path = tiny_store(tmp_path / "store")
+    chosen = random.Random(0)
+    model = KNNLM(fresh_lm(), Datastore(path), **PARAMETERS)
+    expected = {}
+    worker = Worker(model, Metrics())
+    running: list[Asked] = []
+    changes: list[Callable[[], Any]] = [
+        lambda: Datastore(path).forget([chosen.choice(Datastore(path).documents()).name]),
+        lambda: compact(Datastore(path)),
+        lambda: build(path, fresh_lm(), [Document(f"{chosen.random()}", PROSE[:90])]),
+        lambda: build_index(Datastore(path), chosen.choice(["ivf", "exact"]), k=9),
+    ]
+    for number in range(12):
+        one = ask(model.lm, TEXTS[number % len(TEXTS)], sources=3, max_tokens=20)
+        now = KNNLM(model.lm, Datastore(path), **PARAMETERS)
+        expected[one.job] = now.generate(TEXTS[number % len(TEXTS)], max_new_tokens=20).text
+        running.append(one)
+        worker.begin(one.job)
+        for _ in range(2):
+            worker.turn()
+        if number < 3 or len(Datastore(path)) > 200:
+            chosen.choice(changes)()
+    run(worker, [])
+    for one in running:
+        assert not any(isinstance(event, Failed) for event in one.events), one.events
+        assert one.texts == [expected[one.job]]

@@ -36,7 +36,7 @@ def checked_texts(sources: Sequence[str], options: TextOptions) -> "Iterator[Doc
         encoding=options.encoding,
         text_format=options.text_format,
         skip_bad=options.skip_bad,
-        progress=RichProgress(),
+        progress=RichProgress(transient=True),
     )
     try:
         yield documents

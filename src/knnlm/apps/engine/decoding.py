@@ -30,7 +30,7 @@ class CachedSequences:
     """Sequences that the model has read, as its cache holds them: padded on the left.
 
     mask: 1 where there is a token. cache: the model's own; of an unknown type where sequences
-    cannot share a batch.
+    cannot share a batch, and the tokens themselves where the model has none.
     """
 
     mask: Int[Tensor, "sequence time"]
@@ -42,13 +42,19 @@ class Decoder:
 
     With models that only have attention, sequences of any lengths share one batch. With others
     (Mamba and its hybrids) they are read one by one, because their states do not allow padding.
+    Models without a cache that is handed over (RWKV, RecurrentGemma, GPT-1) read all again.
     """
 
     def __init__(self, lm: LanguageModel, captured: KeyCapture) -> None:
         self._lm = lm
         self._captured = captured
         accepted = inspect.signature(lm.model.forward).parameters
-        self._cache_name = "cache_params" if "cache_params" in accepted else "past_key_values"
+        self._use_cache = {"use_cache": True} if "use_cache" in accepted else {}
+        with torch.inference_mode():  # some accept a cache and return none
+            start = torch.tensor([[lm.start_token]], device=lm.device)
+            output = lm.model(input_ids=start, **self._use_cache)
+        names = [name for name in ("cache_params", "past_key_values") if name in output]
+        self._cache_name = names[0] if names else None
         self._takes_positions = "position_ids" in accepted
         self._can_skip_logits = "logits_to_keep" in accepted
         layers = DynamicCache(config=lm.model.config).layers
@@ -89,7 +95,12 @@ class Decoder:
         keep: int,
     ) -> tuple[Float[Tensor, "sequence new dim"], Float[Tensor, "sequence kept vocab"], Any]:
         device = self._lm.device
-        options: dict[str, Any] = {self._cache_name: cache}
+        new = tokens.shape[1]
+        if self._cache_name is not None:
+            options: dict[str, Any] = {self._cache_name: cache, **self._use_cache}
+        else:
+            options = dict.fromkeys(self._use_cache, False)
+            tokens = tokens if cache is None else torch.cat([cache, tokens], dim=1)
         if self.shares_batches:  # sequences that are read one by one have no padding
             options["attention_mask"] = mask.to(device)
         if self._takes_positions:
@@ -98,9 +109,10 @@ class Decoder:
         if self._can_skip_logits:
             options["logits_to_keep"] = keep
         with torch.inference_mode():
-            output = self._lm.model(input_ids=tokens.to(device), use_cache=True, **options)
-        keys = self._captured.keys.to(device).float()
-        return keys, output.logits.float(), getattr(output, self._cache_name)
+            output = self._lm.model(input_ids=tokens.to(device), **options)
+        keys = self._captured.keys.to(device).float()[:, -new:]
+        cache = tokens if self._cache_name is None else getattr(output, self._cache_name)
+        return keys, output.logits.float(), cache
 
     def join(self, parts: Sequence[CachedSequences]) -> CachedSequences:
         """Join several batches into one; needs `shares_batches`."""

@@ -12,7 +12,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from knnlm.apps.engine.jobs import Failed, Job
+from knnlm.apps.engine.admission import admit
+from knnlm.apps.engine.jobs import Failed, Job, Lane
 from knnlm.apps.engine.limits import Limits
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.worker import Worker
@@ -35,8 +36,8 @@ class ModelFacts:
     """What other threads may know about the model, which they may not use.
 
     tokenizer: the model's own; other threads use a copy of it. max_window: the most positions for
-    a prompt and its completion together; None for no limit. entries, parameters: of each datastore.
-    weights: see `Mixer.weights`.
+    a prompt and its completion together; None for no limit. entries, parameters: of each datastore,
+    in the state that the next request sees. weights: see `Mixer.weights`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -62,8 +63,11 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
         self._is_draining = self._is_closing = False
+        self._lookers: list[Callable[[], None]] = []
+        self._problem: str | None = None
         self._failure: Exception | None = None
         self._facts: ModelFacts | None = None
+        self._published: KNNLM | None = None  # the model of the facts
         self._opened = threading.Event()
         self._thread = threading.Thread(target=self._run, name="knnlm-model", daemon=True)
 
@@ -77,11 +81,40 @@ class Engine:
         return self._facts
 
     @property
-    def status(self) -> Literal["ok", "stopping", "dead"]:
-        """Return ok, stopping, or dead if the thread has failed."""
+    def status(self) -> Literal["ok", "degraded", "stopping", "dead"]:
+        """Return ok, stopping, or dead if the thread has failed.
+
+        Degraded: a datastore has changed and cannot be opened; its last state goes on serving.
+        """
         if self._failure is not None:
             return "dead"
-        return "stopping" if self._is_draining else "ok"
+        if self._is_draining:
+            return "stopping"
+        return "ok" if self._problem is None else "degraded"
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread has been started and has not ended."""
+        return self._thread.is_alive()
+
+    @property
+    def facts(self) -> ModelFacts:
+        """What was true when the thread last looked for changes of the datastores."""
+        assert self._facts is not None
+        return self._facts
+
+    def look(self, done: Callable[[], None]) -> None:
+        """Have the thread look for changes of the datastores, as it does for every request.
+
+        done: called when `facts` and `status` are what the next request will see, or at the end.
+        """
+        with self._changed:
+            is_over = self._is_closing or self._failure is not None
+            if not is_over:
+                self._lookers.append(done)
+                self._changed.notify()
+        if is_over:
+            done()
 
     @property
     def is_idle(self) -> bool:
@@ -90,7 +123,12 @@ class Engine:
             return not self._waiting and not self._running
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queue all jobs or none; raises QueueFullError and UnavailableError."""
+        """Queue the jobs of one request, all or none; of several, none counts as short.
+
+        Raises QueueFullError and UnavailableError.
+        """
+        for job in jobs if len(jobs) > 1 else ():
+            job.lane = Lane.long
         with self._changed:
             if self._failure is not None:
                 raise UnavailableError("the server's model thread has died; restart the server")
@@ -128,7 +166,8 @@ class Engine:
         try:
             model = self._open_model()
             worker = Worker(model, self._metrics)
-            self._facts = _facts(model)
+            del model  # of older states of its datastores nothing is to be kept
+            self._follow(worker)
         except Exception as error:
             self._failure = error
             return
@@ -136,6 +175,7 @@ class Engine:
             self._opened.set()
         try:
             while self._take(worker):
+                self._follow(worker)
                 worker.turn()
                 with self._changed:
                     self._running = worker.jobs
@@ -149,27 +189,34 @@ class Engine:
 
     def _take(self, worker: Worker) -> bool:
         """Wait for jobs and begin those that have a place; return False at the end."""
-        begun = []
         with self._changed:
             while True:
                 self._waiting = deque(job for job in self._waiting if not job.cancelled)
                 if self._is_closing:
                     return False
-                if self._waiting or worker.jobs:
+                if self._waiting or worker.jobs or self._lookers:
                     break
                 self._metrics.waiting.set(0)
                 self._changed.wait()
-            places = worker.places
-            while self._waiting:
-                places += self._waiting[0].places
-                if places > self._limits.max_batch:
-                    break
-                begun.append(self._waiting.popleft())
+            begun = admit(self._waiting, worker.load, self._limits)
             self._running = worker.jobs.union(begun)
             self._metrics.waiting.set(sum(job.places for job in self._waiting))
         for job in begun:
             worker.begin(job)
         return True
+
+    def _follow(self, worker: Worker) -> None:
+        """Publish what the next request will see; looks for changes if someone asks."""
+        with self._changed:
+            lookers, self._lookers = self._lookers, []
+        if lookers:
+            worker.followed.follow()
+        self._problem = worker.followed.problem
+        if worker.followed.newest is not self._published:
+            self._published = worker.followed.newest
+            self._facts = _facts(self._published)
+        for done in lookers:
+            done()
 
     def _abandon(self, worker: Worker) -> None:
         """Fail every job that waits or runs."""
@@ -178,6 +225,9 @@ class Engine:
             left = [*self._waiting, *self._running]
             self._waiting.clear()
             self._running = set()
+            lookers, self._lookers = self._lookers, []
+        for done in lookers:
+            done()
         for job in left:
             if not job.cancelled:
                 job.cancel()

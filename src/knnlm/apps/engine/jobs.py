@@ -3,12 +3,24 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Any
 
 from knnlm.apps.engine.sampling import SamplingOptions
+from knnlm.apps.engine.turns import Turns
 from knnlm.evaluation.explanation import Explanation
 from knnlm.knn_lm import KNNLM
 from knnlm.retrieval.mixer import Mixer, override_mixer
+
+_SHORT_TOKENS, _SHORT_PROMPT = 16, 256
+
+
+class Lane(Enum):
+    """Jobs that wait for each other: short completions do not wait for long ones, or for calls."""
+
+    short = auto()
+    long = auto()
+    call = auto()
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,7 @@ class Job:
     cancelled: bool = field(default=False, init=False)
     places: int = field(default=1, init=False)
     """How many places it takes in the queue and in the batch."""
+    lane: Lane = field(default=Lane.call, init=False)
     arrived: float = field(default_factory=time.perf_counter, init=False)
 
     def cancel(self) -> None:
@@ -129,10 +142,16 @@ class Completion(Job):
 
     def __post_init__(self) -> None:
         self.places = self.samples
+        is_short = self.max_tokens <= _SHORT_TOKENS and len(self.prompt) <= _SHORT_PROMPT
+        is_short = is_short and self.samples == 1
+        self.lane = Lane.short if is_short else Lane.long
 
 
 @dataclass(eq=False, slots=True)
 class ModelCall(Job):
-    """A function that needs the kNN-LM, which only the model thread may use."""
+    """Work that needs the kNN-LM, which only the model thread may use.
 
-    function: Callable[[KNNLM], Any]
+    function: does it in turns, between which others go on; a turn should last a tenth of a second.
+    """
+
+    function: Callable[[KNNLM], Turns[Any]]

@@ -44,6 +44,11 @@ class Metrics:
         self.failures = Counter(
             "knnlm_failures", "Completions that failed in the server.", registry=self._registry
         )
+        self.reopening_failures = Counter(
+            "knnlm_reopening_failures",
+            "Attempts to open a datastore that had changed which failed.",
+            registry=self._registry,
+        )
         self.waiting = Gauge(
             "knnlm_waiting", "Completions waiting for a place.", registry=self._registry
         )

@@ -7,22 +7,24 @@ to one thread.
 import copy
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from knnlm.apps.engine.calls import Calls
 from knnlm.apps.engine.decoding import CachedSequences, Decoder, Step
+from knnlm.apps.engine.followed_model import FollowedModel
 from knnlm.apps.engine.jobs import (
     Completion,
     Failed,
     Grown,
     Job,
+    Lane,
     ModelCall,
     PromptRead,
-    Returned,
     ScoredToken,
 )
 from knnlm.apps.engine.metrics import Metrics
@@ -30,11 +32,11 @@ from knnlm.apps.engine.sampling import choose_token, seeded_generator
 from knnlm.apps.engine.steps import MixedStep, check_numbers, mix_step
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.errors import InvalidArgumentError
-from knnlm.index.policy import open_index
 from knnlm.knn_lm import KNNLM
 from knnlm.retrieval.mixer import Mixer
 
 _PROMPT_TOKENS = 256  # read between two steps of what is being generated
+_NEIGHBORS = 1 << 20  # found for them at most, where each of many votes
 _LOG = logging.getLogger(__name__)
 
 
@@ -48,6 +50,11 @@ class _Prompt:
     read: int = 0
     cached: CachedSequences | None = None
     scored: list[ScoredToken] = field(default_factory=list)
+
+    @property
+    def left(self) -> int:
+        """How many tokens the model has not read."""
+        return len(self.job.prompt) - self.read
 
 
 @dataclass(eq=False, slots=True)
@@ -77,14 +84,15 @@ class Worker:
     """Runs jobs on a kNN-LM, a turn at a time; `close` gives the model back."""
 
     def __init__(self, model: KNNLM, metrics: Metrics) -> None:
-        self._model = model
+        self.followed = FollowedModel(model, metrics)
         self._lm = model.lm
-        self._mixer = model.mixer
         self._metrics = metrics
         self._hooks = ExitStack()
         self._decoder = Decoder(self._lm, self._hooks.enter_context(self._lm.capture()))
         self._prompts: deque[_Prompt] = deque()
         self._batches: list[_Batch] = []
+        self._calls = Calls(self._fail)
+        self._turns = 0
 
     def close(self) -> None:
         """Stop recording the model's keys."""
@@ -93,21 +101,30 @@ class Worker:
     @property
     def places(self) -> int:
         """How many samples are being generated or prepared."""
-        return sum(prompt.job.places for prompt in self._prompts) + sum(
-            len(batch.samples) for batch in self._batches
-        )
+        return self.load[Lane.short] + self.load[Lane.long]
+
+    @property
+    def load(self) -> Counter[Lane]:
+        """How many places the jobs of each lane take."""
+        load = Counter({Lane.call: len(self._calls.jobs)})
+        for prompt in self._prompts:
+            load[prompt.job.lane] += prompt.job.places
+        for batch in self._batches:
+            load.update(sample.job.lane for sample in batch.samples)
+        return load
 
     @property
     def jobs(self) -> set[Job]:
         """The jobs that were begun and are neither finished nor dropped."""
         begun: set[Job] = {prompt.job for prompt in self._prompts}
-        return begun.union(sample.job for batch in self._batches for sample in batch.samples)
+        samples = (sample for batch in self._batches for sample in batch.samples)
+        return begun.union(self._calls.jobs, (sample.job for sample in samples))
 
     def begin(self, job: Job) -> None:
-        """Begin a job; a model call is done at once. An error fails this job alone."""
+        """Begin a job, on the newest state of the datastores. An error fails this job alone."""
         try:
-            self._follow_changes()
-            mixer = job.overrides.apply(self._mixer)
+            model = copy.copy(self.followed.follow())
+            model.mixer = mixer = job.overrides.apply(model.mixer)
             if isinstance(job, Completion) and job.max_tokens == 0 and not job.score_prompt:
                 job.post(PromptRead())
                 for sample in range(job.samples):
@@ -116,25 +133,13 @@ class Worker:
                 stream = TextStream(self._lm.decode, ())
                 self._prompts.append(_Prompt(job, mixer, stream))
             elif isinstance(job, ModelCall):
-                model = copy.copy(self._model)
-                model.mixer = mixer
-                job.post(Returned(job.function(model)))
+                self._calls.begin(job, job.function(model))
         except Exception as error:
             self._fail(job, error)
 
-    def _follow_changes(self) -> None:
-        """Follow entries that were added, forgotten or compacted in the meantime."""
-        changed = []
-        for retriever in self._mixer.retrievers:
-            numbering = retriever.store.numbering
-            retriever.store.refresh()
-            if retriever.store.numbering != numbering:
-                index = open_index(retriever.store, device=str(self._lm.device))
-                retriever = replace(retriever, index=index)
-            changed.append(retriever)
-        self._mixer = replace(self._mixer, retrievers=tuple(changed))
-
     def _fail(self, job: Job, error: Exception) -> None:
+        if job.cancelled:  # another of its samples has failed, or nobody listens
+            return
         job.cancel()
         if isinstance(error, InvalidArgumentError):
             job.post(Failed(str(error), invalid=True))
@@ -144,30 +149,48 @@ class Worker:
         job.post(Failed("the server failed at this request; its log says more"))
 
     def turn(self) -> None:
-        """Read some of the waiting prompts, then generate one more token of every sample."""
+        """Read some of the waiting prompts, generate a token of every sample, go on with calls."""
         self._drop_cancelled()
+        self._turns += 1
         budget = _PROMPT_TOKENS
         while budget > 0 and self._prompts:
-            prompt = self._prompts[0]
+            prompt = self._next_prompt()
             try:
                 budget -= self._read_some(prompt)
             except Exception as error:
                 self._fail(prompt.job, error)
-            if prompt.job.cancelled or prompt.read == len(prompt.job.prompt):
-                self._prompts.popleft()
+            if prompt.job.cancelled or prompt.left == 0:
+                self._prompts.remove(prompt)
         for batch in list(self._batches):
             try:
                 self._advance(batch)
-            except Exception as error:  # which sample caused it is unknown
-                for sample in batch.samples:
-                    if not sample.job.cancelled:
-                        self._fail(sample.job, error)
+            except Exception as error:  # the model's step is shared: whose error it is, is unknown
+                self._fail_batch(batch, error)
+        self._calls.turn()
         self._drop_cancelled()
 
+    def _next_prompt(self) -> _Prompt:
+        """Return the oldest prompt or, every other turn, the one of which the least is left.
+
+        So a short prompt does not wait for long ones, and a long one is not put off for ever.
+        """
+        if self._turns % 2:
+            return min(self._prompts, key=lambda prompt: prompt.left)
+        return self._prompts[0]
+
+    def _fail_batch(self, batch: _Batch, error: Exception) -> None:
+        for sample in batch.samples:
+            self._fail(sample.job, error)
+
     def _drop_cancelled(self) -> None:
+        self._calls.drop_cancelled()
         self._prompts = deque(prompt for prompt in self._prompts if not prompt.job.cancelled)
         for batch in self._batches:
-            self._keep(batch, [not sample.job.cancelled for sample in batch.samples])
+            try:
+                self._keep(batch, [not sample.job.cancelled for sample in batch.samples])
+            except Exception as error:
+                self._fail_batch(batch, error)
+                batch.samples = []
         self._batches = [batch for batch in self._batches if batch.samples]
 
     def _keep(self, batch: _Batch, wanted: Sequence[bool]) -> None:
@@ -179,11 +202,16 @@ class Worker:
     def _read_some(self, prompt: _Prompt) -> int:
         """Read the next piece of a prompt; after the last one, begin its samples.
 
-        Returns how many tokens were read.
+        Returns how many tokens were read; more if each of them had many neighbors.
         """
-        job = prompt.job
-        left = len(job.prompt) - prompt.read
-        size = min(left, _PROMPT_TOKENS) if self._decoder.shares_batches else left
+        job, left = prompt.job, prompt.left
+        size = left  # states without padding cannot be continued by several tokens either
+        cost = 1
+        if self._decoder.shares_batches:
+            if job.score_prompt:
+                k = sum(retriever.parameters.k for retriever in prompt.mixer.searched)
+                cost = max(1, _PROMPT_TOKENS * k // _NEIGHBORS)
+            size = min(left, max(1, _PROMPT_TOKENS // cost))
         piece = torch.tensor(job.prompt[prompt.read : prompt.read + size], dtype=torch.int64)
         keep = size if job.score_prompt else 1
         started = time.perf_counter()
@@ -200,7 +228,7 @@ class Worker:
         if is_last:
             job.post(PromptRead(tuple(prompt.scored)))
             self._begin_samples(prompt, mixed)
-        return size
+        return size * cost
 
     def _mix(self, mixer: Mixer, step: Step) -> MixedStep:
         mixed = mix_step(mixer, step)
@@ -272,19 +300,20 @@ class Worker:
             [sample.last_token for sample in batch.samples], batch.cached
         )
         self._metrics.model_seconds.inc(time.perf_counter() - started)
-        mixed_alike: dict[tuple[object, ...], list[int]] = {}  # places of samples, by their mixer
-        for place, sample in enumerate(batch.samples):
-            retrievers = tuple(
-                (retriever.parameters, id(retriever.by_distance), id(retriever.index))
-                for retriever in sample.mixer.retrievers
-            )
-            mixed_alike.setdefault((retrievers, id(sample.mixer.gate)), []).append(place)
         goes_on = [True] * len(batch.samples)
-        for places in mixed_alike.values():
-            part = Step(step.keys[places], step.log_probs[places])
-            mixed = self._mix(batch.samples[places[0]].mixer, part)
-            for position, place in enumerate(places):
-                sample = batch.samples[place]
+        groups = deque(_mixed_alike(batch.samples))
+        while groups:
+            places = groups.popleft()
+            samples = [batch.samples[place] for place in places]
+            try:
+                mixed = self._mix(samples[0].mixer, Step(step.keys[places], step.log_probs[places]))
+            except Exception as error:
+                if len(places) > 1:  # one of them may have caused it
+                    groups.extend([place] for place in places)
+                else:
+                    self._fail(samples[0].job, error)
+                continue
+            for position, (place, sample) in enumerate(zip(places, samples, strict=True)):
                 try:
                     goes_on[place] = self._grow(sample, mixed, position)
                 except Exception as error:
@@ -332,3 +361,15 @@ class Worker:
             grown = Grown(sample.number, text[sample.shown :], tuple(ready), reason)
             sample.job.post(grown)
             sample.shown = len(text)
+
+
+def _mixed_alike(samples: Sequence[_Sample]) -> list[list[int]]:
+    """Return the places of samples that share snapshots and parameters, group by group."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for place, sample in enumerate(samples):
+        retrievers = tuple(
+            (retriever.parameters, id(retriever.by_distance), id(retriever.index))
+            for retriever in sample.mixer.retrievers
+        )
+        groups.setdefault((retrievers, id(sample.mixer.gate)), []).append(place)
+    return list(groups.values())

@@ -4,7 +4,7 @@ Knows the kNN-LM; knows no page and no protocol.
 """
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,11 +14,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.apps.engine.text_stream import TextStream
+from knnlm.apps.engine.turns import Turns, finish
 from knnlm.datastore.datastore import Datastore, DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain_scores
 from knnlm.evaluation.explanation import Explanation
-from knnlm.evaluation.scoring import ScoreRequest, Scores, mixed_log_probs, score_text
+from knnlm.evaluation.scoring import (
+    QUERIES_AT_ONCE,
+    ScoreRequest,
+    Scores,
+    mixed_log_probs,
+    score_text,
+)
 from knnlm.index.protocol import Neighbors
 from knnlm.index.report import describe_index
 from knnlm.knn_lm import KNNLM
@@ -32,6 +39,8 @@ LEAST_K = 256
 _LM_TOKENS = 10  # how many of the LM's likeliest tokens are shown for each position
 _MOST_DOCUMENTS = 1000  # that are named for each datastore
 _BEFORE, _AFTER = 40, 16  # tokens of a passage
+_NEIGHBOR_BYTES = 16  # of a neighbor in the page's data
+_PASSAGES_AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +66,20 @@ class Analysis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values for JSON; arrays as base64, little-endian."""
-        values = [
-            retriever.tokens(neighbors)
-            for retriever, neighbors in zip(self.retrievers, self.neighbors, strict=True)
-        ]
+        return finish(self.to_dict_in_turns())
+
+    def to_dict_in_turns(self) -> Turns[dict[str, Any]]:
+        """Do what `to_dict` does, in turns."""
+        values, datastores = [], []
+        for retriever, neighbors in zip(self.retrievers, self.neighbors, strict=True):
+            values.append(retriever.tokens(neighbors))
+            datastores.append(_retrieved_to_dict(retriever, neighbors, values[-1]))
+            yield
         mentioned = torch.cat([self.tokens, self.lm_top.flatten(), *(v.flatten() for v in values)])
+        named = np.unique(mentioned.numpy()).tolist()
+        yield
+        vocabulary = {str(token): self.lm.decode([token]) for token in named if token >= 0}
+        yield
         return {
             "model": self.lm.name,
             "pieces": _pieces(self.lm, self.tokens.tolist()),
@@ -71,27 +89,8 @@ class Analysis:
             "lm_top": _packed(self.lm_top, "<i4"),
             "lm_top_log_probs": _packed(self.lm_top_log_probs, "<f4"),
             "tuned_log_probs": None if self.weights == "fixed" else _packed(self.log_probs, "<f4"),
-            "vocabulary": {
-                str(token): self.lm.decode([token])
-                for token in np.unique(mentioned.numpy()).tolist()
-                if token >= 0
-            },
-            "datastores": [
-                {
-                    "path": str(retriever.store.path),
-                    "entries": len(retriever.store),
-                    "numbering": retriever.store.numbering,
-                    "parameters": asdict(retriever.parameters),
-                    "k": neighbors.rows.shape[1],
-                    "squared_distances": _packed(neighbors.squared_distances, "<f4"),
-                    "rows": _packed(neighbors.rows, "<i4"),
-                    "values": _packed(neighbor_values, "<i4"),
-                    "documents": _documents_to_dicts(retriever.store, neighbors.rows),
-                }
-                for retriever, neighbors, neighbor_values in zip(
-                    self.retrievers, self.neighbors, values, strict=True
-                )
-            ],
+            "vocabulary": vocabulary,
+            "datastores": datastores,
         }
 
     def strongest_rows(self, sources: int) -> list[list[int]]:
@@ -109,22 +108,34 @@ class Analysis:
         return rows
 
 
-def analyze(
-    model: KNNLM, text: str, generated: Sequence[int] = (), most_tokens: int | None = None
-) -> Analysis:
+def analyze(model: KNNLM, text: str, generated: Sequence[int] = ()) -> Analysis:
     """Read a text and find its neighbors.
 
     generated: the tokens that the model generated after it. The continuous cache is left out.
-    Raises InvalidArgumentError for a text without tokens, or with more than `most_tokens`.
+    Raises InvalidArgumentError for a text without tokens.
     """
-    tokens = [*model.lm.encode([text])[0].tolist(), *generated]
-    if not tokens:
+    return finish(analyze_in_turns(model, model.lm.encode([text])[0].tolist(), generated))
+
+
+def analyze_in_turns(
+    model: KNNLM,
+    tokens: Sequence[int],
+    generated: Sequence[int] = (),
+    tokens_at_once: int = QUERIES_AT_ONCE,
+) -> Turns[Analysis]:
+    """Do what `analyze` does with the tokens of a text; each turn reads some of them."""
+    if not tokens and not generated:
         raise InvalidArgumentError("text must have a token, got none: write something")
-    if most_tokens is not None and len(tokens) > most_tokens:
-        raise InvalidArgumentError(
-            f"text must have at most {most_tokens} tokens here, got {len(tokens)}: take a part"
-        )
-    return _analysis(model, _read(model, tokens), len(tokens) - len(generated))
+    scores = []
+    for part in _read(model, [*tokens, *generated], tokens_at_once):
+        scores.append(part)
+        yield
+    return _analysis(model, scores, len(tokens))
+
+
+def answer_bytes(model: KNNLM, tokens: int) -> int:
+    """Return the size of an analysis as JSON, about, without making it."""
+    return tokens * _NEIGHBOR_BYTES * sum(_deep_k(one) for one in model.retrievers)
 
 
 def analyze_and_explain(
@@ -134,24 +145,29 @@ def analyze_and_explain(
     tokens = [*model.lm.encode([text])[0].tolist(), *generated]
     if not tokens:
         raise InvalidArgumentError("the text to explain must have a token, got none")
-    scores = _read(model, tokens)
-    explanations = explain_scores(model, scores, sources=sources)
+    scores = list(_read(model, tokens))
+    explanations = list(explain_scores(model, scores, sources=sources))
     return _analysis(model, scores, len(tokens) - len(generated)), explanations
 
 
-def _read(model: KNNLM, tokens: Sequence[int]) -> list[Scores]:
+def _deep_k(retriever: Retriever) -> int:
+    return max(retriever.parameters.k, min(LEAST_K, len(retriever.store)))
+
+
+def _read(
+    model: KNNLM, tokens: Sequence[int], tokens_at_once: int = QUERIES_AT_ONCE
+) -> Iterator[Scores]:
     """Read a text, with more neighbors of each token than its retrievers' k."""
     deep = tuple(
-        replace(retriever, parameters=replace(retriever.parameters, k=k))
+        replace(retriever, parameters=replace(retriever.parameters, k=_deep_k(retriever)))
         for retriever in model.retrievers
-        for k in [max(retriever.parameters.k, min(LEAST_K, len(retriever.store)))]
     )
     request = replace(
         ScoreRequest.for_mixer(model.mixer, model.windowing.boundary),
         retrievers=deep,
         likeliest=_LM_TOKENS,
     )
-    return list(score_text(model.lm, tokens, model.windowing, request))
+    return score_text(model.lm, tokens, model.windowing, request, tokens_at_once)
 
 
 def _analysis(model: KNNLM, scores: Sequence[Scores], generated_from: int) -> Analysis:
@@ -198,10 +214,19 @@ def read_passages(
     rows: for each retriever. Passages of forgotten documents are left out. Raises
     InvalidArgumentError for a row beyond the datastore's last.
     """
+    return finish(read_passages_in_turns(lm, retrievers, rows))
+
+
+def read_passages_in_turns(
+    lm: LanguageModel, retrievers: Sequence[Retriever], rows: Sequence[Sequence[int]]
+) -> Turns[list[dict[str, dict[str, str]]]]:
+    """Do what `read_passages` does, in turns."""
     passages_by_retriever = []
     for retriever, retriever_rows in zip(retrievers, rows, strict=True):
         passages = {}
-        for row in retriever_rows:
+        for number, row in enumerate(retriever_rows, start=1):
+            if number % _PASSAGES_AT_ONCE == 0:
+                yield
             if not 0 <= row < retriever.store.rows:
                 raise InvalidArgumentError(
                     f"rows must be below {retriever.store.rows}, the entries of "
@@ -245,6 +270,23 @@ def stores_to_dicts(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
             }
         )
     return dicts
+
+
+def _retrieved_to_dict(
+    retriever: Retriever, neighbors: Neighbors, values: Int[Tensor, "token k"]
+) -> dict[str, Any]:
+    """Return what was found in a retriever as plain values. values: the neighbors' tokens."""
+    return {
+        "path": str(retriever.store.path),
+        "entries": len(retriever.store),
+        "numbering": retriever.store.numbering,
+        "parameters": asdict(retriever.parameters),
+        "k": neighbors.rows.shape[1],
+        "squared_distances": _packed(neighbors.squared_distances, "<f4"),
+        "rows": _packed(neighbors.rows, "<i4"),
+        "values": _packed(values, "<i4"),
+        "documents": _documents_to_dicts(retriever.store, neighbors.rows),
+    }
 
 
 def _documents_to_dicts(store: Datastore, rows: Int[Tensor, "token k"]) -> list[dict[str, Any]]:

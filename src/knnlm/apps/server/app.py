@@ -31,7 +31,6 @@ def create_app(
         name=name,
         created=int(time.time()),
         engine=engine,
-        facts=facts,
         reader=RequestReader(facts, limits),
         metrics=metrics,
     )

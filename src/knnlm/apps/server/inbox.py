@@ -1,17 +1,20 @@
 """How a request waits for the model thread, and what happens if its client leaves."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request
 
-from knnlm.apps.engine.engine import Engine, QueueFullError, UnavailableError
+from knnlm.apps.engine.engine import Engine, ModelFacts, QueueFullError, UnavailableError
 from knnlm.apps.engine.jobs import Event, Failed, Job, ModelCall, Overrides, Returned
+from knnlm.apps.engine.turns import Turns
 from knnlm.apps.server.http_errors import HTTPError, job_error
 from knnlm.knn_lm import KNNLM
+
+Value = TypeVar("Value")
 
 
 class Inbox:
@@ -52,16 +55,16 @@ class Inbox:
 async def call_model(
     engine: Engine,
     request: Request,
-    function: Callable[[KNNLM], Any],
+    function: Callable[[KNNLM], Turns[Any]],
     overrides: Overrides | None = None,
 ) -> Returned | None:
-    """Call a function in the model thread; returns None if the client leaves before its end.
+    """Do work in the model thread, in turns; returns None if the client leaves before its end.
 
     Raises HTTPError.
     """
     inbox = Inbox(engine)
     inbox.submit([ModelCall(partial(inbox.post, 0), overrides or Overrides(), function)])
-    received = await unless_left(request, inbox, inbox.next_event())
+    received = await unless_left(request, inbox.next_event(), inbox)
     if received is None:
         return None
     _, event = received
@@ -71,7 +74,23 @@ async def call_model(
     return event
 
 
-async def unless_left(request: Request, inbox: Inbox, result: Any) -> Any:
+async def newest_facts(engine: Engine, seconds: float) -> ModelFacts:
+    """Return what the next request will see; the latest that is known if that takes longer."""
+    loop, looked = asyncio.get_running_loop(), asyncio.Event()
+
+    def done() -> None:
+        with suppress(RuntimeError):  # as in `Inbox.post`
+            loop.call_soon_threadsafe(looked.set)
+
+    engine.look(done)
+    with suppress(TimeoutError):
+        await asyncio.wait_for(looked.wait(), seconds)
+    return engine.facts
+
+
+async def unless_left(
+    request: Request, result: Awaitable[Value], inbox: Inbox | None = None
+) -> Value | None:
     """Return a result, or None if the client leaves first; without a result, cancel the jobs."""
     waiting = asyncio.ensure_future(result)
     leaving = asyncio.ensure_future(_wait_for_departure(request))
@@ -81,7 +100,8 @@ async def unless_left(request: Request, inbox: Inbox, result: Any) -> Any:
     finally:
         for task in (waiting, leaving):
             task.cancel()
-        if not waiting.done() or waiting.cancelled() or waiting.exception() is not None:
+        is_missing = not waiting.done() or waiting.cancelled() or waiting.exception() is not None
+        if is_missing and inbox is not None:
             inbox.cancel()
 
 

@@ -187,9 +187,13 @@ class ExplainResponse(BaseModel):
 
 
 class Health(BaseModel):
-    """ok; stopping: new requests are refused; dead: the model thread has failed."""
+    """ok; stopping: new requests are refused; dead: the model thread has failed.
 
-    status: Literal["ok", "stopping", "dead"]
+    degraded: a datastore has changed and cannot be opened; requests are answered from its last
+    state. entries: of each datastore, as the next request sees it.
+    """
+
+    status: Literal["ok", "degraded", "stopping", "dead"]
     model: str
     entries: list[int]
 

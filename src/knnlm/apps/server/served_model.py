@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from knnlm.apps.engine.engine import Engine, ModelFacts
+from knnlm.apps.engine.engine import Engine
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.server.http_errors import HTTPError
 from knnlm.apps.server.requests import RequestReader
@@ -18,7 +18,6 @@ class ServedModel:
     name: str
     created: int
     engine: Engine
-    facts: ModelFacts
     reader: RequestReader
     metrics: Metrics
 

@@ -1,9 +1,12 @@
 """A running server: it opens the model, listens, and shuts down in order."""
 
 import asyncio
+import atexit
 import contextlib
+import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +25,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 
 _LAST_RESPONSES_SECONDS = 5
+_FORCED_SECONDS = 1.0  # for an end in order when told a second time
 
 
 def check_exposure(host: str, api_key: str | None) -> None:
@@ -98,7 +102,8 @@ class Service(uvicorn.Server):
     """An engine behind HTTP.
 
     When told to stop (SIGTERM, SIGINT, `stop`), it refuses new requests with 503, finishes those
-    that it has within the limits' grace, and ends. Told a second time, it ends at once.
+    that it has within the limits' grace, and ends. Told a second time, it fails those that are
+    left and ends at once.
     """
 
     def __init__(
@@ -117,6 +122,7 @@ class Service(uvicorn.Server):
         self._api_key = api_key
         self._on_start = on_start
         self._stop_by: float | None = None
+        self._told = False  # by a signal
 
     def open(self) -> ModelFacts:
         """Open the model; raises the errors of `open_model`."""
@@ -160,19 +166,28 @@ class Service(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """Check, ten times a second, whether it is time to end."""
         if self._stop_by is not None and (self.engine.is_idle or time.monotonic() >= self._stop_by):
-            await asyncio.to_thread(self.engine.close)
+            patience = (_FORCED_SECONDS,) if self.force_exit else ()
+            await asyncio.to_thread(self.engine.close, *patience)
             self.should_exit = True
         return await super().on_tick(counter)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Make SIGTERM and SIGINT call `stop`, and the exit status 0."""
+        """Make SIGTERM and SIGINT call `stop`, and the exit status 0.
+
+        A second signal ends the process within 2 seconds, whatever its threads are doing.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
 
         def handle(number: int, frame: FrameType | None) -> None:
+            self._told = True
             self.stop()
+            if self.force_exit:  # in order if possible, but not later
+                last_resort = threading.Timer(1.5 * _FORCED_SECONDS, _end_process)
+                last_resort.daemon = True
+                last_resort.start()
 
         before: dict[signal.Signals, Any] = {
             number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)
@@ -181,4 +196,25 @@ class Service(uvicorn.Server):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, _at_the_end if self._told else handler)
+                if self._told:  # the status stays 0 while the interpreter shuts down
+                    atexit.register(signal.signal, number, signal.SIG_IGN)
+        if self._stop_by is not None and self.engine.is_running:
+            _end_process()
+
+
+def _at_the_end(number: int, frame: FrameType | None) -> None:
+    _end_process()
+
+
+def _end_process() -> None:
+    """End the process with status 0, while the model thread is still at work.
+
+    Python cannot end a thread that is inside torch. If the interpreter shut down around it, the
+    thread would die in C++ code that allows no exception, and the process with it, by SIGABRT. The
+    system closes the sockets, and a server holds no lock and writes no file.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):
+            stream.flush()
+    os._exit(0)

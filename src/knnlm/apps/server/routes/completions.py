@@ -4,7 +4,6 @@ from collections.abc import AsyncIterator
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
-from starlette.concurrency import run_in_threadpool
 
 from knnlm.apps.engine.jobs import Grown
 from knnlm.apps.server.http_errors import CLIENT_LEFT, ERROR_RESPONSES, HTTPError
@@ -27,19 +26,21 @@ def add_to(app: FastAPI, model: ServedModel) -> None:
     )
     async def completions(body: CompletionRequest, request: Request) -> Response:
         model.check_name(body.model)
+        prompts = await unless_left(request, model.reader.prompts(body))
+        if prompts is None:
+            return Response(status_code=CLIENT_LEFT)
         inbox = Inbox(model.engine)
-        prompts = await run_in_threadpool(model.reader.encode, body.prompt)
         builder = ResponseBuilder(model.name, body, prompts, inbox.next_event)
         inbox.submit(model.reader.completions(body, prompts, inbox.post))
         if not body.stream:
-            whole = await unless_left(request, inbox, builder.whole())
+            whole = await unless_left(request, builder.whole(), inbox)
             if whole is None:
                 return Response(status_code=CLIENT_LEFT)
             content = whole.model_dump_json(exclude_none=False)
             return Response(content, media_type="application/json")
         pieces = builder.pieces()
         # an error before the first piece still has an HTTP status of its own
-        first = await unless_left(request, inbox, anext(pieces))
+        first = await unless_left(request, anext(pieces), inbox)
         if first is None:
             return Response(status_code=CLIENT_LEFT)
         with_usage = body.stream_options is not None and body.stream_options.include_usage
