@@ -35,15 +35,13 @@ def build(
     """Store every token of `documents` with the key that preceded it, and build the index.
 
     Creates the datastore, extends it, or resumes an interrupted build after its last committed
-    shard. A document that is already stored with the same text is skipped; if its text changed, it
-    replaces its old version: the same document is the same full path, or row of it, however the
-    path is given. `Datastore.changes` of what is returned says what was done.
-    Where documents cannot be read after all (a dataset that breaks off),
-    the whole ones before that are stored and indexed, and then the error is raised.
+    shard. A document (the same full path, or row of it, however it is given) that is stored with
+    the same text is skipped; if its text changed, it replaces its old version (see `changes`).
+    Where a dataset breaks off, the whole documents before that are stored and indexed, and then the
+    error is raised.
 
     path: the datastore's folder; created if it does not exist.
-    lm: a language model, or the name or path to load it from (with an existing datastore's key and
-        dtype).
+    lm: a language model, or its name or path, loaded with an existing datastore's key and dtype.
     documents: documents, or sources for `read_documents`.
     window, context, boundary: see `Windowing`; by default 1,024 positions (or all that the model
         has), a quarter of them context, "document"; for an existing datastore, its own.
@@ -51,9 +49,8 @@ def build(
     max_entries: stop at the last whole window with which the datastore has at most this many rows.
     index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
         factory: see `build_index`.
-    sync: forget the documents that are gone from the folders and files that are given; rows that
-        are gone from their file or dataset are forgotten in any case. Not where `max_entries` ends
-        the build, and not if nothing at all is left in a folder.
+    sync: forget the documents that are gone from the given folders, where anything is left in them;
+        rows that are gone from their file or dataset are always forgotten.
 
     With boundary "stream" and context > 0 the first block, which has no context, is read but not
     stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,
