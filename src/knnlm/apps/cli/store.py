@@ -35,11 +35,10 @@ def info(
         return
     print_store(facts)
     for document in facts.get("document_list", []):
-        identity = f"  ({one_line(document['identity'])})" if "identity" in document else ""
-        OUT.print(
-            f"{document['stop'] - document['start']:>10,}  {one_line(document['name'])}{identity}",
-            soft_wrap=True,
-        )
+        entries = document["stop"] - document["start"]
+        OUT.print(f"{entries:>10,}  {one_line(document['name'])}", soft_wrap=True)
+        if "identity" in document:
+            OUT.print(f"{'':>10}  = {one_line(document['identity'])}", soft_wrap=True)
 
 
 def forget(store: options.Store, document: _Names, *, as_json: options.Json = False) -> None:
