@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import EACCES, ENOENT
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from knnlm.errors import InvalidArgumentError, InvalidTextError, import_optional
 from knnlm.progress import Advance
@@ -122,19 +122,18 @@ class TextFile:
             ) from error
 
     @contextmanager
-    def opened(self, advance: Advance | None = None) -> Iterator[IO[bytes]]:
+    def opened(self, advance: Advance | None = None) -> Iterator[io.BufferedIOBase]:
         """Open its bytes, decompressed. advance: called with the stored bytes that are read."""
         with self.reading(), ExitStack() as stack:
-            stored: IO[bytes] = stack.enter_context(self.path.open("rb"))
+            stored: io.BufferedIOBase = stack.enter_context(self.path.open("rb"))
             if advance is not None:
-                metered = cast(io.RawIOBase, _Metered(stored, advance))
-                stored = io.BufferedReader(metered, PIECE_BYTES)
+                stored = io.BufferedReader(_Metered(stored, advance), PIECE_BYTES)
             if self.compression == ".gz":
-                stored = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=stored)))
+                stored = stack.enter_context(gzip.GzipFile(fileobj=stored))
             elif self.compression == ".zst":
                 arrow = import_optional("pyarrow", "reading .zst files", "data")
-                raw = arrow.CompressedInputStream(arrow.PythonFile(stored, "r"), "zstd")
-                stored = stack.enter_context(raw)
+                stream = arrow.CompressedInputStream(arrow.PythonFile(stored, "r"), "zstd")
+                stored = io.BufferedReader(stack.enter_context(stream), PIECE_BYTES)
             yield stored
 
     def content(self, *, binary: bool) -> str:
@@ -217,7 +216,7 @@ class TextFile:
 class _Metered(io.RawIOBase):
     """A file that reports how many of its bytes are read."""
 
-    def __init__(self, file: IO[bytes], advance: Advance) -> None:
+    def __init__(self, file: io.BufferedIOBase, advance: Advance) -> None:
         self._file = file
         self._advance = advance
 
@@ -237,7 +236,7 @@ class _Metered(io.RawIOBase):
         return len(data)
 
 
-def _read(file: IO[bytes], size_bytes: int) -> bytes:
+def _read(file: io.BufferedIOBase, size_bytes: int) -> bytes:
     """Read that many bytes, fewer only at the end: a decompressor may give fewer at a time."""
     parts: list[bytes] = []
     while size_bytes and (data := file.read(size_bytes)):
