@@ -140,6 +140,7 @@ class TextFile:
         """Return "text", "empty", or what kind of binary file it is.
 
         binary: whether its format is one of binary files, so that only an empty one is no text.
+        Raises InvalidTextError for UTF-16 and UTF-32, whose zeros would make them binary files.
         """
         with self.opened() as file:
             head = _read(file, SNIFFED_BYTES)
@@ -148,8 +149,10 @@ class TextFile:
         for signature, kind in _SIGNATURES.items():
             if head.startswith(signature):
                 return f"binary ({kind})"
-        if self.encoding == UTF8 and _unicode_other_than_utf8(head):
-            return "text"  # which is refused when it is decoded, with the remedy
+        if self.encoding == UTF8 and (other := _unicode_other_than_utf8(head)):
+            raise self._refusal(
+                f"begins as {other.upper()} does", f"read it with --encoding {other}"
+            )
         decoder = codecs.getincrementaldecoder(self.encoding)("replace")
         text = decoder.decode(head, final=len(head) < SNIFFED_BYTES).removeprefix("\ufeff")
         if not text:
@@ -172,9 +175,7 @@ class TextFile:
                     if self.encoding != UTF8:
                         text.encode()  # UTF-7 and some others can spell halves of characters
                 except UnicodeError as error:
-                    raise self._not_decoded(
-                        error, offset, data if not bytes_read else b""
-                    ) from error
+                    raise self._not_decoded(error, offset) from error
                 bytes_read += len(data)
                 if text and not begun:
                     text, begun = text.removeprefix("\ufeff"), True
@@ -197,19 +198,17 @@ class TextFile:
         """The encoding as messages name it."""
         return "UTF-8" if self.encoding == UTF8 else self.encoding
 
-    def _not_decoded(self, error: UnicodeError, offset: int, head: bytes) -> InvalidTextError:
+    def _not_decoded(self, error: UnicodeError, offset: int) -> InvalidTextError:
         place = "its text is not"
         if isinstance(error, UnicodeDecodeError):
             place = f"byte {offset + error.start} is not"
-        reason = getattr(error, "reason", str(error))
         remedy = "name its encoding with --encoding (cp1252, latin-1, shift_jis, gb18030, …)"
-        other = _unicode_other_than_utf8(head) if self.encoding == UTF8 else None
-        if other:
-            reason = f"it begins as {other.upper()} does"
-            remedy = f"read it with --encoding {other}"
+        return self._refusal(f"{place} ({getattr(error, 'reason', error)})", remedy)
+
+    def _refusal(self, reason: str, remedy: str) -> InvalidTextError:
         return InvalidTextError(
-            f"text file {self} must be {self.encoding_name}, but {place} ({reason}): convert it to "
-            f"UTF-8, leave it out, or {remedy}"
+            f"text file {self} must be {self.encoding_name}, but {reason}: convert it to UTF-8, "
+            f"leave it out, or {remedy}"
         )
 
 
