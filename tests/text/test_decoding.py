@@ -92,7 +92,7 @@ def test_binary_kinds_that_begin_like_text_are_binary(kind: str) -> None:
     Path("docs/a.txt").write_text("a")
     Path("docs/b").write_bytes(BINARIES[kind])
     assert [document.name for document in read_documents("docs")] == ["docs/a.txt"]
-    with refusal(InvalidTextError, "docs/b must hold UTF-8 text, but is binary", kind, "convert"):
+    with refusal(InvalidTextError, "docs/b must hold UTF-8 text, but is", kind, "convert"):
         read_documents("docs/b")
 
 
