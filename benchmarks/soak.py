@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from knnlm.text.corpus import Document
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -38,6 +37,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build, compact
 from knnlm.model.language_model import LanguageModel
 from knnlm.provenance import write_results
+from knnlm.text.documents import Document
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 PROSE = (

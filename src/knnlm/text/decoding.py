@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import EACCES, ENOENT
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from knnlm.errors import InvalidArgumentError, InvalidTextError, import_optional
 from knnlm.progress import Advance
@@ -122,25 +122,25 @@ class TextFile:
             ) from error
 
     @contextmanager
-    def opened(self, advance: Advance | None = None) -> Iterator[IO[bytes]]:
+    def opened(self, advance: Advance | None = None) -> Iterator[io.BufferedIOBase]:
         """Open its bytes, decompressed. advance: called with the stored bytes that are read."""
         with self.reading(), ExitStack() as stack:
-            stored: IO[bytes] = stack.enter_context(self.path.open("rb"))
+            stored: io.BufferedIOBase = stack.enter_context(self.path.open("rb"))
             if advance is not None:
-                metered = cast(io.RawIOBase, _Metered(stored, advance))
-                stored = io.BufferedReader(metered, PIECE_BYTES)
+                stored = io.BufferedReader(_Metered(stored, advance), PIECE_BYTES)
             if self.compression == ".gz":
-                stored = cast(IO[bytes], stack.enter_context(gzip.GzipFile(fileobj=stored)))
+                stored = stack.enter_context(gzip.GzipFile(fileobj=stored))
             elif self.compression == ".zst":
                 arrow = import_optional("pyarrow", "reading .zst files", "data")
-                raw = arrow.CompressedInputStream(arrow.PythonFile(stored, "r"), "zstd")
-                stored = stack.enter_context(raw)
+                stream = arrow.CompressedInputStream(arrow.PythonFile(stored, "r"), "zstd")
+                stored = io.BufferedReader(stack.enter_context(stream), PIECE_BYTES)
             yield stored
 
     def content(self, *, binary: bool) -> str:
         """Return "text", "empty", or what kind of binary file it is.
 
         binary: whether its format is one of binary files, so that only an empty one is no text.
+        Raises InvalidTextError for UTF-16 and UTF-32, whose zeros would make them binary files.
         """
         with self.opened() as file:
             head = _read(file, SNIFFED_BYTES)
@@ -149,8 +149,10 @@ class TextFile:
         for signature, kind in _SIGNATURES.items():
             if head.startswith(signature):
                 return f"binary ({kind})"
-        if self.encoding == UTF8 and _unicode_other_than_utf8(head):
-            return "text"  # which is refused when it is decoded, with the remedy
+        if self.encoding == UTF8 and (other := _unicode_other_than_utf8(head)):
+            raise self._refusal(
+                f"begins as {other.upper()} does", f"read it with --encoding {other}"
+            )
         decoder = codecs.getincrementaldecoder(self.encoding)("replace")
         text = decoder.decode(head, final=len(head) < SNIFFED_BYTES).removeprefix("\ufeff")
         if not text:
@@ -173,9 +175,7 @@ class TextFile:
                     if self.encoding != UTF8:
                         text.encode()  # UTF-7 and some others can spell halves of characters
                 except UnicodeError as error:
-                    raise self._not_decoded(
-                        error, offset, data if not bytes_read else b""
-                    ) from error
+                    raise self._not_decoded(error, offset) from error
                 bytes_read += len(data)
                 if text and not begun:
                     text, begun = text.removeprefix("\ufeff"), True
@@ -198,26 +198,24 @@ class TextFile:
         """The encoding as messages name it."""
         return "UTF-8" if self.encoding == UTF8 else self.encoding
 
-    def _not_decoded(self, error: UnicodeError, offset: int, head: bytes) -> InvalidTextError:
+    def _not_decoded(self, error: UnicodeError, offset: int) -> InvalidTextError:
         place = "its text is not"
         if isinstance(error, UnicodeDecodeError):
             place = f"byte {offset + error.start} is not"
-        reason = getattr(error, "reason", str(error))
         remedy = "name its encoding with --encoding (cp1252, latin-1, shift_jis, gb18030, …)"
-        other = _unicode_other_than_utf8(head) if self.encoding == UTF8 else None
-        if other:
-            reason = f"it begins as {other.upper()} does"
-            remedy = f"read it with --encoding {other}"
+        return self._refusal(f"{place} ({getattr(error, 'reason', error)})", remedy)
+
+    def _refusal(self, reason: str, remedy: str) -> InvalidTextError:
         return InvalidTextError(
-            f"text file {self} must be {self.encoding_name}, but {place} ({reason}): convert it to "
-            f"UTF-8, leave it out, or {remedy}"
+            f"text file {self} must be {self.encoding_name}, but {reason}: convert it to UTF-8, "
+            f"leave it out, or {remedy}"
         )
 
 
 class _Metered(io.RawIOBase):
     """A file that reports how many of its bytes are read."""
 
-    def __init__(self, file: IO[bytes], advance: Advance) -> None:
+    def __init__(self, file: io.BufferedIOBase, advance: Advance) -> None:
         self._file = file
         self._advance = advance
 
@@ -237,7 +235,7 @@ class _Metered(io.RawIOBase):
         return len(data)
 
 
-def _read(file: IO[bytes], size_bytes: int) -> bytes:
+def _read(file: io.BufferedIOBase, size_bytes: int) -> bytes:
     """Read that many bytes, fewer only at the end: a decompressor may give fewer at a time."""
     parts: list[bytes] = []
     while size_bytes and (data := file.read(size_bytes)):

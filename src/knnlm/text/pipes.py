@@ -1,5 +1,6 @@
 """The standard input and other pipes, which can be read only once: they are kept in a file."""
 
+import io
 import os
 import shutil
 import sys
@@ -7,7 +8,7 @@ import tempfile
 import time
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import cast
 
 from knnlm.errors import InvalidTextError, TextNotFoundError
 from knnlm.text.paths import not_found
@@ -54,13 +55,13 @@ def _folder() -> "tempfile.TemporaryDirectory[str]":
     return tempfile.TemporaryDirectory(prefix="knnlm-")
 
 
-def _standard_input() -> IO[bytes]:
+def _standard_input() -> io.BufferedIOBase:
     if sys.stdin is None:
         raise OSError(0, "it is closed")
-    return sys.stdin.buffer
+    return cast(io.BufferedIOBase, sys.stdin.buffer)
 
 
-def _copy_pipe(source: str, file: IO[bytes]) -> None:
+def _copy_pipe(source: str, file: io.BufferedIOBase) -> None:
     # a blocking open would wait for a writer for ever
     descriptor = os.open(source, os.O_RDONLY | os.O_NONBLOCK)
     with open(descriptor, "rb", buffering=0) as pipe:  # noqa: PTH123

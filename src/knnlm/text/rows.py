@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 from knnlm.choices import TextFormat
 from knnlm.errors import InvalidTextError, KNNLMError, import_optional
@@ -285,7 +285,7 @@ def _parquet_rows(file: TextFile, columns: Columns, advance: Advance | None) -> 
 
 
 @contextmanager
-def _seekable(file: TextFile, advance: Advance | None) -> Iterator[IO[bytes]]:
+def _seekable(file: TextFile, advance: Advance | None) -> Iterator[Any]:
     """Open a file to jump about in; a compressed one is first decompressed to the disk."""
     with file.opened(advance) as opened:
         if not file.compression:

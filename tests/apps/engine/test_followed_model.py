@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from knnlm.text.corpus import Document
 from serving import fresh_lm, opening, serving, tiny_store
 from stores import distinct_documents
 
@@ -20,6 +19,7 @@ from knnlm.index.policy import build_index
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build, compact
 from knnlm.mixture.parameters import Parameters
+from knnlm.text.documents import Document
 
 PROMPT = torch.tensor([[0, 65, 66, 67, 68]])
 
