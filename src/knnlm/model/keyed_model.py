@@ -80,17 +80,45 @@ class KeyedModel:
         """Return the key of every position, without running the LM head.
 
         No mask is needed for rows padded on the right: a causal model's real positions never see
-        the padding, whose keys are to be ignored.
+        the padding, whose keys are to be ignored. Raises UnsupportedModelError where keys are
+        numbers and what the model makes of them is not.
         """
         with _evaluating(self.model), self.capture() as captured:
-            self._decoder(input_ids=tokens.to(self.device), use_cache=False)
-            return captured.keys.to(self.device)
+            states = self._decoder(input_ids=tokens.to(self.device), use_cache=False)[0]
+            keys = captured.keys.to(self.device)
+        if bool(keys.isfinite().all()):  # whoever reads the others can say of what text they are
+            self.check_numbers(states)
+        return keys
 
     def keys_and_logits(self, tokens: Int[Tensor, "batch time"]) -> Reading:
         """Return keys and logits of every position from one forward pass; padding as in `keys`."""
         with _evaluating(self.model), self.capture() as captured:
             logits = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
             return Reading(captured.keys.to(self.device), logits.float())
+
+    def log_probs(
+        self, logits: Float[Tensor, "*position vocab"]
+    ) -> Float32[Tensor, "*position vocab"]:
+        """Return log p_LM, the log-softmax of the model's logits; raises UnsupportedModelError.
+
+        Whatever reads several positions at once computes it here, so that NaN is never taken for
+        a prediction.
+        """
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        self.check_numbers(log_probs[..., 0])  # NaN anywhere is NaN in the whole row
+        return log_probs
+
+    def check_numbers(self, numbers: Tensor, *, finite: bool = False) -> None:
+        """Refuse NaN among what the model has computed; raises UnsupportedModelError.
+
+        finite: refuse infinities too, as in keys.
+        """
+        if bool(numbers.isnan().any()) or (finite and bool(numbers.isinf().any())):
+            wrong = "NaN or infinity" if finite else "NaN"
+            raise UnsupportedModelError(
+                f"model {self.name!r} must give numbers, but gives {wrong} in {self.dtype}: load "
+                "it in float32, or check its weights"
+            )
 
     def capture(
         self, on_keys: Callable[[Tensor], None] | None = None

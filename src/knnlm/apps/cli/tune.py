@@ -18,6 +18,7 @@ from knnlm.apps.cli.opening import (
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.apps.cli.texts import TextOptions, checked_texts
 from knnlm.choices import ModelDtype, TextFormat
+from knnlm.rules import check_k
 
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
 _Plot = Annotated[
@@ -57,7 +58,6 @@ def tune(
     """
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
-    from knnlm.mixture.parameters import check_k
     from knnlm.tuning.plot import plot_tuning
 
     check_k(max_k, "max_k")
