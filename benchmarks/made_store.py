@@ -26,7 +26,7 @@ def write_store(
             catalog.add_shard(StoredShard(rows, file))
         rows += len(keys)
     with catalog.transaction():
-        document = catalog.add_document("keys", "", 0)
+        document = catalog.add_document("made", "keys", "", 0)
         catalog.extend_document(document, rows, rows, True)
     catalog.close()
     return Datastore(folder)

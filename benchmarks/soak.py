@@ -37,7 +37,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build, compact
 from knnlm.model.language_model import LanguageModel
 from knnlm.provenance import write_results
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 RESULTS = Path(__file__).parent / "results" / "soak.json"
 PROSE = (

@@ -31,7 +31,7 @@ from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import cut_documents, read_scores
 from knnlm.provenance import write_results
-from knnlm.text.corpus import Documents
+from knnlm.text.documents import Documents
 from knnlm.text.windows import Window, Windowing
 
 MAX_K = 1024

@@ -22,7 +22,7 @@ from training import Recipe, kept_model, train
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 VOCABULARY = 4096
 START = "<|start|>"

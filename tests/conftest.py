@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 # more threads only get in each other's way on models this small
 torch.set_num_threads(1)

@@ -54,7 +54,8 @@ def append(path: Path, keys: Tensor, documents: int, prefix: str) -> None:
         for number in range(documents if len(keys) else 0):
             start = first + len(keys) * number // documents
             stop = first + len(keys) * (number + 1) // documents
-            added = catalog.add_document(f"{prefix}{number}", str(number), start)
+            name = f"{prefix}{number}"
+            added = catalog.add_document(name, name, str(number), start)
             catalog.extend_document(added, stop, stop - start, True)
     catalog.close()
 

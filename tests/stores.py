@@ -15,7 +15,7 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 
 def distinct_documents(count: int) -> list[Document]:

@@ -16,7 +16,7 @@ from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import choose_windowing
 
 CONTROL = "<|end|>"

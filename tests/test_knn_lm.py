@@ -27,7 +27,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import cut_documents
 from knnlm.retrieval.mixer import open_mixer, override_mixer
 from knnlm.retrieval.retriever import Retriever, choose_parameters
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 
 K = 12

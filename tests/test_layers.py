@@ -146,7 +146,7 @@ def test_folders_say_what_they_are_and_import_nothing(package: str) -> None:
         ("datastore.catalog", "from knnlm.index import exact", "imports index.exact"),
         ("mixture.parameters", "from knnlm.index.exact import E", "imports index.exact"),
         ("tuning.plot", "import knnlm", "imports __init__"),
-        ("text.corpus", "if TYPE_CHECKING:\n    import knnlm.apps.cli.main", "apps.cli.main"),
+        ("text.documents", "if TYPE_CHECKING:\n    import knnlm.apps.cli.main", "apps.cli.main"),
         ("apps.new.file", "", "apps.new.file is in no layer"),
         ("apps.engine.jobs", "from knnlm.apps.server import schema", "apps.server.schema"),
         ("apps.engine.steps", "from knnlm.apps.explorer.analysis import a", "explorer.analysis"),
@@ -168,7 +168,7 @@ def test_what_the_layers_forbid_is_noticed(module: str, source: str, problem: st
         ("apps.cli.serve", "def f():\n    from knnlm.apps.server.service import Service"),
         ("apps.server.routes.explorer", "from knnlm.apps.explorer import page"),
         ("apps.explorer.analysis", "from knnlm.apps.engine.text_stream import TextStream"),
-        ("text.corpus", "import numpy as np\nfrom knnlm.errors import KNNLMError"),
+        ("text.documents", "import numpy as np\nfrom knnlm.errors import KNNLMError"),
     ],
 )
 def test_what_the_layers_allow_is_allowed(module: str, source: str) -> None:

@@ -22,7 +22,7 @@ from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.policy import index_kind
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 DOCUMENTS = distinct_documents(12)
 

@@ -38,11 +38,14 @@ if TYPE_CHECKING:
         KeyDtype as KeyDtype,
         ModelDtype as ModelDtype,
         Similarity as Similarity,
+        TextFormat as TextFormat,
         Weights as Weights,
     )
-    from knnlm.datastore.catalog import Settings as Settings, StoredDocument as StoredDocument
+    from knnlm.datastore.catalog import Settings as Settings
     from knnlm.datastore.compaction import Compaction as Compaction
     from knnlm.datastore.datastore import Datastore as Datastore, Passage as Passage
+    from knnlm.datastore.sources import Changes as Changes
+    from knnlm.datastore.tables import StoredDocument as StoredDocument
     from knnlm.datastore.verification import Verification as Verification
     from knnlm.evaluation.explain import explain as explain
     from knnlm.evaluation.explanation import (
@@ -72,11 +75,8 @@ if TYPE_CHECKING:
     from knnlm.model.language_model import LanguageModel as LanguageModel
     from knnlm.progress import Advance as Advance, Progress as Progress
     from knnlm.retrieval.retriever import Retriever as Retriever
-    from knnlm.text.corpus import (
-        Document as Document,
-        Documents as Documents,
-        read_documents as read_documents,
-    )
+    from knnlm.text.documents import Document as Document, Documents as Documents
+    from knnlm.text.sources import read_documents as read_documents
     from knnlm.text.windows import Windowing as Windowing
     from knnlm.tuning.fitting import Fit as Fit
     from knnlm.tuning.sweep import Sweep as Sweep, Trial as Trial
@@ -87,10 +87,15 @@ __version__ = "0.1.0"
 # what takes long to load: module → names
 _LAZY = {
     "attachment.attachment": ("Attachment", "attach"),
-    "choices": ("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "Weights"),
-    "datastore.catalog": ("Settings", "StoredDocument"),
+    "choices": (
+        *("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "TextFormat"),
+        "Weights",
+    ),
+    "datastore.catalog": ("Settings",),
     "datastore.compaction": ("Compaction",),
     "datastore.datastore": ("Datastore", "Passage"),
+    "datastore.sources": ("Changes",),
+    "datastore.tables": ("StoredDocument",),
     "datastore.verification": ("Verification",),
     "evaluation.explain": ("explain",),
     "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
@@ -106,7 +111,8 @@ _LAZY = {
     "model.language_model": ("LanguageModel",),
     "progress": ("Advance", "Progress"),
     "retrieval.retriever": ("Retriever",),
-    "text.corpus": ("Document", "Documents", "read_documents"),
+    "text.documents": ("Document", "Documents"),
+    "text.sources": ("read_documents",),
     "text.windows": ("Windowing",),
     "tuning.fitting": ("Fit",),
     "tuning.sweep": ("Sweep", "Trial"),

@@ -72,6 +72,18 @@ class Weights(StrEnum):
     fixed = "fixed"
 
 
+class TextFormat(StrEnum):
+    """What a text file holds: one document as text, or rows; auto goes by the end of its name."""
+
+    auto = "auto"
+    text = "text"
+    jsonl = "jsonl"
+    json = "json"
+    csv = "csv"
+    tsv = "tsv"
+    parquet = "parquet"
+
+
 class Similarity(StrEnum):
     """How the continuous cache compares hidden states: −‖h − h_i‖², or the paper's h·h_i."""
 

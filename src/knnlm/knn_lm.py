@@ -33,7 +33,7 @@ from knnlm.rules import (
     check_top_p,
     check_whole,
 )
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 
 _LOG = logging.getLogger(__name__)

@@ -10,11 +10,12 @@ from knnlm.datastore.catalog import catalog_exists
 from knnlm.datastore.compaction import Compaction
 from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.verification import Verification
-from knnlm.errors import InvalidArgumentError
+from knnlm.errors import InvalidArgumentError, InvalidTextError
 from knnlm.index.policy import build_index, keep_index
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
-from knnlm.text.corpus import Document, as_documents
+from knnlm.text.documents import Document
+from knnlm.text.sources import as_documents
 
 
 def build(
@@ -29,17 +30,19 @@ def build(
     key_dtype: str | None = None,
     max_entries: int | None = None,
     index: str | None = None,
+    sync: bool = False,
     progress: Progress = SILENT,
 ) -> Datastore:
     """Store every token of `documents` with the key that preceded it, and build the index.
 
     Creates the datastore, extends it, or resumes an interrupted build after its last committed
-    shard. A document that is already stored with the same text is skipped; if its text changed, it
-    replaces its old version.
+    shard. A document (the same full path, or row of it, however it is given) that is stored with
+    the same text is skipped; if its text changed, it replaces its old version (see `changes`).
+    Where a dataset breaks off, the whole documents before that are stored and indexed, and then the
+    error is raised.
 
     path: the datastore's folder; created if it does not exist.
-    lm: a language model, or the name or path to load it from (with an existing datastore's key and
-        dtype).
+    lm: a language model, or its name or path, loaded with an existing datastore's key and dtype.
     documents: documents, or sources for `read_documents`.
     window, context, boundary, control_tokens: see `Windowing`; by default 1,024 positions (or all
         that the model has), a quarter of them context; for an existing datastore, its own.
@@ -47,36 +50,45 @@ def build(
     max_entries: stop at the last whole window with which the datastore has at most this many rows.
     index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
         factory: see `build_index`.
+    sync: forget the documents that are gone from the given folders, where anything is left in them;
+        rows that are gone from their file or dataset are always forgotten.
 
     With boundary "stream" and context > 0 the first block, which has no context, is read but not
     stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,
     DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError, NonFiniteKeysError, and the
     errors of reading text and of loading the model.
     """
-    if index is not None and parse_choice(IndexKind, "index", index) is IndexKind.faiss:
-        raise InvalidArgumentError(
-            "index faiss needs a factory: build without it, then run build_index(store, 'faiss', "
-            "factory='IVF1024,Flat') or knnlm index --kind faiss --factory IVF1024,Flat"
+    _check_index(index)
+    given, model = as_documents(documents, progress), _load(lm, Path(path))
+    try:
+        store = append_documents(
+            path,
+            model,
+            given,
+            window=window,
+            context=context,
+            boundary=boundary,
+            control_tokens=control_tokens,
+            key_dtype=key_dtype,
+            max_entries=max_entries,
+            sync=sync,
+            progress=progress,
         )
-    given = as_documents(documents)
-    model = _load(lm, Path(path))
-    store = append_documents(
-        path,
-        model,
-        given,
-        window=window,
-        context=context,
-        boundary=boundary,
-        control_tokens=control_tokens,
-        key_dtype=key_dtype,
-        max_entries=max_entries,
-        progress=progress,
-    )
+    except InvalidTextError:  # what came before it is stored, and has to be found
+        if catalog_exists(Path(path)):
+            _renew_index(Datastore(path), index, model, progress)
+        raise
+    _renew_index(store, index, model, progress)
+    return store
+
+
+def _renew_index(
+    store: Datastore, index: str | None, model: LanguageModel, progress: Progress
+) -> None:
     if index is None:
         keep_index(store, device=str(model.device), progress=progress)
     else:
         build_index(store, index, device=str(model.device), progress=progress)
-    return store
 
 
 def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compaction:
@@ -93,6 +105,14 @@ def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compa
 def verify(store: Datastore | str | Path, progress: Progress = SILENT) -> Verification:
     """Reread every byte against its checksum, and check that rows and documents fit together."""
     return verification.verify(open_datastore(store), progress)
+
+
+def _check_index(index: str | None) -> None:
+    if index is not None and parse_choice(IndexKind, "index", index) is IndexKind.faiss:
+        raise InvalidArgumentError(
+            "index faiss needs a factory: build without it, then run build_index(store, 'faiss', "
+            "factory='IVF1024,Flat') or knnlm index --kind faiss --factory IVF1024,Flat"
+        )
 
 
 def _load(lm: LanguageModel | str | Path, path: Path) -> LanguageModel:

@@ -19,7 +19,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.token_text import detokenize
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 PROMPT = "A library keeps"
 FAITHFUL = ("byte_level", "byte_level_with_added", "llama_2", "gemma", "metaspace")

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from knnlm.errors import (
     InvalidTextError,
     NonFiniteKeysError,
 )
+from knnlm.model import reading
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document, read_documents
+from knnlm.text.documents import Document
+from knnlm.text.sources import read_documents
 
 
 def test_every_token_is_a_value_and_its_key_is_the_models(
@@ -321,3 +324,58 @@ def test_another_vocabulary_is_refused(tmp_path: Path, llama_lm: LanguageModel) 
     other = LanguageModel(small, byte_tokenizer(), name="larger")
     with pytest.raises(DatastoreMismatchError, match=r"vocabulary size 384\), not with larger"):
         append_documents(tmp_path / "s", other, documents_of(2))
+
+
+@pytest.mark.parametrize("boundary", ["document", "stream"])
+@pytest.mark.parametrize("breaks", ["iteration", "fingerprint", "blocks"])
+@pytest.mark.parametrize("place", [0, 1, 4])
+def test_at_a_text_that_breaks_off_what_is_whole_is_kept(
+    tmp_path: Path,
+    llama_lm: LanguageModel,
+    boundary: str,
+    breaks: str,
+    place: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The datastore is that of the documents before it, and building it to the end still works."""
+
+    @dataclass(frozen=True)
+    class Breaking(Document):
+        def blocks(self) -> Iterator[str]:
+            yield "x" * 500
+            yield "y" * 500
+            if breaks == "blocks":
+                raise InvalidTextError("it broke off")
+
+        def fingerprint(self) -> str:
+            if breaks == "fingerprint":
+                raise InvalidTextError("it broke off")
+            return "0" * 64
+
+    monkeypatch.setattr(reading, "_ENCODE_BLOCKS", 1)  # the tokenizer does not read ahead
+    given = documents_of(5)
+
+    def documents() -> Iterator[Document]:
+        yield from given[:place]
+        if breaks == "iteration":
+            raise InvalidTextError("it broke off")
+        yield Breaking("broken", "")
+        yield from given[place:]
+
+    options = {"window": 64, "context": 16, "boundary": boundary, "shard_rows": 100}
+    with pytest.raises(InvalidTextError, match="it broke off") as caught:
+        append_documents(tmp_path / "s", llama_lm, documents(), **options)  # type: ignore[arg-type]
+    if place or breaks == "blocks":
+        assert "what came before it is stored, the rest is left out" in str(caught.value)
+        store = Datastore(tmp_path / "s")
+        assert [document.name for document in store.documents()] == [d.name for d in given[:place]]
+        assert all(document.complete for document in store.documents())
+        assert verify(store).problems == ()
+    else:
+        assert not (tmp_path / "s").exists()
+    whole = append_documents(tmp_path / "s", llama_lm, given, **options)  # type: ignore[arg-type]
+    assert sorted(d.name for d in whole.documents()) == [d.name for d in given]
+    assert all(document.complete for document in whole.documents())
+    if boundary == "document":
+        append_documents(tmp_path / "t", llama_lm, given, **options)  # type: ignore[arg-type]
+        assert len(whole) == len(Datastore(tmp_path / "t"))

@@ -14,15 +14,16 @@ from stores import assert_same, contents, distinct_documents, stored_keys
 from torch import Tensor
 
 from knnlm.datastore.append import append_documents
-from knnlm.datastore.catalog import FILE_NAME, SHARDS, ShardFile
+from knnlm.datastore.catalog import SHARDS, ShardFile
 from knnlm.datastore.compaction import Compaction, compact
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import shard_problem, write_shard
+from knnlm.datastore.tables import FILE_NAME
 from knnlm.datastore.verification import verify
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.exact import ExactIndex
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 DOCUMENTS = [
     *(Document(f"tales/{d.name}", d.text) for d in distinct_documents(4)),

@@ -16,11 +16,12 @@ from conftest import byte_tokenizer, refusal, tiny_llama
 from stores import contents, distinct_documents, small_disk, stored_keys
 
 from knnlm.datastore.append import append_documents
-from knnlm.datastore.catalog import FILE_NAME, FORMAT, SHARDS, Catalog, ShardFile
+from knnlm.datastore.catalog import SHARDS, Catalog, ShardFile
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.datastore.facts import check_size
+from knnlm.datastore.tables import FILE_NAME, FORMAT
 from knnlm.datastore.verification import verify
 from knnlm.errors import (
     DatastoreCorruptError,
@@ -33,7 +34,7 @@ from knnlm.errors import (
 from knnlm.index.exact import ExactIndex
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 DOCUMENTS = distinct_documents(7)
 
@@ -109,7 +110,7 @@ def test_an_unknown_format_is_refused(path: Path) -> None:
     connection = sqlite3.connect(path / FILE_NAME)
     connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with refusal(DatastoreCorruptError, FILE_NAME, "format 99", f"reads format {FORMAT}"):
+    with refusal(DatastoreCorruptError, FILE_NAME, "format 99", f"reads formats up to {FORMAT}"):
         Datastore(path)
 
 

@@ -17,7 +17,7 @@ from knnlm.evaluation.explain import explain
 from knnlm.evaluation.explanation import Explanation, sum_credits
 from knnlm.knn_lm import KNNLM
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 # plain ASCII, so that every token is whole characters and passages can be found in the text
 DOCUMENTS = [

@@ -29,7 +29,8 @@ from knnlm.mixture.parameters import Parameters
 from knnlm.model.keyed_model import Reading
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import Advance
-from knnlm.text.corpus import Document, read_documents
+from knnlm.text.documents import Document
+from knnlm.text.sources import read_documents
 from knnlm.text.windows import Windowing
 
 TEXTS = [

@@ -11,8 +11,8 @@ import pytest
 import torch
 from index_contract import append, clustered, store_of
 
-from knnlm.datastore.catalog import FILE_NAME
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.tables import FILE_NAME
 from knnlm.datastore.verification import verify
 from knnlm.errors import DatastoreCorruptError
 from knnlm.index.policy import build_index, keep_index, open_index

@@ -46,7 +46,7 @@ def append(store: Datastore, keys: Tensor, name: str) -> None:
     file = write_shard(store.path / SHARDS, catalog.next_shard_name(), keys, values)
     with catalog.transaction():
         catalog.add_shard(StoredShard(start, file))
-        document = catalog.add_document(name, name, start)
+        document = catalog.add_document(name, name, name, start)
         catalog.extend_document(document, start + len(keys), len(keys), complete=True)
 
 

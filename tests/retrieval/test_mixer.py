@@ -34,7 +34,7 @@ from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.mixer import override_mixer
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Span, Window
 from knnlm.tuning.tune import Tuning, tune
 

@@ -18,7 +18,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 from knnlm.tuning.held_out import TargetNeighbors, read_held_out
 from knnlm.tuning.plot import plot_tuning

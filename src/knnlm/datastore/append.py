@@ -8,8 +8,9 @@ resumed run reads the same batches as an uninterrupted one.
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,19 +18,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.choices import Boundary
-from knnlm.datastore.catalog import SHARDS, StoredDocument, StoredShard
+from knnlm.datastore.catalog import SHARDS, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
+from knnlm.datastore.sources import Changes, Matching
+from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.unfit_keys import measurable, why_unmeasurable
-from knnlm.errors import NonFiniteKeysError
+from knnlm.errors import InvalidArgumentError, InvalidTextError, NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
 from knnlm.rules import LARGEST, check_whole
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document, Documents
 from knnlm.text.windows import Window
 
+_Item = TypeVar("_Item")
 _MIN_SHARD_ROWS, _MAX_SHARD_BYTES = 8192, 1 << 28
 
 
@@ -45,17 +49,24 @@ def append_documents(
     key_dtype: str | None = None,
     max_entries: int | None = None,
     shard_rows: int | None = None,
+    sync: bool = False,
     progress: Progress = SILENT,
 ) -> Datastore:
     """Store every token of `documents` with the key that preceded it; leaves the index as it is.
 
     The arguments and errors are those of `knnlm.build`, which also keeps the index up to date.
     shard_rows: rows committed at once; by default an eighth of the rows stored, at least 8,192.
-    An error before the first commit leaves no datastore behind.
+    An error before the first commit leaves no datastore behind. At a text that cannot be read, the
+    whole documents before it are stored, and then InvalidTextError is raised.
     """
     for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
         if number is not None:
             check_whole(name, number, most=LARGEST)
+    if sync and not (isinstance(documents, Documents) and documents.sources):
+        raise InvalidArgumentError(
+            "sync needs a file, a folder or an hf: dataset as text source: documents made in "
+            "Python and glob patterns do not say which ones are gone"
+        )
     store = open_or_create(
         Path(path),
         lm,
@@ -66,8 +77,14 @@ def append_documents(
         key_dtype=key_dtype,
     )
     with store.writer(), _removed_if_empty(store):
-        _Appender(store, lm, documents, shard_rows, progress).run(max_entries)
+        appender = _Appender(store, lm, documents, shard_rows, progress)
+        changes = appender.run(max_entries, sync)
+        if appender.unreadable is not None:
+            raise InvalidTextError(
+                f"{appender.unreadable}; what came before it is stored, the rest is left out"
+            ) from appender.unreadable
     store.refresh()
+    store.changes = changes
     return store
 
 
@@ -87,15 +104,23 @@ def _removed_if_empty(store: Datastore) -> Iterator[None]:
 class _Incoming:
     """A document that is being stored.
 
-    id, start: of its record, once it has one. passed: how many of its tokens were stored, or passed
-    over at the head of a stream.
+    name: as the source gives it. id, start: of its record, once it has one. passed: how many of its
+    tokens were stored, or passed over at the head of a stream.
     """
 
-    encoded: EncodedDocument
+    name: str
+    identity: str
     fingerprint: str
-    id: int | None
-    start: int
-    passed: int
+    encoded: EncodedDocument | None = None
+    id: int | None = None
+    start: int = 0
+    passed: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the document's last token was stored."""
+        encoded = self.encoded
+        return encoded is not None and encoded.exhausted and self.passed == encoded.tokens
 
 
 class _Appender:
@@ -119,24 +144,36 @@ class _Appender:
         self.streaming = store.settings.boundary == Boundary.stream
         self.history = np.array(self.catalog.get("stream_tail") or [], dtype=np.int32)
         self.fresh_stream = self.streaming and len(self.history) == 0
+        sources = documents.sources if isinstance(documents, Documents) else ()
+        self.known = Matching(store.catalog, sources)
+        self.arriving: dict[int, _Incoming] = {}  # its text is not tokenized yet
         self.incoming: dict[int, _Incoming] = {}
-        self.fingerprints: dict[int, str] = {}
-        self.in_flight: dict[str, str] = {}
+        self.in_flight: dict[str, str] = {}  # the fingerprints of both, by identity
+        self.all_met = False
+        self.skipped = self._skipped_now()
+        self.added = self.replaced = self.moved = self.unchanged = 0
         self.total_bytes = total_bytes(documents)
         self.bytes_read = self.tokens_read = 0  # of the documents before `current`
         self.current: EncodedDocument | None = None
+        self.unreadable: InvalidTextError | None = None
 
-    def run(self, max_entries: int | None) -> None:
-        """Store everything that is missing, up to `max_entries` rows in the datastore."""
+    def run(self, max_entries: int | None, sync: bool) -> Changes:
+        """Store everything that is missing, up to `max_entries` rows in the datastore.
+
+        Then, unless these stopped it, take out what is gone from its source.
+        """
+        stopped = False
         with self.progress.task("build", None, "tokens") as advance:
             shard: list[Window] = []
             shard_rows = 0
-            windows = cut_documents(
-                self.lm,
-                self._missing(),
-                self.store.windowing,
-                on_document=self._begin,
-                history=self.history,
+            windows = self._until_unreadable(
+                cut_documents(
+                    self.lm,
+                    self._until_unreadable(self._missing()),
+                    self.store.windowing,
+                    on_document=self._begin,
+                    history=self.history,
+                )
             )
             passed_over: Window | None = None
             if self.fresh_stream and self.store.settings.context > 0:
@@ -146,6 +183,7 @@ class _Appender:
             # which documents ended in the shard.
             for window in windows:
                 if max_entries is not None and self.rows + shard_rows + window.new > max_entries:
+                    stopped = True
                     break
                 if shard_rows >= self._shard_target():
                     self._commit(shard, advance)
@@ -154,6 +192,27 @@ class _Appender:
                 shard_rows += window.new
             if shard or passed_over:
                 self._commit(shard, advance)
+            if self.unreadable is not None:
+                self._forget_incomplete()
+        return self._finish(all_read=self.all_met and not stopped, sync=sync)
+
+    def _until_unreadable(self, items: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield documents or windows up to a text that cannot be read, as if all text ended there.
+
+        The documents are tokenized ahead of the windows: the first to end keeps what is whole.
+        """
+        try:
+            yield from items
+        except InvalidTextError as error:
+            self.unreadable = error
+
+    def _forget_incomplete(self) -> None:
+        """Forget the document that broke off in the middle: it may never be right again."""
+        broken = [each.id for each in self.incoming.values() if each.id is not None]
+        if broken:
+            with self.catalog.transaction():
+                for number in broken:
+                    self.catalog.forget_document(number)
 
     def _shard_target(self) -> int:
         if self.shard_rows is not None:
@@ -165,31 +224,49 @@ class _Appender:
         """Yield the documents that are not stored in full."""
         number = 0
         for document in self.documents:
+            identity = document.identity or document.name
             fingerprint = document.fingerprint()
-            stored = self.catalog.latest_document(document.name)
-            same = stored is not None and stored.fingerprint == fingerprint
-            if (stored and same and stored.complete) or (
-                self.in_flight.get(document.name) == fingerprint
-            ):
+            stored = self.known.stored(identity)
+            if again := identity in self.known.met:
+                self._check_same(identity, fingerprint, stored)
+            self.known.met.add(identity)
+            same = stored is not None and stored.fingerprint == fingerprint and stored.complete
+            moved = stored is None and not again and self.known.is_moved(document, fingerprint)
+            if again or same or moved:
+                self.unchanged += same and not again
+                self.moved += moved
                 if self.total_bytes is not None:
                     self.total_bytes -= document.size_bytes
                 continue
-            self.fingerprints[number] = fingerprint
-            self.in_flight[document.name] = fingerprint
+            self.arriving[number] = _Incoming(document.name, identity, fingerprint)
+            self.in_flight[identity] = fingerprint
             number += 1
             yield document
+        # what is skipped while it is read may be there still
+        self.all_met = self.skipped == self._skipped_now()
+
+    def _skipped_now(self) -> int:
+        return len(self.documents.skipped) if isinstance(self.documents, Documents) else 0
+
+    def _check_same(self, identity: str, fingerprint: str, stored: StoredDocument | None) -> None:
+        """Refuse another text of a document that was met before, which would replace the first."""
+        known = self.in_flight.get(identity) or (stored and stored.fingerprint)
+        if known != fingerprint:
+            raise InvalidArgumentError(
+                f"documents must be told apart, but two texts are both {identity}: give each a "
+                "name (or a value of the id column) of its own"
+            )
 
     def _begin(self, encoded: EncodedDocument) -> None:
         """Prepare to store a document; the first one may continue an interrupted run."""
-        # documents without text never get here, and count as missing in every run
-        fingerprint = self.fingerprints.pop(encoded.number)
+        incoming = self.arriving.pop(encoded.number)  # documents without text never get here
+        incoming.encoded = encoded
         stored = None
         if self.current is None:
-            stored = self._unfinished(encoded.name, fingerprint)
+            stored = self._unfinished(incoming)
         else:
             self.bytes_read += self.current.size_bytes
             self.tokens_read += self.current.tokens
-        incoming = _Incoming(encoded, fingerprint, None, 0, 0)
         if stored is not None:
             incoming.id, incoming.start, incoming.passed = stored.id, stored.start, stored.tokens
             encoded.skip = stored.tokens
@@ -198,10 +275,10 @@ class _Appender:
         self.incoming[encoded.number] = incoming
         self.current = encoded
 
-    def _unfinished(self, name: str, fingerprint: str) -> StoredDocument | None:
+    def _unfinished(self, incoming: _Incoming) -> StoredDocument | None:
         """Return the record of a document that the last run was storing when it ended."""
-        stored = self.catalog.latest_document(name)
-        if stored and stored.fingerprint == fingerprint and stored.stop == self.rows:
+        stored = self.known.stored(incoming.identity)
+        if stored and stored.fingerprint == incoming.fingerprint and stored.stop == self.rows:
             return stored
         return None
 
@@ -239,7 +316,7 @@ class _Appender:
         return keys
 
     def _refuse(self, window: Window, keys: Float[Tensor, "new dim"]) -> None:
-        name = self.incoming[window.spans[0].document].encoded.name
+        name = self.incoming[window.spans[0].document].name
         if bool(measurable(keys).all()):
             largest = float(keys.abs().max())
             raise NonFiniteKeysError(
@@ -262,6 +339,7 @@ class _Appender:
             file = write_shard(self.store.path / SHARDS, name, keys, values)
         start = self.rows
         with catalog.transaction():
+            self.known.identify()
             if file is not None:
                 catalog.add_shard(StoredShard(start, file))
             for window in windows:
@@ -279,26 +357,48 @@ class _Appender:
                     self._extend(document)
             if self.streaming:
                 catalog.set("stream_tail", self.history.tolist())
-        completed = [number for number, document in self.incoming.items() if _is_complete(document)]
+        completed = [number for number, document in self.incoming.items() if document.is_complete]
         for number in completed:
-            self.in_flight.pop(self.incoming.pop(number).encoded.name, None)
+            self.in_flight.pop(self.incoming.pop(number).identity, None)
 
     def _add(self, document: _Incoming) -> None:
-        name = document.encoded.name
         document.start = self.rows
-        document.id = self.catalog.add_document(name, document.fingerprint, self.rows)
+        document.id = self.catalog.add_document(
+            document.name, document.identity, document.fingerprint, self.rows
+        )
 
     def _extend(self, document: _Incoming) -> None:
         assert document.id is not None
-        complete = _is_complete(document)
+        complete = document.is_complete
         self.catalog.extend_document(document.id, self.rows, document.passed, complete)
         if complete:  # in the same transaction it replaces its older versions
-            name = document.encoded.name
-            for older in self.catalog.documents(
-                "name = ? AND id < ? AND NOT forgotten", name, document.id
-            ):
-                self.catalog.forget_document(older.id)
+            older = self.catalog.versions(document.identity)[:-1]
+            for version in older:
+                self.catalog.forget_document(version.id)
+            self.replaced += bool(older)
+            self.added += not older
 
-
-def _is_complete(document: _Incoming) -> bool:
-    return document.encoded.exhausted and document.passed == document.encoded.tokens
+    def _finish(self, all_read: bool, sync: bool) -> Changes:
+        """Forget what is gone, in one transaction, if all sources were read to their ends."""
+        if self.known.identified:
+            with self.catalog.transaction():
+                self.known.identify()
+        changes = Changes(self.added, self.replaced, self.moved, self.unchanged)
+        if not all_read:
+            return changes
+        # a text that has become empty replaces the older one by nothing
+        unread = [*self.arriving.values(), *self.incoming.values()]
+        empty = {document.identity for document in unread if document.id is None}
+        gone = self.known.find_gone()
+        removed = gone.rows + (gone.files if sync else [])
+        removed += [d for identity in empty for d in self.catalog.versions(identity)]
+        if removed:
+            with self.catalog.transaction():
+                for document in removed:
+                    self.catalog.forget_document(document.id)
+        return replace(
+            changes,
+            removed=len({document.identity for document in removed}),
+            gone=0 if sync else len({document.identity for document in gone.files}),
+            emptied=tuple(sorted(gone.emptied)),
+        )

@@ -1,19 +1,17 @@
 """The catalog: a datastore's settings, shards and documents in SQLite.
 
-Knows tables and no tensors: `settings` (name → JSON), `shards` (file, rows, checksum), `documents`
-(name, text fingerprint, contiguous rows, whether forgotten). SQLite notices damage to its own
-structure only, so settings and documents have checksums, and `digest` one of all settings.
+Knows the tables and nothing of tensors. The tables: `settings` (name → JSON), `shards` (file, rows
+and checksum of each), `documents` (name, identity, text fingerprint, contiguous rows, whether
+forgotten).
 """
 
-import hashlib
 import json
-import sqlite3
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import asdict, astuple, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import chain, count
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from knnlm.datastore.connection import (
     connect,
@@ -22,31 +20,25 @@ from knnlm.datastore.connection import (
     database_state,
     sqlite_errors,
 )
-from knnlm.datastore.files import ASIDE, publish, writing
+from knnlm.datastore.tables import (
+    DIGEST,
+    FILE_NAME,
+    FORMAT,
+    SCHEMA,
+    DocumentRecord,
+    StoredDocument,
+    new_catalog,
+    put_document,
+    put_setting,
+    record_checksum,
+    setting_sha256,
+    settings_digest,
+)
+from knnlm.datastore.upgrade import OLDER_FORMATS, format_of, upgrade
 from knnlm.errors import DatastoreCorruptError, DatastoreNotFoundError
 
-FILE_NAME = "catalog.sqlite"
 SHARDS = "shards"
 """The folder, beside the catalog, of the shard files."""
-FORMAT = 2
-_SCHEMA = """
-CREATE TABLE settings (
-    name TEXT PRIMARY KEY, sha256 TEXT NOT NULL, value TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE shards (
-    id INTEGER PRIMARY KEY, start INTEGER NOT NULL,
-    name TEXT NOT NULL, rows INTEGER NOT NULL, size_bytes INTEGER NOT NULL, sha256 TEXT NOT NULL
-);
-CREATE TABLE documents (
-    id INTEGER PRIMARY KEY,
-    name TEXT NOT NULL, fingerprint TEXT NOT NULL,
-    start INTEGER NOT NULL, stop INTEGER NOT NULL,
-    tokens INTEGER NOT NULL, complete INTEGER NOT NULL, forgotten INTEGER NOT NULL,
-    checksum INTEGER NOT NULL
-);
-CREATE INDEX documents_by_name ON documents (name);
-"""
-_DIGEST = "digest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,43 +84,6 @@ class StoredShard:
         return self.start + self.file.rows
 
 
-@dataclass(frozen=True, slots=True)
-class StoredDocument:
-    """A document and its rows, start to stop.
-
-    tokens: how many of its tokens were read; more than its rows only at the head of a stream,
-    where the first tokens are read but not stored. complete: whether its last token is stored.
-    """
-
-    id: int
-    name: str
-    fingerprint: str
-    start: int
-    stop: int
-    tokens: int
-    complete: bool
-    forgotten: bool
-
-
-DocumentRecord: TypeAlias = tuple[Any, ...]
-"""A document as its row in the catalog: the fields of `StoredDocument`, and a checksum of them."""
-_DOCUMENT_COLUMNS = "id, name, fingerprint, start, stop, tokens, complete, forgotten, checksum"
-
-
-def _record(document: StoredDocument) -> DocumentRecord:
-    *fields, complete, forgotten = astuple(document)
-    fields += [int(complete), int(forgotten)]
-    return *fields, _checksum(fields)
-
-
-def _checksum(fields: Sequence[Any]) -> int:
-    return zlib.crc32(repr(list(fields)).encode("utf-8", "replace"))
-
-
-def _setting_sha256(name: str, value: str) -> str:
-    return hashlib.sha256(f"{name} {value}".encode()).hexdigest()
-
-
 class Catalog:
     """The open catalog of one datastore; any thread may use it, one at a time.
 
@@ -142,36 +97,29 @@ class Catalog:
                 f"{folder} is not a datastore (it has no {FILE_NAME}); make one with: knnlm build"
             )
         self._path = path
+        version = format_of(folder)
+        if version in OLDER_FORMATS:
+            upgrade(folder)
+        elif version != FORMAT:
+            raise DatastoreCorruptError(
+                f"{path} has format {version}; this version of knnlm reads formats up to {FORMAT}: "
+                "use the version that made it"
+            )
         with sqlite_errors(path):
             self._connection = connect(path)
             # before all else, so that no commit is missed
             self._opened = database_state(path, self._connection)
-            version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             statements = self._connection.execute("SELECT sql FROM sqlite_master").fetchall()
-        if version != FORMAT:
-            remedy = "build the datastore again from its text, or use the version that made it"
-            raise DatastoreCorruptError(
-                f"{path} has format {version}; this version of knnlm reads format {FORMAT}: "
-                f"{remedy}"
-            )
-        wanted = {statement.strip() for statement in _SCHEMA.split(";")} - {""}
+        wanted = {statement.strip() for statement in SCHEMA.split(";")} - {""}
         if {statement for (statement,) in statements} != wanted:
             raise self.damaged("its tables are not those of a catalog")
 
     @classmethod
     def create(cls, folder: Path, settings: Settings) -> "Catalog":
         """Make the catalog of a new datastore; it appears under its name only when it is whole."""
-        aside = folder / (FILE_NAME + ASIDE)
-        with writing(folder):
-            aside.unlink(missing_ok=True)
-            with sqlite_errors(aside, writes=True), closing(connect(aside)) as connection:
-                # no journal file: a half-made catalog is made anew
-                connection.execute("PRAGMA journal_mode = MEMORY")
-                connection.executescript(_SCHEMA)
-                _set(connection, "generation", 0)
-                _set(connection, "datastore", asdict(settings))
-                connection.execute(f"PRAGMA user_version = {FORMAT}")
-            publish(aside, folder / FILE_NAME)
+        with new_catalog(folder) as connection:
+            put_setting(connection, "generation", 0)
+            put_setting(connection, "datastore", asdict(settings))
         return cls(folder)
 
     def close(self) -> None:
@@ -229,12 +177,12 @@ class Catalog:
         )
         sha256s = {row[0]: row[1] for row in rows}
         with self._damage():
-            if sha256s.pop(_DIGEST, None) != _digest(sha256s):
+            if sha256s.pop(DIGEST, None) != settings_digest(sha256s):
                 raise self.damaged("its settings differ from their checksum")
         return rows
 
     def _value(self, name: str, sha256: str, value: str) -> Any:
-        if _setting_sha256(name, value) != sha256:
+        if setting_sha256(name, value) != sha256:
             raise self.damaged(f"the setting {name} differs from its checksum")
         return json.loads(value)
 
@@ -242,7 +190,7 @@ class Catalog:
         """Set a setting; inside a transaction."""
         self._checked_settings(name)  # damage must not get a checksum of its own
         with sqlite_errors(self._path, writes=True):
-            _set(self._connection, name, value)
+            put_setting(self._connection, name, value)
 
     @property
     def settings(self) -> Settings:
@@ -309,9 +257,7 @@ class Catalog:
     def records(self, where: str = "", *arguments: object) -> list[DocumentRecord]:
         """Return the records of documents that fulfil an SQL condition, in the order stored."""
         condition = f"WHERE {where}" if where else ""
-        return self._select(
-            f"SELECT {_DOCUMENT_COLUMNS} FROM documents {condition} ORDER BY id", arguments
-        )
+        return self._select(f"SELECT * FROM documents {condition} ORDER BY id", arguments)
 
     def documents(self, where: str = "", *arguments: object) -> list[StoredDocument]:
         """Return the documents that fulfil an SQL condition. Raises DatastoreCorruptError."""
@@ -319,22 +265,42 @@ class Catalog:
 
     def document(self, record: DocumentRecord) -> StoredDocument:
         """Return a document from its record. Raises DatastoreCorruptError."""
-        if _checksum(record[:-1]) != record[-1]:
+        if record_checksum(record[:-1]) != record[-1]:
             raise self.damaged(f"the record of document {record[1]} differs from its checksum")
-        return StoredDocument(*record[:6], *map(bool, record[6:8]))
+        return StoredDocument(*record[:7], *map(bool, record[7:9]))
 
-    def latest_document(self, name: str) -> StoredDocument | None:
-        """Return the newest document of that name that is not forgotten."""
-        documents = self.documents("name = ? AND NOT forgotten", name)
-        return documents[-1] if documents else None
+    def live_documents(self) -> list[StoredDocument]:
+        """Return the documents that are not forgotten, in the order stored."""
+        return self.documents("NOT forgotten")
 
-    def add_document(self, name: str, fingerprint: str, start: int) -> int:
-        """Add a document without rows and return its id; inside a transaction."""
+    def versions(self, identity: str) -> list[StoredDocument]:
+        """Return the documents of an identity that are not forgotten, the newest last.
+
+        There are several while a newer version is being stored.
+        """
+        return self.documents("identity = ? AND NOT forgotten", identity)
+
+    def add_document(self, name: str, identity: str, fingerprint: str, start: int) -> int:
+        """Add a document without rows and return its id; inside a transaction.
+
+        Names are unique: one that another document has gives way to the identity.
+        """
         ((last,),) = self._select("SELECT max(id) FROM documents")
         number = (last or 0) + 1
-        added = StoredDocument(number, name, fingerprint, start, start, 0, False, False)
+        name = self._free_name(number, name, identity)
+        added = StoredDocument(number, name, identity, fingerprint, start, start, 0, False, False)
         self._put_document(added)
         return number
+
+    def _free_name(self, document: int, name: str, identity: str) -> str:
+        names = chain([name, identity], (f"{identity} ({n})" for n in count(2)))
+        taken = "name = ? AND identity != ? AND id != ? AND NOT forgotten"
+        return next(name for name in names if not self.records(taken, name, identity, document))
+
+    def identify_document(self, document: int, name: str, identity: str) -> None:
+        """Give a document another identity, and a name that is free; inside a transaction."""
+        name = self._free_name(document, name, identity)
+        self._change_document(document, name=name, identity=identity)
 
     def extend_document(self, document: int, stop: int, tokens: int, complete: bool) -> None:
         """Record how far a document is stored; inside a transaction."""
@@ -357,9 +323,8 @@ class Catalog:
         self._put_document(replace(stored, **changes))
 
     def _put_document(self, document: StoredDocument) -> None:
-        self._change(
-            "INSERT OR REPLACE INTO documents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", _record(document)
-        )
+        with sqlite_errors(self._path, writes=True):
+            put_document(self._connection, document)
 
     def problems(self) -> list[str]:
         """Check SQLite's structure and all settings; return what is wrong."""
@@ -370,9 +335,9 @@ class Catalog:
                 raise self.damaged(answer.splitlines()[0])
             with self._damage():
                 for row in self._select("SELECT name, sha256, value FROM settings"):
-                    if row[0] != _DIGEST:
+                    if row[0] != DIGEST:
                         self._value(*row)
-            self._checked_settings(_DIGEST)
+            self._checked_settings(DIGEST)
             self.shards()
         except DatastoreCorruptError as error:
             return [str(error)]
@@ -386,15 +351,3 @@ def catalog_exists(folder: Path) -> bool:
 
 def _shard_name(number: int) -> str:
     return f"{number:08d}.safetensors"
-
-
-def _digest(sha256s: dict[str, str]) -> str:
-    return _setting_sha256(_DIGEST, json.dumps(sha256s, sort_keys=True))
-
-
-def _set(connection: sqlite3.Connection, name: str, value: Any) -> None:
-    text = json.dumps(value)
-    put = "INSERT OR REPLACE INTO settings VALUES (?, ?, ?)"
-    connection.execute(put, (name, _setting_sha256(name, text), text))
-    rows = connection.execute("SELECT name, sha256 FROM settings WHERE name != ?", (_DIGEST,))
-    connection.execute(put, (_DIGEST, _digest(dict(rows.fetchall())), "null"))

@@ -6,6 +6,7 @@ that all connections of this process hold on it.
 
 import errno
 import os
+import re
 import sqlite3
 import stat
 from collections.abc import Iterator
@@ -13,7 +14,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from knnlm.datastore.files import unreadable
-from knnlm.errors import DatastoreCorruptError, DatastoreNotFoundError, DatastoreWriteError
+from knnlm.errors import (
+    DatastoreCorruptError,
+    DatastoreNotFoundError,
+    DatastoreWriteError,
+    InvalidArgumentError,
+)
+
+_NOT_IN_PATHS = re.compile("[\\0\\ud800-\\udfff]")  # bytes that are not UTF-8 become the latter
 
 
 def connect(path: Path) -> sqlite3.Connection:
@@ -24,7 +32,16 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def database_exists(path: Path) -> bool:
-    """Return whether there is a file. Raises DatastoreCorruptError if it is unreadable."""
+    """Return whether there is a file.
+
+    Raises DatastoreCorruptError if it is unreadable, and InvalidArgumentError for a path that is
+    not UTF-8: neither shards nor indexes could be read from it.
+    """
+    if _NOT_IN_PATHS.search(str(path)):
+        raise InvalidArgumentError(
+            f"datastore {str(path.parent)!a} must have a path in UTF-8: rename it, or choose "
+            "another"
+        )
     try:
         exists = stat.S_ISREG(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):

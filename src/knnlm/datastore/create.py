@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from knnlm.choices import KeyDtype, parse_choice
-from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog, Settings, catalog_exists
+from knnlm.datastore.catalog import SHARDS, Catalog, Settings, catalog_exists
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import ASIDE, LOCK_NAME, writer_lock, writing
+from knnlm.datastore.tables import FILE_NAME
 from knnlm.errors import DatastoreMismatchError, DatastoreWriteError, InvalidArgumentError
 from knnlm.model.language_model import LanguageModel
 from knnlm.text.windows import Windowing, choose_windowing

@@ -4,7 +4,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from knnlm.datastore.catalog import (
     Catalog,
     Settings,
     ShardFile,
-    StoredDocument,
     StoredShard,
 )
 from knnlm.datastore.facts import (
@@ -31,6 +29,8 @@ from knnlm.datastore.facts import (
 from knnlm.datastore.files import writer_lock
 from knnlm.datastore.folder import remove_strays
 from knnlm.datastore.shards import Shard, check_values, open_shard
+from knnlm.datastore.sources import Changes, find_named
+from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.unfit_keys import unfit_key
 from knnlm.errors import DatastoreCorruptError, DatastoreMismatchError, InvalidArgumentError
 from knnlm.mixture.parameters import Parameters
@@ -68,6 +68,8 @@ class Datastore:
         self.catalog = Catalog(self.path)
         self.settings: Settings = self.catalog.settings
         self.generation = -1
+        self.changes: Changes | None = None
+        """What the build that returned this datastore did; None if it was only opened."""
         self._open: dict[str, Shard | DatastoreCorruptError] = {}
         self.refresh()
 
@@ -351,16 +353,16 @@ class Datastore:
     def forget(self, names: Sequence[str]) -> list[StoredDocument]:
         """Exclude documents from every search, at once; `compact` removes their bytes later.
 
-        names: exact names, or patterns with * ? [ ]. Returns the forgotten documents. Raises
-        InvalidArgumentError, changing nothing, if a name matches no document.
+        names: exact names; paths of files, folders or files of rows, for all documents in them; or
+        patterns of names with * ? [ ]. Returns the forgotten documents. Raises
+        InvalidArgumentError, changing nothing, if a name matches no document, or if it is the name
+        of one and the path of another.
         """
         with self.writer() as catalog:
-            documents = catalog.documents("NOT forgotten")
+            documents = catalog.live_documents()
             chosen: dict[int, StoredDocument] = {}
             for name in names:
-                matching = [d for d in documents if d.name == name] or [
-                    d for d in documents if fnmatchcase(d.name, name)
-                ]
+                matching = find_named(documents, name)
                 if not matching:
                     raise InvalidArgumentError(
                         f"{self.path} has no document {name!r}; knnlm info --documents lists them"

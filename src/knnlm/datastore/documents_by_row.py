@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from knnlm.datastore.catalog import StoredDocument
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.tables import StoredDocument
 
 
 class DocumentsByRow:

@@ -9,12 +9,11 @@ from typing import Any
 from knnlm.datastore.catalog import (
     SHARDS,
     Catalog,
-    DocumentRecord,
     ShardFile,
-    StoredDocument,
     StoredShard,
 )
 from knnlm.datastore.files import check_file
+from knnlm.datastore.tables import DocumentRecord, StoredDocument
 from knnlm.errors import DatastoreCorruptError
 
 
@@ -69,7 +68,7 @@ def row_problems(folder: Path, catalog: Catalog, snapshot: Snapshot) -> Iterator
         except DatastoreCorruptError as error:
             yield str(error)
     expected = 0
-    ranges = [(start, stop, name) for _, name, _, start, stop, *_ in snapshot.documents]
+    ranges = [(start, stop, name) for _, name, _, _, start, stop, *_ in snapshot.documents]
     numbers = [each for each in ranges if type(each[0]) is type(each[1]) is int]
     for start, stop, name in sorted(numbers, key=lambda each: each[:2]):
         if start != expected:
@@ -98,8 +97,8 @@ def check_size(folder: Path, file: ShardFile) -> None:
 def read_facts(path: str | Path, list_documents: bool = False) -> dict[str, Any]:
     """Return what `knnlm info --json` prints, except for the index.
 
-    list_documents: add "document_list", the name, rows and completeness of each document. Raises
-    DatastoreNotFoundError and DatastoreCorruptError.
+    list_documents: add "document_list", the name, rows and completeness of each document, and its
+    identity if that is another. Raises DatastoreNotFoundError and DatastoreCorruptError.
     """
     folder = Path(path)
     with closing(Catalog(folder)) as catalog:
@@ -123,6 +122,7 @@ def read_facts(path: str | Path, list_documents: bool = False) -> dict[str, Any]
     if list_documents:
         facts["document_list"] = [
             {"name": d.name, "start": d.start, "stop": d.stop, "complete": d.complete}
+            | ({} if d.identity == d.name else {"identity": d.identity})
             for d in documents
         ]
     return facts

@@ -6,10 +6,11 @@ catalog names it; whatever a killed writer, a compaction or another kind of inde
 
 from pathlib import Path
 
-from knnlm.datastore.catalog import FILE_NAME, SHARDS, Catalog
+from knnlm.datastore.catalog import SHARDS, Catalog
 from knnlm.datastore.facts import check_size
 from knnlm.datastore.files import LOCK_NAME, writer_lock, writing
 from knnlm.datastore.stored_index import FOLDER, stored_index
+from knnlm.datastore.tables import FILE_NAME
 from knnlm.errors import DatastoreLockedError, DatastoreWriteError
 
 _JOURNALS = [FILE_NAME + suffix for suffix in ("-journal", "-wal", "-shm")]  # SQLite's

@@ -18,7 +18,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 
 

@@ -32,7 +32,7 @@ from knnlm.model.reading import (
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Window, Windowing, document_windows, stream_windows
 
 QUERIES_AT_ONCE = 4096

@@ -15,7 +15,7 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import cut_documents, read_keys
 from knnlm.progress import SILENT, Progress
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 TOKENS = 8192
 _WINDOWS_AT_ONCE = 8

@@ -82,8 +82,13 @@ def describe_index(catalog: Catalog) -> dict[str, Any]:
 def describe_datastore(path: str | Path, list_documents: bool = False) -> dict[str, Any]:
     """Return what `knnlm info --json` prints: the facts about a datastore and its index.
 
-    See `read_facts`. Raises DatastoreNotFoundError and DatastoreCorruptError.
+    See `read_facts`. dropped_index: the kind that a compaction or the conversion from an older
+    version dropped and that is not built again yet. Raises DatastoreNotFoundError and
+    DatastoreCorruptError.
     """
     facts = read_facts(path, list_documents)
     with closing(Catalog(Path(path))) as catalog:
+        stored = stored_index(catalog)
+        dropped = stored.report is None and stored.kind != IndexKind.exact
+        facts["dropped_index"] = stored.kind if dropped else None
         return facts | {"index": describe_index(catalog)}

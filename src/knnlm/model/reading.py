@@ -19,7 +19,7 @@ from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading_rules import BatchRules
 from knnlm.rules import LARGEST, check_whole
-from knnlm.text.corpus import Document, Documents
+from knnlm.text.documents import Document, Documents
 from knnlm.text.windows import (
     Window,
     Windowing,

@@ -15,7 +15,7 @@ from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.lm_summary import LMSummary
 from knnlm.mixture.rows import join
 from knnlm.progress import SILENT, Progress
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 
 CACHE_SIZES = (64, 256, 1024, 4096)

@@ -11,7 +11,7 @@ from knnlm.mixture.stored import TunedMixture
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.retriever import Stores, as_stores
 from knnlm.rules import check_k
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 from knnlm.tuning.fitting import Fit, fit_mixture
 from knnlm.tuning.held_out import read_held_out

@@ -25,7 +25,7 @@ from knnlm.index.policy import open_index
 from knnlm.index.queries import held_out_queries
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 runner = CliRunner()
 
@@ -111,6 +111,45 @@ def test_build_and_build_again(work: Path, models: Path) -> None:
     assert more["documents"] == 4
     assert more["added"] == more["entries"] - first["entries"] > 0
     assert "added 0 entries" in ok("build", "new.store", "texts", "held.txt")
+
+
+def test_a_build_says_what_became_of_the_documents(work: Path, models: Path) -> None:
+    """One folder under several spellings, then changed, emptied and moved."""
+
+    def changes_of(*arguments: str) -> str:
+        return ok("build", "new.store", *arguments).partition("documents: ")[2].strip()
+
+    assert changes_of("texts", "--model", str(models / "tiny")) == "3 added"
+    for spelling in ("texts", "./texts", str(work / "texts"), "texts/../texts", "texts/*"):
+        assert changes_of(spelling) == "0 added, 3 unchanged"
+    (work / "texts" / "1.txt").write_text("Another text.")
+    (work / "texts" / "2.txt").unlink()
+    gone = "gone from their source and still stored: 1 (knnlm build --sync forgets them)"
+    assert changes_of("texts") == f"0 added, 1 replaced, 1 unchanged\n{gone}"
+    info = ok_json("info", "new.store", "--documents")["document_list"]
+    assert {each["identity"] for each in info} == {
+        str(work / "texts" / f"{number}.txt") for number in range(3)
+    }
+    listed = ok("info", "new.store", "--documents").splitlines()
+    place = next(place for place, line in enumerate(listed) if line.endswith("  texts/0.txt"))
+    assert listed[place + 1].strip() == f"= {work}/texts/0.txt"
+    report = ok_json("build", "new.store", "texts", "--sync")
+    counts = {"added": 0, "replaced": 0, "moved": 0, "unchanged": 2, "removed": 1, "gone": 0}
+    assert report["changes"] == counts | {"emptied": []}
+
+    (work / "texts").rename(work / "moved")
+    (work / "texts").mkdir()
+    (work / "moved" / "rows.jsonl").write_text('{"text": "one row"}\n{"text": "another row"}\n')
+    assert changes_of("moved") == "2 added, 2 moved"
+    (work / "moved" / "rows.jsonl").write_text('{"text": "another row"}\n')
+    assert changes_of("moved") == "0 added, 3 unchanged, 1 removed"
+    assert ok_json("forget", "new.store", "moved/rows.jsonl")["documents"] == ["moved/rows.jsonl:2"]
+    for path in (work / "moved").iterdir():
+        path.rename(work / "texts" / path.name)
+        (work / "texts" / path.name).write_text("All of it is elsewhere, and changed.")
+    emptied = f"knnlm forget new.store {work / 'moved'} forgets them"
+    assert emptied in changes_of("moved", "held.txt", "--sync")
+    assert len(ok_json("forget", "new.store", "moved")["documents"]) == 2
 
 
 def test_build_options(work: Path, models: Path) -> None:

@@ -19,7 +19,7 @@ from knnlm.index.policy import build_index
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build, compact
 from knnlm.mixture.parameters import Parameters
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 PROMPT = torch.tensor([[0, 65, 66, 67, 68]])
 

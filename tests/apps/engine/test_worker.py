@@ -42,7 +42,7 @@ from knnlm.maintenance import build
 from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.retriever import Retriever
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.tuning.tune import tune
 
 TEXTS = [

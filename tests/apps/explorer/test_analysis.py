@@ -22,7 +22,7 @@ from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.model.keyed_model import Reading
 from knnlm.model.language_model import LanguageModel
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.tuning.tune import tune
 
 TEXT = "A datastore is a retriever: ☃ 語 one entry for every token of the text."

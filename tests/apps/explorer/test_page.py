@@ -18,7 +18,7 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.evaluation.explanation import sum_credits
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")

@@ -18,7 +18,7 @@ from schemathesis.specs.openapi.checks import (
 from serving import Served, opening, serving, tiny_store
 
 from knnlm.apps.engine.limits import Limits
-from knnlm.text.corpus import Document
+from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 
 CHECKS = [

@@ -1,6 +1,7 @@
 """The command `build`: store a text in a datastore."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +10,13 @@ import typer
 from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.opening import ModelOptions, load_model
-from knnlm.apps.cli.reports import print_store
-from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype
+from knnlm.apps.cli.reports import print_changes, print_store
+from knnlm.apps.cli.texts import TextOptions, checked_texts
+from knnlm.choices import IndexKind, Key, KeyDtype, ModelDtype, TextFormat
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
+    from knnlm.datastore.datastore import Datastore
     from knnlm.model.language_model import LanguageModel
 
 _DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -53,6 +56,12 @@ _ControlTokens = Annotated[
         "all text that is read with the datastore; by default as before, text in a new one.",
     ),
 ]
+_Sync = Annotated[
+    bool,
+    typer.Option(
+        "--sync", help="Forget the documents that are gone from the given folders and files."
+    ),
+]
 _Dtype = Annotated[
     ModelDtype,
     typer.Option(
@@ -75,47 +84,65 @@ def build(
     key_dtype: _KeyDtype = None,
     max_entries: _MaxEntries = None,
     index: _Index = None,
+    sync: _Sync = False,
     text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    encoding: options.Encoding = "utf-8",
+    text_format: options.Format = TextFormat.auto,
+    skip_bad: options.SkipBad = False,
     dtype: _Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Build a datastore from text, resume an interrupted build, or add documents.
 
-    Documents already stored with the same text are skipped; a document whose text has changed
-    replaces its old version. A new datastore reads 1,024 positions at once, 256 of them context.
-    A build may be interrupted at any time; rerun the same command to resume.
+    Documents already stored with the same text are skipped, however their path is spelled; a
+    document whose text has changed replaces its old version. Rows that are gone from their file are
+    forgotten, files that are gone from their folder with --sync. After a folder was moved, build it
+    from its new place: texts that are stored under a path where nothing is left are not read again.
+    A new datastore reads 1,024 positions at once, 256 of them context. A build may be interrupted
+    at any time; rerun the same command to resume.
 
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
+
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    with checked_texts(text, reading) as documents:
+        lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
+        started = time.perf_counter()
+        built = knnlm.build(
+            store,
+            lm,
+            documents,
+            window=window,
+            context=context,
+            boundary=boundary,
+            control_tokens=control_tokens,
+            key_dtype=key_dtype,
+            max_entries=max_entries,
+            index=index,
+            sync=sync,
+            progress=RichProgress(),
+        )
+        seconds = time.perf_counter() - started
+        _print_built(built, built.rows - rows_before, seconds, as_json)
+
+
+def _print_built(built: "Datastore", added: int, seconds: float, as_json: bool) -> None:
+    """Print what a build made. added: how many entries, in so many seconds."""
     from knnlm.index.report import describe_datastore
 
-    documents = knnlm.read_documents(*text, text_column=text_column)
-    lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
-    started = time.perf_counter()
-    built = knnlm.build(
-        store,
-        lm,
-        documents,
-        window=window,
-        context=context,
-        boundary=boundary,
-        control_tokens=control_tokens,
-        key_dtype=key_dtype,
-        max_entries=max_entries,
-        index=index,
-        progress=RichProgress(),
-    )
-    seconds = time.perf_counter() - started
-    added = built.rows - rows_before
-    facts = describe_datastore(store)
+    facts = describe_datastore(built.path)
+    assert built.changes is not None
     if as_json:
-        print_json(facts | {"added": added, "seconds": seconds})
+        changes = {"changes": asdict(built.changes)}
+        print_json(facts | {"added": added, "seconds": seconds} | changes)
         return
     print_store(facts)
     OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+    print_changes(built.path, built.changes)
 
 
 def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":

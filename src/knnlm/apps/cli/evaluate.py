@@ -4,7 +4,8 @@ from knnlm.apps.cli import options
 from knnlm.apps.cli.console import print_json
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, choose_windowing, open_model
 from knnlm.apps.cli.reports import print_perplexity
-from knnlm.choices import ModelDtype
+from knnlm.apps.cli.texts import TextOptions, checked_texts
+from knnlm.choices import ModelDtype, TextFormat
 
 
 def evaluate(
@@ -23,6 +24,10 @@ def evaluate(
     context: options.Context = None,
     boundary: options.Boundary = None,
     text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    encoding: options.Encoding = "utf-8",
+    text_format: options.Format = TextFormat.auto,
+    skip_bad: options.SkipBad = False,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -33,19 +38,19 @@ def evaluate(
 
         knnlm eval docs.store held-out/test
     """
-    import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
 
-    documents = knnlm.read_documents(*text, text_column=text_column)
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
     mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
-    opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
-    report = opened.perplexity(
-        documents,
-        windowing=choose_windowing(opened, window, context, boundary),
-        max_tokens=max_tokens,
-        progress=RichProgress(),
-    )
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        print_perplexity(report)
+    with checked_texts(text, reading) as documents:
+        opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
+        report = opened.perplexity(
+            documents,
+            windowing=choose_windowing(opened, window, context, boundary),
+            max_tokens=max_tokens,
+            progress=RichProgress(),
+        )
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            print_perplexity(report)

@@ -12,14 +12,17 @@ from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT, print_json
 from knnlm.apps.cli.explain_report import print_explanations
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_file_to_write, open_model
-from knnlm.choices import ModelDtype
+from knnlm.apps.cli.texts import TextOptions, checked_texts
+from knnlm.choices import ModelDtype, TextFormat
 from knnlm.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from knnlm.evaluation.explanation import Explanation
     from knnlm.knn_lm import KNNLM
 
-_Text = Annotated[str, typer.Argument(help="A text, or the path of a UTF-8 file.")]
+_Text = Annotated[
+    str, typer.Argument(help="A text, the path of a file, or - for the standard input.")
+]
 _Generate = Annotated[
     int, typer.Option(help="Continue the text by this many tokens and explain only those.", min=0)
 ]
@@ -58,6 +61,11 @@ def explain(
     at: _At = None,
     sources: _Sources = 3,
     html: _Html = None,
+    text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    encoding: options.Encoding = "utf-8",
+    text_format: options.Format = TextFormat.auto,
+    skip_bad: options.SkipBad = False,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -70,7 +78,7 @@ def explain(
 
         knnlm explain docs.store "def create_task(self, coro):"
     """
-    text = _read_text(text)
+    text = _read_text(text, TextOptions(text_column, id_column, encoding, text_format, skip_bad))
     if html is not None:
         check_file_to_write("html", html)
     mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
@@ -94,19 +102,20 @@ def explain(
         OUT.print(f"page: {html}", soft_wrap=True)
 
 
-def _read_text(text: str) -> str:
+def _read_text(text: str, reading: TextOptions) -> str:
     """Return the contents of the file that an argument names, or else the argument itself."""
-    import knnlm
+    from knnlm.text.pipes import is_pipe
 
     try:
-        is_file = Path(text).is_file()
+        is_file = is_pipe(text) or Path(text).is_file()
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
         is_file = False
     if not is_file:
         return text
-    return "".join(block for document in knnlm.read_documents(text) for block in document.blocks())
+    with checked_texts([text], reading) as documents:
+        return "".join(block for document in documents for block in document.blocks())
 
 
 def _explain_on_page(

@@ -8,7 +8,8 @@ from knnlm.apps.cli import options
 from knnlm.apps.cli.console import print_json
 from knnlm.apps.cli.opening import ModelOptions, load_model
 from knnlm.apps.cli.reports import print_store
-from knnlm.choices import IndexKind, ModelDtype
+from knnlm.apps.cli.texts import TextOptions, checked_texts
+from knnlm.choices import IndexKind, ModelDtype, TextFormat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,6 +49,10 @@ def index(
     queries: _Queries = None,
     model: options.Model = None,
     text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    encoding: options.Encoding = "utf-8",
+    text_format: options.Format = TextFormat.auto,
+    skip_bad: options.SkipBad = False,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "cpu",
     as_json: options.Json = False,
@@ -70,7 +75,8 @@ def index(
     opened = Datastore(store)
     keys = None
     if queries:
-        keys = _held_out_keys(opened, queries, text_column, ModelOptions(model, dtype, device))
+        reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+        keys = _held_out_keys(opened, queries, reading, ModelOptions(model, dtype, device))
     build_index(
         opened,
         kind.value,
@@ -90,12 +96,11 @@ def index(
 
 
 def _held_out_keys(
-    store: "Datastore", text: list[str], text_column: str, model: ModelOptions
+    store: "Datastore", text: list[str], reading: TextOptions, model: ModelOptions
 ) -> "Tensor":
     """Return the keys [query, dimension] of the first tokens of a held-out text."""
     from knnlm.apps.cli.progress_bar import RichProgress
     from knnlm.index.queries import held_out_queries
-    from knnlm.text.corpus import read_documents
 
-    documents = read_documents(*text, text_column=text_column)
-    return held_out_queries(load_model(store, model), store, documents, progress=RichProgress())
+    with checked_texts(text, reading) as documents:
+        return held_out_queries(load_model(store, model), store, documents, progress=RichProgress())

@@ -11,12 +11,38 @@ Store = Annotated[Path, typer.Argument(help="The datastore's folder.")]
 Texts = Annotated[
     list[str],
     typer.Argument(
-        help="Files, folders or globs of UTF-8 text (one document per file), .jsonl or .parquet "
-        "files (one document per row), or hf:NAME[:CONFIG][:SPLIT]."
+        help="Files, folders or globs of UTF-8 text (one document per file), .jsonl, .csv, .tsv, "
+        ".parquet or .json files (one document per row), hf:NAME[:CONFIG][:SPLIT], or - for the "
+        "standard input. See docs/texts.md."
     ),
 ]
 TextColumn = Annotated[
-    str, typer.Option(help="The column of .jsonl, .parquet and hf: sources that holds the text.")
+    str, typer.Option(help="The column of rows that holds the text; a.b is the field b of a.")
+]
+IdColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="The column of rows that tells them apart when they are read again; by default their "
+        "text does."
+    ),
+]
+Encoding = Annotated[
+    str,
+    typer.Option(help="The encoding of the texts: utf-8, utf-16, cp1252, latin-1, shift_jis, …"),
+]
+Format = Annotated[
+    choices.TextFormat,
+    typer.Option(
+        help="What the files hold: text (one document per file) or rows; auto goes by the ends of "
+        "their names."
+    ),
+]
+SkipBad = Annotated[
+    bool,
+    typer.Option(
+        "--skip-bad",
+        help="Leave out files and rows that cannot be read, and name them all at the end.",
+    ),
 ]
 Model = Annotated[
     str | None,

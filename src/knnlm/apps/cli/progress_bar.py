@@ -29,7 +29,13 @@ class _AmountColumn(ProgressColumn):
 
 
 class RichProgress:
-    """Draws a bar with rate and remaining time; see `knnlm.progress.Progress`."""
+    """Draws a bar with rate and remaining time; see `knnlm.progress.Progress`.
+
+    transient: whether a bar disappears when its task is done.
+    """
+
+    def __init__(self, transient: bool = False) -> None:
+        self._transient = transient
 
     @contextmanager
     def task(self, description: str, total: float | None, unit: str) -> Iterator[Advance]:
@@ -54,8 +60,14 @@ class RichProgress:
             try:
                 yield advance
             except Exception:
-                bars.live.transient = True  # leave the error message alone, no half-drawn bar
-                bars.live.stop()
-                bars.disable = True
+                _remove(bars)  # leave the error message alone, no half-drawn bar
                 raise
             bars.update(task, total=bars.tasks[0].completed)
+            if self._transient:
+                _remove(bars)
+
+
+def _remove(bars: Progress) -> None:
+    bars.live.transient = True
+    bars.live.stop()
+    bars.disable = True

@@ -10,6 +10,7 @@ from rich.table import Column, Table
 from knnlm.apps.cli.console import ERR, OUT, amount, one_line
 
 if TYPE_CHECKING:
+    from knnlm.datastore.sources import Changes
     from knnlm.evaluation.perplexity import PerplexityReport
     from knnlm.mixture.parameters import Parameters
     from knnlm.tuning.sweep import Sweep
@@ -154,6 +155,7 @@ def warn_of_poor_recall(path: Path, index: dict[str, Any]) -> None:
 def print_store(facts: dict[str, Any]) -> None:
     """Print what a datastore holds and how it was made, from its facts."""
     settings, forgotten = facts["settings"], facts["forgotten_entries"]
+    dropped = facts["dropped_index"]
     rows = {
         "entries": f"{facts['entries']:,}"
         + (f" (and {forgotten:,} forgotten; knnlm compact removes them)" if forgotten else ""),
@@ -163,7 +165,8 @@ def print_store(facts: dict[str, Any]) -> None:
         "keys": f"{settings['key']}, {settings['dimension']} × {settings['key_dtype']}",
         "windows": f"{settings['window']} positions, {settings['context']} of them context, "
         f"{settings['boundary']} boundaries" + ", control tokens" * settings["control_tokens"],
-        "index": _index_line(facts["index"]),
+        "index": _index_line(facts["index"])
+        + (f"; {dropped} is built again by knnlm index, build or compact" if dropped else ""),
         "parameters": _parameters_line(facts["parameters"], facts["tuning"]),
     }
     if facts["incomplete_documents"]:
@@ -173,6 +176,28 @@ def print_store(facts: dict[str, Any]) -> None:
     for name, value in rows.items():
         table.add_row(name, value)
     OUT.print(table)
+
+
+def print_changes(store: Path, changes: "Changes") -> None:
+    """Print what a build did, in documents, and what it left although it is gone."""
+    counts = [
+        f"{number:,} {word}"
+        for word in ("added", "replaced", "moved", "unchanged", "removed")
+        if (number := getattr(changes, word)) or word == "added"
+    ]
+    OUT.print(f"documents: {', '.join(counts)}", soft_wrap=True)
+    if changes.gone:
+        OUT.print(
+            f"gone from their source and still stored: {changes.gone:,} (knnlm build --sync "
+            "forgets them)",
+            soft_wrap=True,
+        )
+    for folder in changes.emptied:
+        OUT.print(
+            f"nothing is left in {one_line(folder)}, whose documents are still stored: knnlm "
+            f"forget {store} {one_line(folder)} forgets them",
+            soft_wrap=True,
+        )
 
 
 def _index_line(index: dict[str, Any]) -> str:

@@ -9,12 +9,16 @@ from knnlm.apps.cli.console import OUT, amount, one_line, print_error, print_jso
 from knnlm.apps.cli.reports import print_store
 
 _Documents = Annotated[
-    bool, typer.Option("--documents", help="List the documents and their entries.")
+    bool,
+    typer.Option(
+        "--documents", help="List the documents: their entries, name and, if it differs, identity."
+    ),
 ]
 _Names = Annotated[
     list[str],
     typer.Argument(
-        help="Names as `knnlm info --documents` lists them, or patterns with \\* ? [ ]."
+        help="Names as `knnlm info --documents` lists them, paths of files or folders, for all "
+        "documents in them, or patterns of names with \\* ? [ ]."
     ),
 ]
 
@@ -31,10 +35,10 @@ def info(
         return
     print_store(facts)
     for document in facts.get("document_list", []):
-        OUT.print(
-            f"{document['stop'] - document['start']:>10,}  {one_line(document['name'])}",
-            soft_wrap=True,
-        )
+        entries = document["stop"] - document["start"]
+        OUT.print(f"{entries:>10,}  {one_line(document['name'])}", soft_wrap=True)
+        if "identity" in document:
+            OUT.print(f"{'':>10}  = {one_line(document['identity'])}", soft_wrap=True)
 
 
 def forget(store: options.Store, document: _Names, *, as_json: options.Json = False) -> None:

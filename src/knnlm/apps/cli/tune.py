@@ -16,7 +16,8 @@ from knnlm.apps.cli.opening import (
     open_model,
 )
 from knnlm.apps.cli.reports import print_tuning
-from knnlm.choices import ModelDtype
+from knnlm.apps.cli.texts import TextOptions, checked_texts
+from knnlm.choices import ModelDtype, TextFormat
 from knnlm.rules import check_k
 
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
@@ -39,6 +40,10 @@ def tune(
     boundary: options.Boundary = None,
     plot: _Plot = None,
     text_column: options.TextColumn = "text",
+    id_column: options.IdColumn = None,
+    encoding: options.Encoding = "utf-8",
+    text_format: options.Format = TextFormat.auto,
+    skip_bad: options.SkipBad = False,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -55,24 +60,25 @@ def tune(
     from knnlm.apps.cli.progress_bar import RichProgress
     from knnlm.tuning.plot import plot_tuning
 
-    documents = knnlm.read_documents(*text, text_column=text_column)
     check_k(max_k, "max_k")
-    opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
-    picture = plot or store / "tuning.png"
-    check_writable(store)
-    check_file_to_write("plot", picture)
-    tuning = knnlm.tune(
-        opened,
-        documents,
-        max_k=max_k,
-        windowing=choose_windowing(opened, window, context, boundary),
-        max_tokens=max_tokens,
-        progress=RichProgress(),
-    )
-    plot_tuning(tuning, picture)
-    tuning.save([retriever.store for retriever in opened.retrievers], text)
-    if as_json:
-        print_json(tuning.to_dict() | {"plot": str(picture)})
-        return
-    print_tuning(tuning)
-    OUT.print(f"plot: {picture}")
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    with checked_texts(text, reading) as documents:
+        opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
+        picture = plot or store / "tuning.png"
+        check_writable(store)
+        check_file_to_write("plot", picture)
+        tuning = knnlm.tune(
+            opened,
+            documents,
+            max_k=max_k,
+            windowing=choose_windowing(opened, window, context, boundary),
+            max_tokens=max_tokens,
+            progress=RichProgress(),
+        )
+        plot_tuning(tuning, picture)
+        tuning.save([retriever.store for retriever in opened.retrievers], text)
+        if as_json:
+            print_json(tuning.to_dict() | {"plot": str(picture)})
+            return
+        print_tuning(tuning)
+        OUT.print(f"plot: {picture}")

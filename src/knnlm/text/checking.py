@@ -1,0 +1,256 @@
+"""All text sources, read from beginning to end before the first document is used.
+
+What can be known without a model is known here: that files are there and can be read, their kind,
+their encoding, their rows and columns. Only datasets of hf: are streamed, and fail where they fail.
+"""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from knnlm.choices import TextFormat
+from knnlm.errors import InvalidTextError
+from knnlm.progress import Advance, Progress
+from knnlm.text.decoding import TextFile
+from knnlm.text.documents import Document, Documents, Source
+from knnlm.text.hugging_face import hf_rows, load_dataset
+from knnlm.text.paths import find_files
+from knnlm.text.pipes import STDIN, is_pipe, spool
+from knnlm.text.rows import FIRST_ROW, Columns, Rows, json_format, read_rows
+
+_FORMATS = {
+    ".jsonl": TextFormat.jsonl,
+    ".ndjson": TextFormat.jsonl,
+    ".json": TextFormat.json,
+    ".csv": TextFormat.csv,
+    ".tsv": TextFormat.tsv,
+    ".parquet": TextFormat.parquet,
+}
+
+_Reader = Callable[[], Iterator[Document]]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Part:
+    """A file or a dataset of the corpus.
+
+    name: as it was given. identity: of the file; STDIN for pipes. folder: the identity of the
+    folder that it was found in. is_argument: whether it was named itself.
+    """
+
+    name: str
+    identity: str
+    file: TextFile | None = None
+    dataset: Any = None
+    folder: str | None = None
+    is_argument: bool = False
+
+
+class Check:
+    """Finds the files and datasets of all sources, then reads each of them once, in order.
+
+    binaries: how many binary files were skipped. documents: how many documents were found.
+    """
+
+    def __init__(
+        self, columns: Columns, encoding: str, text_format: TextFormat, skip_bad: bool
+    ) -> None:
+        self.binaries = self.documents = 0
+        self._columns = columns
+        self._encoding = encoding
+        self._format = text_format
+        self._skip_bad = skip_bad
+        self._parts: dict[str | Path, _Part] = {}
+        self._sources: dict[Source, None] = {}
+        self._skipped: list[str] = []
+        self._incomplete: set[str | None] = set()  # identities of what has skipped parts
+        self._rows_without_text = 0
+        self._text_bytes = 0
+
+    def find(self, source: str) -> None:
+        """Add the parts of a source. Raises TextNotFoundError and InvalidTextError."""
+        if source.startswith("hf:"):
+            part = _Part(source, source, dataset=load_dataset(source))
+            self._parts.setdefault(source, part)
+        elif is_pipe(source):
+            file = TextFile(spool(source), self._encoding, source)
+            self._parts[file.path] = _Part(source, STDIN, file, is_argument=True)
+        else:
+            self._find_files(source)
+
+    def _find_files(self, source: str) -> None:
+        folder: str | None = None
+
+        def skip_folder(path: Path, error: OSError) -> None:
+            self._skip(f"folder {path} cannot be listed ({error.strerror})", folder)
+
+        if source and _is_folder(source):
+            folder = _identity(Path(source))
+            self._sources[Source(folder, rows=False)] = None
+        for name in find_files(source, skip_folder if self._skip_bad else None):
+            path = Path(name)
+            file = TextFile(path, self._encoding)
+            part = _Part(name, _identity(path), file, None, folder, name == source)
+            known = self._parts.setdefault(path.resolve(), part)
+            known.is_argument |= part.is_argument
+
+    def run(self, progress: Progress) -> Documents:
+        """Read everything. Raises InvalidTextError, unless what is bad is to be skipped."""
+        readers: list[_Reader] = []
+        sizes = [_stored_bytes(part) for part in self._parts.values()]
+        with progress.task("check", sum(sizes), "bytes") as advance:
+            for part, size_bytes in zip(self._parts.values(), sizes, strict=True):
+                meter = _Meter(advance, size_bytes)
+                try:
+                    readers += self._check(part, meter)
+                except InvalidTextError as error:
+                    if not self._skip_bad:
+                        raise
+                    self._skip_in(part, error)
+                meter.finish()
+        if self.binaries:
+            logger.warning("skipped %d binary files among the text sources", self.binaries)
+        if self._rows_without_text:
+            logger.warning(
+                "left out %d rows whose text is null, missing or empty", self._rows_without_text
+            )
+        streamed = any(part.file is None for part in self._parts.values())
+        sources = [each for each in self._sources if each.identity not in self._incomplete]
+        total_bytes = None if streamed else self._text_bytes
+        return Documents(readers, total_bytes, sources, self._skipped)
+
+    def _skip(self, line: str, *identities: str | None) -> None:
+        if line not in self._skipped:  # the second reading finds it again
+            self._skipped.append(line)
+        self._incomplete.update(identities)
+
+    def _skip_in(self, part: _Part, error: InvalidTextError) -> None:
+        self._skip(str(error), part.identity, part.folder)
+
+    def _check(self, part: _Part, advance: Advance) -> list[_Reader]:
+        """Read a part; return what reads it again: nothing for files without text."""
+        file = part.file
+        if file is None:
+            return [self._check_dataset(part)]
+        _check_name(part.name)
+        text_format = self._format
+        if text_format is TextFormat.auto:
+            text_format = _FORMATS.get(file.suffix, TextFormat.text)
+        content = file.content(binary=text_format is TextFormat.parquet)
+        if content != "text" and part.is_argument:
+            raise InvalidTextError(
+                f"text file {part.name} must hold {file.encoding_name} text, but is {content}: "
+                "leave it out or convert it"
+            )
+        if content not in ("text", "empty"):
+            self.binaries += 1
+            return []
+        if content == "text" and self._format is TextFormat.auto and file.suffix == ".json":
+            text_format = json_format(file)
+        if text_format is not TextFormat.text and part.identity != STDIN:
+            self._sources[Source(part.identity, rows=True)] = None
+        elif part.is_argument and part.identity != STDIN:
+            self._sources[Source(part.identity, rows=False)] = None
+        if content == "empty":
+            return []
+        if text_format is TextFormat.text:
+            return [self._check_text(part, file, advance)]
+        return [self._check_rows(part, file, text_format, advance)]
+
+    def _check_text(self, part: _Part, file: TextFile, advance: Advance) -> _Reader:
+        digest, text_bytes = hashlib.sha256(), 0
+        for piece in file.pieces(advance):
+            data = piece.encode()
+            text_bytes += len(data)
+            digest.update(data)
+        identity = part.identity
+        if identity == STDIN:  # another text tomorrow is another document
+            identity = f"{STDIN}#{digest.hexdigest()[:16]}"
+        self.documents += 1
+        self._text_bytes += text_bytes
+        document = Document(part.name, file.path, identity, self._encoding)
+        return partial(iter, (document,))
+
+    def _check_rows(
+        self, part: _Part, file: TextFile, text_format: TextFormat, advance: Advance
+    ) -> _Reader:
+        def rows(advance: Advance | None = None) -> Rows:
+            return Rows(
+                part.name,
+                part.identity,
+                partial(read_rows, file, text_format, self._columns, advance),
+                self._columns,
+                first=FIRST_ROW.get(text_format, 0),
+                on_bad=partial(self._skip_in, part) if self._skip_bad else None,
+            )
+
+        checked = rows(advance)
+        for document in checked.documents():
+            self.documents += 1
+            self._text_bytes += document.size_bytes
+        self._rows_without_text += checked.without_text
+        return rows().documents
+
+    def _check_dataset(self, part: _Part) -> _Reader:
+        """Read the first document, which finds a wrong column before anyone loads a model."""
+        rows = Rows(
+            part.name,
+            part.identity,
+            partial(hf_rows, part.dataset, self._columns, part.name),
+            self._columns,
+            on_bad=partial(self._skip_in, part) if self._skip_bad else None,
+            breaks_off=True,
+        )
+        self.documents += next(rows.documents(), None) is not None
+        self._sources[Source(part.identity, rows=True)] = None
+        return rows.documents
+
+
+class _Meter:
+    """Reports a file's progress: never more than its size, and all of it at the end."""
+
+    def __init__(self, advance: Advance, size_bytes: int) -> None:
+        self._advance = advance
+        self._left = float(size_bytes)
+
+    def __call__(self, amount: float, total: float | None = None) -> None:
+        amount = min(amount, self._left)
+        self._left -= amount
+        self._advance(amount)
+
+    def finish(self) -> None:
+        self(self._left)
+
+
+def _is_folder(source: str) -> bool:
+    try:
+        return Path(source).is_dir()
+    except (OSError, ValueError):  # no name of a file at all, which is refused by find_files
+        return False
+
+
+def _identity(path: Path) -> str:
+    """Return a file's path with links followed, in characters that UTF-8 can hold."""
+    return str(path.resolve()).encode("utf-8", "backslashreplace").decode()
+
+
+def _stored_bytes(part: _Part) -> int:
+    try:
+        return 0 if part.file is None else part.file.stored_bytes
+    except InvalidTextError:
+        return 0  # it is refused when it is its turn
+
+
+def _check_name(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidTextError(
+            f"text file {name!a} must have a name in UTF-8: rename it"
+        ) from error

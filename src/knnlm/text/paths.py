@@ -1,0 +1,73 @@
+"""What an argument names: files, the files of a folder, the matches of a glob. Reads no file."""
+
+import glob
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from knnlm.errors import TextNotFoundError
+
+OnUnlisted = Callable[[Path, OSError], None]
+
+
+def find_files(source: str, on_unlisted: OnUnlisted | None = None) -> list[str]:
+    """Return the files that a text source stands for, sorted.
+
+    on_unlisted: called with each folder below a folder that cannot be listed, and why; by default
+    the source is refused. Raises TextNotFoundError.
+    """
+    path = Path(source)
+    try:
+        if source and path.is_file():
+            return [source]
+        if source and path.is_dir():
+            return sorted(_files_below(path, on_unlisted))
+        matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (skips hidden names)
+        files = [match for match in matches if Path(match).is_file()]
+        reason = "" if files else _absence(source, matches)
+    except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL in it
+        files, reason = [], f"{type(error).__name__}: {error}".splitlines()[0]
+    if not files:
+        raise not_found(source, reason)
+    return files
+
+
+def not_found(source: str, reason: str) -> TextNotFoundError:
+    """Return the error for a text source that names nothing to read."""
+    return TextNotFoundError(
+        f"text source {source[:200]!r} must be a file, a folder, a glob pattern with matches, "
+        f"hf:NAME[:CONFIG][:SPLIT], or - for the standard input, but {reason}: check the path"
+    )
+
+
+def _absence(source: str, matches: list[str]) -> str:
+    """Return why a text source has no files. Raises OSError for a folder that is not readable."""
+    path = Path(source)
+    if path.is_symlink() and not path.exists():
+        return "it is a link to nothing"
+    if source and path.exists():
+        return "it is neither a file nor a folder"
+    if matches:
+        return "its matches are no files"
+    for folder in reversed(path.parents):  # glob finds nothing where it may not look
+        if glob.has_magic(str(folder)):
+            break
+        if folder.is_dir():
+            next(folder.iterdir(), None)
+    return "nothing is there"
+
+
+def _files_below(folder: Path, on_unlisted: OnUnlisted | None) -> Iterator[str]:
+    try:
+        paths = list(folder.iterdir())
+    except OSError as error:
+        if on_unlisted is None:
+            raise
+        on_unlisted(folder, error)
+        return
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path.as_posix()
+        elif path.is_dir() and not path.is_symlink():
+            yield from _files_below(path, on_unlisted)
