@@ -19,8 +19,8 @@ _HEAD = """\
 TEXT stands for any number of files, folders or globs of text (one document per file), `.jsonl`,
 `.csv`, `.tsv`, `.parquet` and `.json` files (one document per row, see `--text-column`),
 `hf:NAME[:CONFIG][:SPLIT]`, or `-` for the standard input; [texts.md](texts.md) says what can be
-read, and what every refusal means. Results go to the standard output, with `--json` as one line of JSON;
-progress and errors go to the standard error. Invalid input changes nothing on disk and gives one
+read, and what every refusal means. Results go to the standard output, with `--json` as one line of
+JSON; progress and errors go to the standard error. Invalid input changes nothing on disk and gives one
 line that begins with `error:` and exit status 1; wrong usage gives exit status 2, an interruption
 130. `knnlm --version` prints the version.
 
