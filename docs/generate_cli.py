@@ -20,9 +20,9 @@ TEXT stands for any number of files, folders or globs of text (one document per 
 `.csv`, `.tsv`, `.parquet` and `.json` files (one document per row, see `--text-column`),
 `hf:NAME[:CONFIG][:SPLIT]`, or `-` for the standard input; [texts.md](texts.md) says what can be
 read, and what every refusal means. Results go to the standard output, with `--json` as one line of
-JSON; progress and errors go to the standard error. Invalid input changes nothing on disk and gives one
-line that begins with `error:` and exit status 1; wrong usage gives exit status 2, an interruption
-130. `knnlm --version` prints the version.
+JSON; progress and errors go to the standard error. Invalid input changes nothing on disk and gives
+one line that begins with `error:` and exit status 1; wrong usage gives exit status 2, an
+interruption 130. `knnlm --version` prints the version.
 
 | command | |
 |---|---|
