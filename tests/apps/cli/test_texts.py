@@ -146,3 +146,10 @@ def test_a_datastore_has_a_path_in_utf8(store: str, work: Path) -> None:
         assert isinstance(result.exception, SystemExit)
         assert "must have a path in UTF-8" in result.stderr
         assert snapshot(work) == before
+
+
+def test_a_text_that_may_be_a_mistyped_path_is_told(work: Path) -> None:
+    for text, told in [("corpus/9.txt", True), ("notes.md", True), ("The nearest.", False)]:
+        result = runner.invoke(app, ["explain", "docs.store", text, "--k", "4"])
+        assert result.exit_code == 0, result.output
+        assert (f"note: {text} is no file" in result.stderr) == told

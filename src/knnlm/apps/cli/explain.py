@@ -1,6 +1,7 @@
 """The command `explain`: why the kNN-LM gives each token its probability."""
 
 import errno
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from knnlm.apps.cli import options
-from knnlm.apps.cli.console import OUT, print_json
+from knnlm.apps.cli.console import ERR, OUT, print_json
 from knnlm.apps.cli.explain_report import print_explanations
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_file_to_write, open_model
 from knnlm.apps.cli.texts import TextOptions, checked_texts
@@ -43,6 +44,8 @@ _Html = Annotated[
     Path | None,
     typer.Option(help="Also write the page that knnlm explore shows, as one HTML file."),
 ]
+
+_PATH = re.compile(r"[\w.~/-]+\.\w{1,5}")  # what may be the path of a file, mistyped
 
 
 def explain(
@@ -113,6 +116,8 @@ def _read_text(text: str, reading: TextOptions) -> str:
             raise
         is_file = False
     if not is_file:
+        if _PATH.fullmatch(text):
+            ERR.print(f"note: {text} is no file, and is explained as a text", soft_wrap=True)
         return text
     with checked_texts([text], reading) as documents:
         return "".join(block for document in documents for block in document.blocks())
