@@ -202,20 +202,19 @@ class KNNLM:
         check_text("prompt", prompt)
         lm = self.lm
         prompted = [lm.start_token, *lm.encode([prompt])[0].tolist()]
-        tokens = torch.tensor([prompted], device=lm.device)
-        length = tokens.shape[1]
+        length = len(prompted)
         if lm.max_window is not None and length + max_new_tokens > lm.max_window:
             raise InvalidArgumentError(
                 f"prompt ({length} tokens) and max_new_tokens ({max_new_tokens}) must fit the "
                 f"model's {lm.max_window} positions; shorten one of them"
             )
+        tokens = torch.tensor([prompted], device=lm.device)
         options.setdefault("do_sample", False)
         if "generation_config" not in options:
             options.setdefault("eos_token_id", sorted(lm.end_tokens) or None)
         padding = lm.tokenizer.pad_token_id
         options.setdefault("pad_token_id", lm.start_token if padding is None else padding)
-        if not lm.may_use_cache(length, length + max_new_tokens):
-            options.setdefault("use_cache", False)
+        options = lm.cache_options(length, length + max_new_tokens) | options
         devices = [lm.device] if lm.device.type == "cuda" else []
         training = lm.model.training
         lm.model.eval()
