@@ -25,7 +25,8 @@ class Adapter(nn.Module):
         self.active_peft_config = type("Config", (), {"is_prompt_learning": is_prompt_learning})()
 
     def get_base_model(self) -> nn.Module:
-        return self.base_model
+        result: nn.Module = self.base_model
+        return result
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_model(*args, **kwargs)
