@@ -12,7 +12,7 @@ from torch import Tensor
 from knnlm.datastore.catalog import SHARDS, Catalog, Settings, StoredShard
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
-from knnlm.errors import InvalidArgumentError
+from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
 from knnlm.index.protocol import Index, Neighbors
 
 DIMENSION = 24
@@ -174,10 +174,11 @@ class IndexContract:
         queries = clustered(count, seed=5)
         queries[1, 3] = torch.nan
         queries[2, 0] = torch.inf
+        queries[3] = 1e18  # longer than that: squared distances overflow float32
         found = index.search(queries, 6)
-        assert (found.rows[1:3] == -1).all()
-        assert (found.squared_distances[1:3] == torch.inf).all()
-        others = torch.arange(count)[(torch.arange(count) < 1) | (torch.arange(count) > 2)]
+        assert (found.rows[1:4] == -1).all()
+        assert (found.squared_distances[1:4] == torch.inf).all()
+        others = torch.arange(count)[(torch.arange(count) < 1) | (torch.arange(count) > 3)]
         rest = Neighbors(found.squared_distances[others], found.rows[others])
         assert_neighbors(store, queries[others], 6, rest, self.recall)
 
@@ -201,6 +202,14 @@ class IndexContract:
             index.search(clustered(2), 0)
         with pytest.raises(InvalidArgumentError, match="dimension 24, got 7"):
             index.search(torch.zeros(2, 7), 3)
+
+    @pytest.mark.parametrize("bad", [1e19, torch.nan])
+    def test_keys_that_cannot_be_measured_are_refused(self, tmp_path: Path, bad: float) -> None:
+        keys = clustered(500)
+        keys[123] = bad
+        store = store_of(tmp_path / "bad", keys)
+        with pytest.raises(DatastoreCorruptError, match="key of row 123, in document 'd2', is "):
+            self.make_index(store).search(keys[:2], 3)
 
     def test_entries_beyond_float16_are_no_nan(self, tmp_path: Path) -> None:
         """Squares of large float16 keys overflow float16, and must not."""

@@ -1,4 +1,4 @@
-"""The values that named choices and numbers take, shared by the library and the command line.
+"""The values that named choices take, shared by the library and the command line.
 
 Each choice is a string enum: wherever one is an argument, its plain string works too. Imports
 nothing heavy, so that the command line can show its help without loading torch.
@@ -10,9 +10,6 @@ from typing import TypeVar
 from knnlm.errors import InvalidArgumentError
 
 Choice = TypeVar("Choice", bound=StrEnum)
-
-MOST = (1 << 31) - 1
-"""The greatest number of anything that may be asked for; tensors and FAISS hold it."""
 
 
 class Boundary(StrEnum):
@@ -90,23 +87,3 @@ def parse_choice(choices: type[Choice], argument: str, value: str) -> Choice:
         raise InvalidArgumentError(
             f"{argument} must be one of {', '.join(choices)}, got {value!r}"
         ) from None
-
-
-def check_number(
-    argument: str,
-    value: float,
-    least: float,
-    most: float = MOST,
-    *,
-    remedy: str = "choose another",
-) -> None:
-    """Raise InvalidArgumentError, naming the argument, unless least ≤ value ≤ most."""
-    if not least <= value:  # NaN, too
-        raise InvalidArgumentError(f"{argument} must be at least {least}, got {value}: {remedy}")
-    if value > most:
-        raise InvalidArgumentError(f"{argument} must be at most {most}, got {value}: {remedy}")
-
-
-def check_seed(seed: int) -> None:
-    """Raise InvalidArgumentError for a seed that is no signed 64-bit number."""
-    check_number("seed", seed, -(1 << 63), (1 << 63) - 1)

@@ -13,7 +13,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.attachment.attachment import Attachment
-from knnlm.choices import check_number, check_seed
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain
 from knnlm.evaluation.explanation import Explanation
@@ -25,6 +24,13 @@ from knnlm.model.language_model import LanguageModel, check_text
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
+from knnlm.rules import (
+    LEAST_TEMPERATURE,
+    check_sampling_temperature,
+    check_seed,
+    check_top_p,
+    check_whole,
+)
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
 
@@ -139,7 +145,7 @@ class KNNLM:
         holds the tokens before a position in its row.
         """
         reading = self.lm.keys_and_logits(tokens)
-        log_probs = torch.log_softmax(reading.logits, dim=-1)
+        log_probs = self.lm.log_probs(reading.logits)
         cache_view = None
         if self.mixer.uses_cache:
             cache = self.mixer.new_cache(reading.keys)
@@ -192,14 +198,10 @@ class KNNLM:
         `end_tokens` ends the text and is left out of it. Raises InvalidArgumentError for
         arguments outside their rules, and if prompt and continuation do not fit the model.
         """
-        check_number("max_new_tokens", max_new_tokens, 1)
-        if seed is not None:
-            check_seed(seed)
-        # below a temperature of 0.01, which is as good as greedy, logits would overflow
-        for name, least, most in [("temperature", 0.01, 1e30), ("top_p", 0.0, 1.0)]:
-            if options.get(name) is not None:
-                check_number(name, options[name], least, most)
+        max_new_tokens = check_whole("max_new_tokens", max_new_tokens)
+        seed = None if seed is None else check_seed(seed)
         check_text("prompt", prompt)
+        options = _checked(options)
         lm = self.lm
         prompted = [lm.start_token, *lm.encode([prompt])[0].tolist()]
         length = len(prompted)
@@ -236,3 +238,12 @@ class KNNLM:
         new = output[0, length:].tolist()
         text = lm.decode(new[:-1] if new and new[-1] in lm.end_tokens else new)
         return Generation(prompt, text, new)
+
+
+def _checked(options: dict[str, Any]) -> dict[str, Any]:
+    """Check the options of `generate` whose rules are our own."""
+    rules = [("temperature", check_sampling_temperature), ("top_p", check_top_p)]
+    checked = {name: check(options[name]) for name, check in rules if options.get(name) is not None}
+    if checked.get("temperature", 1.0) < LEAST_TEMPERATURE:  # float32 cannot be divided by it
+        return {**options, **checked, "temperature": None, "do_sample": False}
+    return options | checked

@@ -18,7 +18,8 @@ from stores import contents, distinct_documents, small_disk, stored_keys
 from knnlm.datastore.append import append_documents
 from knnlm.datastore.catalog import FILE_NAME, FORMAT, SHARDS, Catalog, ShardFile
 from knnlm.datastore.compaction import compact
-from knnlm.datastore.datastore import Datastore, DocumentsByRow
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.datastore.facts import check_size
 from knnlm.datastore.verification import verify
 from knnlm.errors import (

@@ -10,7 +10,8 @@ import torch
 from index_contract import append, assert_neighbors, clustered, store_of
 
 from knnlm.datastore.compaction import compact
-from knnlm.datastore.datastore import Datastore, DocumentsByRow
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.datastore.verification import verify
 from knnlm.index.exact import ExactIndex
 from knnlm.index.policy import build_index, keep_index, open_index

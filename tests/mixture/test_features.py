@@ -121,5 +121,5 @@ def test_a_query_is_described_alike_alone_and_among_others() -> None:
 def test_inputs_have_rules() -> None:
     with refusal(InvalidArgumentError, "k must be at least 1, got 0"):
         GateInput(0, 1.0)
-    with refusal(InvalidArgumentError, "temperature must be positive", "got 0.0"):
+    with refusal(InvalidArgumentError, "temperature must be positive and finite, got 0.0"):
         GateInput(1, 0.0)

@@ -37,7 +37,8 @@ class Attachment:
     After every forward pass the model's logits are log-probabilities of the mixture, float32, for
     the positions that the pass keeps (`logits_to_keep`), and only these are searched for; if labels
     are given, the loss is the mixture's. Gradients reach the model through p_LM; neighbors are
-    constants. Where every λ is 0, outputs are the model's own, to the bit.
+    constants. Where every λ is 0, outputs are the model's own, to the bit. A forward pass raises
+    UnsupportedModelError where the model gives NaN.
 
     Raises AttachmentError if the model already has an attachment.
     """
@@ -100,14 +101,15 @@ class Attachment:
     def _mix_output(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if not self.mixer.counts:
-            return output
         given = self._signature.bind(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         self._check_reading(given, output)
         # a tuple holds the losses first, which have no dimensions
         place = None if hasattr(output, "logits") else _first_with_three_dimensions(output)
         logits: Tensor = output.logits if place is None else output[place]
+        if not self.mixer.counts:
+            self._keyed.check_numbers(logits.amax(dim=-1))
+            return output
         mixed = self._mix(logits, given, output)
         labels = given.get("labels")
         if place is None:
@@ -156,7 +158,7 @@ class Attachment:
         cache_view = None
         if self.mixer.uses_cache:
             cache_view = select(self._caches.read(given, output, read.detach()), kept.flatten())
-        lm_log_probs = torch.log_softmax(logits.float(), dim=-1)
+        lm_log_probs = self._keyed.log_probs(logits)
         begun = self._pending.search
         retrieved = self.mixer.search(keys) if begun is None else begun.result()
         return self.mixer.mix(retrieved, cache_view, lm_log_probs).log_probs

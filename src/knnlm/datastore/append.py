@@ -5,7 +5,6 @@ one transaction. How windows are gathered depends only on what is already commit
 resumed run reads the same batches as an uninterrupted one.
 """
 
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,15 +16,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.choices import Boundary, check_number
+from knnlm.choices import Boundary
 from knnlm.datastore.catalog import SHARDS, StoredDocument, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
+from knnlm.datastore.unfit_keys import measurable, why_unmeasurable
 from knnlm.errors import NonFiniteKeysError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
+from knnlm.rules import LARGEST, check_whole
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Window
 
@@ -53,7 +54,7 @@ def append_documents(
     """
     for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
         if number is not None:
-            check_number(name, number, 1, math.inf)
+            check_whole(name, number, most=LARGEST)
     store = open_or_create(
         Path(path), lm, window=window, context=context, boundary=boundary, key_dtype=key_dtype
     )
@@ -224,7 +225,7 @@ class _Appender:
         keys = torch.empty(starts[-1], settings.dimension, dtype=self.store.key_dtype)
         for number, window_keys in read_keys(self.lm, windows):
             stored = window_keys.to(self.store.key_dtype)
-            if not bool(stored.isfinite().all()):
+            if not bool(measurable(stored).all()):
                 self._refuse(windows[number], window_keys)
             keys[starts[number] : starts[number + 1]] = stored
             advance(windows[number].new, self._estimated_tokens())
@@ -232,15 +233,15 @@ class _Appender:
 
     def _refuse(self, window: Window, keys: Float[Tensor, "new dim"]) -> None:
         name = self.incoming[window.spans[0].document].encoded.name
-        if bool(keys.isfinite().all()):
+        if bool(measurable(keys).all()):
             largest = float(keys.abs().max())
             raise NonFiniteKeysError(
                 f"key_dtype {self.store.settings.key_dtype} cannot hold a key of {name} (largest "
                 f"magnitude {largest:.4g}); build another datastore with key_dtype bfloat16"
             )
         raise NonFiniteKeysError(
-            f"a key of {name} is not finite: {self.lm.name} in {self.lm.dtype} gives NaN or "
-            "infinity there; load it in float32 or leave the document out"
+            f"a key of {name} is {why_unmeasurable(keys)}: {self.lm.name} in {self.lm.dtype} "
+            "overflows there; load it in float32 or leave the document out"
         )
 
     def _commit(self, windows: list[Window], advance: Advance) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ from knnlm.datastore.facts import (
 )
 from knnlm.datastore.files import writer_lock
 from knnlm.datastore.folder import remove_strays
-from knnlm.datastore.shards import Shard, check_keys, check_values, open_shard
+from knnlm.datastore.shards import Shard, check_values, open_shard
+from knnlm.datastore.unfit_keys import unfit_key
 from knnlm.errors import DatastoreCorruptError, DatastoreMismatchError, InvalidArgumentError
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
@@ -188,16 +190,26 @@ class Datastore:
         """
         keys = torch.empty(len(rows), self.settings.dimension, dtype=self.key_dtype)
         ascending, places = rows.sort()
-        for shard in self.shards:
-            edges = torch.tensor([shard.start, shard.stop])
-            low, high = torch.searchsorted(ascending, edges).tolist()
+        edges = torch.tensor([*self._starts, self.rows])
+        bounds = torch.searchsorted(ascending, edges).tolist()
+        for shard, (low, high) in zip(self.shards, pairwise(bounds), strict=True):
             if high > low:
                 chosen = self._shard(shard).keys[ascending[low:high] - shard.start]
                 if not bool(chosen.isfinite().all()):
-                    live = self.alive[ascending[low:high]]
-                    check_keys(self.path / SHARDS / shard.file.name, chosen[live])
+                    self._refuse_live(ascending[low:high], chosen)
                 keys[places[low:high]] = chosen
         return keys
+
+    def _refuse_live(self, rows: Int[Tensor, " n"], keys: Float[Tensor, "n dim"]) -> None:
+        for row, key in zip(rows.tolist(), keys, strict=True):
+            if self.alive[row] and not bool(key.isfinite().all()):
+                raise self.unfit_key(row)
+
+    def unfit_key(self, row: int) -> DatastoreCorruptError:
+        """Return the error for a row whose key is not `measurable`."""
+        shard = self.shards[bisect_right(self._starts, row) - 1]
+        key = self._shard(shard).keys[row - shard.start]
+        return unfit_key(self.path / SHARDS / shard.file.name, row, self.document_at(row).name, key)
 
     def documents(self) -> list[StoredDocument]:
         """Return the documents that are not forgotten, in the order they were stored."""
@@ -237,7 +249,10 @@ class Datastore:
     def parameters(self) -> Parameters | None:
         """The defaults that `tune` stored; None before tuning. Raises DatastoreCorruptError."""
         stored = tuned_parameters(self.catalog)
-        return None if stored is None else Parameters(**stored)
+        try:
+            return None if stored is None else Parameters(**stored)
+        except (TypeError, InvalidArgumentError) as error:
+            raise self.catalog.damaged(f"its parameters cannot be used: {error}") from error
 
     @property
     def tuning(self) -> dict[str, Any] | None:
@@ -354,30 +369,6 @@ class Datastore:
                     catalog.forget_document(number)
         self.refresh()
         return list(chosen.values())
-
-
-class DocumentsByRow:
-    """The documents of a datastore, without forgotten ones, for finding those of many rows.
-
-    Holds the documents of one moment.
-    """
-
-    def __init__(self, store: Datastore) -> None:
-        self.store = str(store.path)
-        self._documents = store.documents()
-        starts = [document.start for document in self._documents]
-        self._starts = torch.tensor(starts, dtype=torch.int64)
-
-    def at(self, rows: Int[Tensor, " n"]) -> list[StoredDocument]:
-        """Return the document of each row."""
-        return [self._documents[place] for place in self._places(rows).tolist()]
-
-    def holding(self, rows: Int[Tensor, " n"]) -> list[StoredDocument]:
-        """Return the documents that hold any of the rows, each once, in order."""
-        return [self._documents[place] for place in torch.unique(self._places(rows)).tolist()]
-
-    def _places(self, rows: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-        return torch.searchsorted(self._starts, rows.contiguous(), right=True) - 1
 
 
 def open_datastore(store: Datastore | str | Path) -> Datastore:

@@ -79,12 +79,6 @@ def check_values(path: Path, values: Int[Tensor, " n"], vocab_size: int) -> None
         raise DatastoreCorruptError(f"{path}: a value is outside the vocabulary")
 
 
-def check_keys(path: Path, keys: Float[Tensor, "n dim"]) -> None:
-    """Raise DatastoreCorruptError for a key that is not finite."""
-    if not bool(keys.isfinite().all()):
-        raise DatastoreCorruptError(f"{path}: a key is not finite")
-
-
 def shard_problem(folder: Path, expected: ShardFile) -> str | None:
     """Reread a whole shard against its checksum; return what is wrong with it, if anything."""
     return file_problem(folder / expected.name, expected.size_bytes, expected.sha256)

@@ -8,8 +8,9 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.facts import Snapshot, row_problems
 from knnlm.datastore.files import file_problem
 from knnlm.datastore.folder import stray_problems
-from knnlm.datastore.shards import check_keys, check_values, open_shard, shard_problem
+from knnlm.datastore.shards import check_values, open_shard, shard_problem
 from knnlm.datastore.stored_index import StoredIndex, stored_index
+from knnlm.datastore.unfit_keys import measurable
 from knnlm.errors import DatastoreCorruptError, KNNLMError
 from knnlm.progress import SILENT, Progress
 
@@ -70,7 +71,9 @@ def _contents_problem(store: Datastore, shard: StoredShard) -> str | None:
     folder = store.path / SHARDS
     try:
         contents = open_shard(folder, shard.file, store.settings)
-        check_keys(folder / shard.file.name, contents.keys)
+        fit = measurable(contents.keys)
+        if not bool(fit.all()):
+            raise store.unfit_key(shard.start + int(fit.int().argmin()))
         check_values(folder / shard.file.name, contents.values, store.settings.vocab_size)
     except KNNLMError as error:
         return str(error)

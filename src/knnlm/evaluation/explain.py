@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.choices import check_number
-from knnlm.datastore.datastore import DocumentsByRow
+from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explanation import (
     THIS_TEXT,
@@ -31,6 +30,7 @@ from knnlm.mixture.interpolation import Votes, interpolate
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
+from knnlm.rules import check_whole
 from knnlm.text.windows import Windowing
 
 _HEAVIEST_VOTES = 5
@@ -115,7 +115,7 @@ def explain_scores(
     if not any(len(store) > 0 for store in stores):
         raise InvalidArgumentError(f"{stores[0].path} must have entries to explain with, got none")
     for name, number in [("sources", sources), ("before", before), ("after", after)]:
-        check_number(name, number, 0)
+        check_whole(name, number, least=0)
     has_votes = [mixer.gate is not None or len(store) > 0 for store in stores]
     retrievers = list(compress(mixer.retrievers, has_votes))
     explainer = Explainer(

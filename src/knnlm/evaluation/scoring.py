@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.choices import Boundary, Similarity, check_number
+from knnlm.choices import Boundary, Similarity
 from knnlm.index.protocol import Neighbors
 from knnlm.mixture.continuous_cache import CacheNeighbors, ContinuousCache, join_cache_neighbors
 from knnlm.mixture.interpolation import interpolate
@@ -128,8 +128,6 @@ def score_documents(
 
     Raises InvalidArgumentError. description: the name of the work in its progress.
     """
-    if max_tokens is not None:
-        check_number("max_tokens", max_tokens, 1, math.inf)
     read: list[EncodedDocument] = []
     windows = cut_documents(lm, documents, windowing, max_tokens, on_document=read.append)
 

@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knnlm.choices import IndexKind, check_number, check_seed
+from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import IndexFile, StoredIndex, stored_index
-from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError, InvalidArgumentError
+from knnlm.datastore.unfit_keys import measurable
+from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError
 from knnlm.index.protocol import Index
 from knnlm.index.report import IndexReport
-from knnlm.mixture.parameters import check_k
 from knnlm.progress import SILENT, Progress
+from knnlm.rules import check_k, check_recall, check_seed, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,8 @@ class IndexOptions:
     that reach `recall` of the k true nearest. queries: real ones to measure recall with; None:
     stored keys. device: where searches compute, "cpu" or a GPU.
 
-    Raises InvalidArgumentError for a recall outside (0, 1] and for k or nprobe below 1.
+    Raises InvalidArgumentError for a recall outside (0, 1], for k or nprobe below 1 and for a seed
+    beyond int64.
     """
 
     factory: str | None = None
@@ -42,14 +44,11 @@ class IndexOptions:
     progress: Progress = SILENT
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.recall <= 1.0:
-            raise InvalidArgumentError(
-                f"recall must be above 0 and at most 1, got {self.recall}: try 0.95"
-            )
-        check_k(self.k)
-        check_seed(self.seed)
+        object.__setattr__(self, "recall", check_recall(self.recall))
+        object.__setattr__(self, "k", check_k(self.k))
+        object.__setattr__(self, "seed", check_seed(self.seed))
         if self.nprobe is not None:
-            check_number("nprobe", self.nprobe, 1)
+            object.__setattr__(self, "nprobe", check_whole("nprobe", self.nprobe))
 
 
 def live_rows(store: Datastore, count: int) -> Bool[Tensor, " rows"]:
@@ -125,3 +124,10 @@ class Backend(Protocol):
         DatastoreCorruptError and DatastoreWriteError.
         """
         ...
+
+
+def check_keys(store: Datastore, keys: Float[Tensor, "n dim"], rows: Int[Tensor, " n"]) -> None:
+    """Refuse stored keys, of these rows, that are not `measurable`: DatastoreCorruptError."""
+    fit = measurable(keys)
+    if not bool(fit.all()):
+        raise store.unfit_key(int(rows[~fit][0]))

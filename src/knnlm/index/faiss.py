@@ -21,8 +21,9 @@ from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.files import ASIDE, file_problem, publish, writing
 from knnlm.datastore.stored_index import FOLDER, IndexFile, StoredIndex, unused_name
+from knnlm.datastore.unfit_keys import measurable
 from knnlm.errors import DatastoreCorruptError, InvalidArgumentError, KNNLMError
-from knnlm.index.backend import Built, IndexOptions, live_rows, recorded_index
+from knnlm.index.backend import Built, IndexOptions, check_keys, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search, merge_neighbors
@@ -76,7 +77,8 @@ class FaissIndex:
         index = _trained(store, options.factory, options)
         refusing = _refusing(options.factory, "cannot be filled and searched")
         with refusing, options.progress.task("add keys", store.rows, "keys") as advance:
-            for _, keys in store.key_blocks(_ADDED_AT_ONCE):
+            for start, keys in store.key_blocks(_ADDED_AT_ONCE):
+                check_keys(store, keys, start + torch.arange(len(keys)))
                 index.add(keys.float().numpy())
                 advance(len(keys))
             if store.rows:  # before anything is written
@@ -139,8 +141,8 @@ class FaissIndex:
         )
 
     def _search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
-        finite = queries.isfinite().all(dim=1, keepdim=True)
-        vectors = queries.where(finite, torch.zeros_like(queries)).numpy()
+        usable = measurable(queries)[:, None]
+        vectors = queries.where(usable, torch.zeros_like(queries)).numpy()
         absent = Neighbors(
             torch.full((len(queries), k), torch.inf), torch.full((len(queries), k), -1)
         )
@@ -152,7 +154,7 @@ class FaissIndex:
             if self._selector is None:
                 raise
             neighbors = self._ask_more(vectors, k)
-        present = finite & neighbors.present
+        present = usable & neighbors.present
         return Neighbors(
             neighbors.squared_distances.masked_fill(~present, torch.inf).clamp_min(0.0),
             neighbors.rows.masked_fill(~present, -1),
@@ -258,10 +260,11 @@ def _trained(store: Datastore, factory: str, options: IndexOptions) -> Any:
     generator = torch.Generator().manual_seed(options.seed)
     with options.progress.task("train the index", None, "keys"):
         sample = torch.randperm(store.rows, generator=generator)[:_TRAINING_KEYS]
-        keys = store.keys_at(sample).float().numpy()
+        keys = store.keys_at(sample).float()
+    check_keys(store, keys, sample)
     if len(keys):
         with _refusing(factory, f"cannot be trained on {len(keys)} keys"):
-            index.train(keys)
+            index.train(keys.numpy())
     return index
 
 

@@ -12,13 +12,12 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.backend import IndexOptions
-from knnlm.index.exact import ExactIndex
+from knnlm.index.exact import TOLERANCE, ExactIndex
 from knnlm.index.protocol import Neighbors
 from knnlm.index.report import Measured
 
 _QUERIES = 256
 _TIMED_QUERIES = 1024
-_SAME = 1e-5  # relative and absolute: distances that differ by rounding only
 _ENTRIES_PER_NEIGHBOR = 8  # at least: k is measured as smaller in a small datastore
 
 
@@ -121,7 +120,7 @@ def _recall(neighbors: Neighbors, truth: Neighbors) -> float:
     """
     true_distances = truth.squared_distances.masked_fill(~truth.present, -torch.inf)
     farthest = true_distances.amax(dim=1, keepdim=True)
-    near_enough = neighbors.squared_distances <= farthest * (1 + _SAME) + _SAME
+    near_enough = neighbors.squared_distances <= farthest * (1 + TOLERANCE)
     hits = total = 0
     for number, true_rows in enumerate(truth.rows):
         true_rows = true_rows[true_rows >= 0]

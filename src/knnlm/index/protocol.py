@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.errors import InvalidArgumentError
+from knnlm.rules import check_k
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,8 @@ class Index(Protocol):
         """Return the k nearest live entries, on the queries' device.
 
         Forgotten entries are never returned. Where fewer than k are found, or where a query is not
-        finite, the rest is absent. Raises InvalidArgumentError for k < 1 or another dimension.
+        finite or longer than 1e18, the rest is absent. Raises InvalidArgumentError for k < 1 or
+        another dimension.
         """
         ...
 
@@ -49,8 +51,7 @@ def merge_neighbors(left: Neighbors, right: Neighbors, k: int) -> Neighbors:
 
 def check_search(queries: Float[Tensor, "query dim"], k: int, dimension: int) -> None:
     """Refuse a search that no index can answer; raises InvalidArgumentError."""
-    if k < 1:
-        raise InvalidArgumentError(f"k must be at least 1, got {k}: ask for a neighbor")
+    check_k(k)
     if queries.shape[1] != dimension:
         raise InvalidArgumentError(
             f"queries must have the keys' dimension {dimension}, got {queries.shape[1]}"

@@ -39,6 +39,8 @@ def held_out_queries(
     with progress.task("read held-out text", max_tokens, "tokens") as advance:
         while some := list(islice(windows, _WINDOWS_AT_ONCE)):
             of_window = dict(read_keys(lm, some))
+            for window_keys in of_window.values():
+                lm.check_numbers(window_keys, finite=True)
             keys += [of_window[number].float().cpu() for number in range(len(some))]
             advance(sum(window.new for window in some))
     if not keys:

@@ -7,14 +7,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.errors import InvalidArgumentError
+from knnlm.rules import check_lmbda
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BucketedLambda:
     """A λ for each range of the nearest squared distance.
 
-    edges: between the ranges, ascending squared distances. lmbdas: one more than edges, else raises
-    InvalidArgumentError.
+    edges: between the ranges, ascending squared distances. lmbdas: one more than edges. Raises
+    InvalidArgumentError for another number and for λ outside [0, 1].
     """
 
     edges: Float[Tensor, " edge"]
@@ -26,6 +27,8 @@ class BucketedLambda:
                 f"λ by distance must be one more than their {len(self.edges)} edges, got "
                 f"{len(self.lmbdas)}"
             )
+        for lmbda in self.lmbdas.tolist():
+            check_lmbda(lmbda)
 
     def __call__(self, squared_distances: Float[Tensor, "query k"]) -> Float[Tensor, " query"]:
         """Return each query's λ; 0 where it has no neighbor."""

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from knnlm.choices import Similarity, parse_choice
-from knnlm.errors import InvalidArgumentError
 from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.parameters import Parameters
+from knnlm.rules import check_whole
 
 _BLOCK = 256  # queries that share one product with the pairs before them
 _REWINDABLE = 64  # positions that can be taken back without loss
@@ -41,15 +41,12 @@ class CacheParameters:
     similarity: str = Similarity.distance
 
     def __post_init__(self) -> None:
-        _check(self.size, self.similarity)
+        object.__setattr__(self, "size", _check(self.size, self.similarity))
 
 
-def _check(size: int, similarity: str) -> None:
-    if size < 1:
-        raise InvalidArgumentError(
-            f"size must be at least 1, got {size}: leave the cache out to remember nothing"
-        )
+def _check(size: int, similarity: str) -> int:
     parse_choice(Similarity, "similarity", similarity)
+    return check_whole("size", size, remedy="leave the cache out to remember nothing")
 
 
 class CacheNeighbors(NamedTuple):

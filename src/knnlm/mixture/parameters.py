@@ -1,15 +1,10 @@
 """The three numbers of a kNN-LM, and their rules."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from knnlm.choices import check_number
-from knnlm.errors import InvalidArgumentError
-
-LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-30, 1e30
-"""Beyond these, squared distances divided by T overflow float32."""
+from knnlm.rules import check_k, check_lmbda, check_temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +24,10 @@ class Parameters:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        check_k(self.k)
-        if not 0.0 <= self.lmbda <= 1.0:
-            raise InvalidArgumentError(
-                f"lmbda (λ) must lie in [0, 1], got {self.lmbda}: 0 is the language model alone, "
-                "1 the neighbors alone"
-            )
-        if not (self.temperature > 0.0 and math.isfinite(self.temperature)):
-            raise InvalidArgumentError(
-                f"temperature must be positive and finite, got {self.temperature}: 1 is the paper's"
-            )
-        check_number("temperature", self.temperature, LEAST_TEMPERATURE, MOST_TEMPERATURE)
-
-
-def check_k(k: int, argument: str = "k") -> None:
-    """Raise InvalidArgumentError for a number of neighbors that nobody can ask for."""
-    check_number(argument, k, 1, remedy="ask for a neighbor" if k < 1 else "ask for fewer")
+        # plain numbers, as JSON knows them
+        object.__setattr__(self, "k", check_k(self.k))
+        object.__setattr__(self, "lmbda", check_lmbda(self.lmbda))
+        object.__setattr__(self, "temperature", check_temperature(self.temperature))
 
 
 def parameters_to_dict(parameters: Sequence[Parameters]) -> dict[str, Any] | list[dict[str, Any]]:

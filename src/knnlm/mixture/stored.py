@@ -15,6 +15,7 @@ from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.parameters import Parameters
+from knnlm.rules import check_lmbda
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,8 @@ class TunedMixture:
                 parts.setdefault(owner, {})[part] = tensor
             cache = dict(stored["cache"])
             cache["votes"] = Parameters(**cache["votes"])
+            for lmbda in stored["lmbdas"]:
+                check_lmbda(lmbda)
             buckets = parts.get("by_distance")
             return cls(
                 CacheParameters(**cache),

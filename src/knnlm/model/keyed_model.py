@@ -104,14 +104,19 @@ class KeyedModel:
 
         No mask is needed for rows padded on the right: a causal model's real positions never see
         the padding, whose keys are to be ignored. See `batch_rules` for which rows may be so.
+        Raises UnsupportedModelError where keys are numbers and what the model makes of them is not.
         """
         if len(tokens) > 1 and not self.batch_rules.batches:
             return torch.cat([self.keys(row) for row in torch.split(tokens, 1)])
-        if not self._is_decoder_enough:
-            return self._run(input_ids=tokens.to(self.device), use_cache=False).keys
-        with self._evaluating(), self.capture() as captured:
-            self._decoder(input_ids=tokens.to(self.device), use_cache=False)
-            return captured.keys.to(self.device)
+        if self._is_decoder_enough:
+            with self._evaluating(), self.capture() as captured:
+                states = self._decoder(input_ids=tokens.to(self.device), use_cache=False)[0]
+                keys = captured.keys.to(self.device)
+        else:
+            keys, states, _ = self._run(input_ids=tokens.to(self.device), use_cache=False)
+        if bool(keys.isfinite().all()):  # whoever reads the others can say of what text they are
+            self.check_numbers(states)
+        return keys
 
     def keys_and_logits(self, tokens: Int[Tensor, "batch time"]) -> Reading:
         """Return keys and logits of every position from one forward pass; padding as in `keys`."""
@@ -123,6 +128,30 @@ class KeyedModel:
             )
         read = self._run(input_ids=tokens.to(self.device), use_cache=False)
         return Reading(read.keys, read.logits.float())
+
+    def log_probs(
+        self, logits: Float[Tensor, "*position vocab"]
+    ) -> Float32[Tensor, "*position vocab"]:
+        """Return log p_LM, the log-softmax of the model's logits; raises UnsupportedModelError.
+
+        Whatever reads several positions at once computes it here, so that NaN is never taken for
+        a prediction.
+        """
+        log_probs = torch.log_softmax(logits.float(), dim=-1)
+        self.check_numbers(log_probs[..., 0])  # NaN anywhere is NaN in the whole row
+        return log_probs
+
+    def check_numbers(self, numbers: Tensor, *, finite: bool = False) -> None:
+        """Refuse NaN among what the model has computed; raises UnsupportedModelError.
+
+        finite: refuse infinities too, as in keys.
+        """
+        if bool(numbers.isnan().any()) or (finite and bool(numbers.isinf().any())):
+            wrong = "NaN or infinity" if finite else "NaN"
+            raise UnsupportedModelError(
+                f"model {self.name!r} must give numbers, but gives {wrong} in {self.dtype}: load "
+                "it in float32, or check its weights"
+            )
 
     def capture(
         self, on_keys: Callable[[Tensor], None] | None = None

@@ -18,6 +18,7 @@ from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading_rules import BatchRules
+from knnlm.rules import LARGEST, check_whole
 from knnlm.text.corpus import Document, Documents
 from knnlm.text.windows import (
     Window,
@@ -99,9 +100,11 @@ def cut_documents(
 
     max_tokens: stop after this many new tokens. on_document: called with each document that has
     text, before its tokens are taken; may set its `skip`. history: the tokens that preceded the
-    documents in a stream. Raises InvalidArgumentError for windows longer than the model's
-    positions.
+    documents in a stream. Raises InvalidArgumentError for max_tokens below 1 and for windows longer
+    than the model's positions.
     """
+    if max_tokens is not None:
+        check_whole("max_tokens", max_tokens, most=LARGEST)
     windowing.check_positions(lm.max_window, lm.name)
     streaming = windowing.boundary == Boundary.stream
     start = lm.start_token if streaming else None
@@ -210,7 +213,8 @@ def read_scores(
 ) -> Iterator[WindowScores]:
     """Yield the keys and the model's own log-probabilities of each window's new tokens.
 
-    likeliest: how many of the model's likeliest tokens to return in each place, on the CPU.
+    likeliest: how many of the model's likeliest tokens to return in each place, on the CPU. Raises
+    UnsupportedModelError for NaN.
     """
     affordable = _LOGITS_BYTES // (4 * lm.vocab_size)
     for numbers in _batches(lm.batch_rules, windows, min(default_batch_tokens(lm), affordable)):
@@ -219,8 +223,8 @@ def read_scores(
             window = windows[number]
             new = slice(window.context, window.positions)
             log_probs, summaries, tops = [], [], []
-            for distribution, target_log_probs in log_softmax_slices(
-                reading.logits[row, new], torch.from_numpy(window.targets)
+            for distribution, target_log_probs in _log_prob_slices(
+                lm, reading.logits[row, new], torch.from_numpy(window.targets)
             ):
                 log_probs.append(target_log_probs)
                 if summarize:
@@ -237,8 +241,8 @@ def read_scores(
             )
 
 
-def log_softmax_slices(
-    logits: Float[Tensor, "new vocab"], targets: Int[Tensor, " new"]
+def _log_prob_slices(
+    lm: LanguageModel, logits: Float[Tensor, "new vocab"], targets: Int[Tensor, " new"]
 ) -> Iterator[tuple[Float[Tensor, "slice vocab"], Float[Tensor, " slice"]]]:
     """Yield (log p of the vocabulary, log p of the targets) for a few positions at a time.
 
@@ -249,7 +253,7 @@ def log_softmax_slices(
         torch.split(targets.to(logits.device, torch.int64), _SOFTMAX_ROWS),
         strict=True,
     ):
-        log_probs = torch.log_softmax(some_logits, dim=-1)
+        log_probs = lm.log_probs(some_logits)
         yield log_probs, log_probs.gather(1, some_targets[:, None])[:, 0]
 
 

@@ -140,12 +140,13 @@ def _fill_in(
     for number, (store, default) in enumerate(zip(stores, defaults, strict=True)):
         own = {name: values[number] for name, values in columns.items()}
         own = {name: value for name, value in own.items() if value is not None}
-        if own.get("k", 0) > len(store):
+        parameters = replace(default, **own)
+        if "k" in own and parameters.k > len(store):
             raise InvalidArgumentError(
-                f"k must be at most the number of entries, {len(store)}, got {own['k']}: ask for "
-                "fewer"
+                f"k must be at most the number of entries, {len(store)}, got {parameters.k}: ask "
+                "for fewer"
             )
-        chosen.append(replace(default, **own))
+        chosen.append(parameters)
     check_total(chosen)
     return tuple(chosen)
 

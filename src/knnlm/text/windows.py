@@ -13,6 +13,7 @@ from jaxtyping import Int32
 
 from knnlm.choices import Boundary, parse_choice
 from knnlm.errors import InvalidArgumentError
+from knnlm.rules import LARGEST, check_whole
 
 Tokens = Int32[np.ndarray, " _"]  # any number of token ids
 
@@ -35,11 +36,9 @@ class Windowing:
     boundary: str = Boundary.document
 
     def __post_init__(self) -> None:
-        if self.window < 1:
-            raise InvalidArgumentError(
-                f"window must be at least 1, got {self.window}: choose a larger one"
-            )
-        if not 0 <= self.context < self.window:
+        object.__setattr__(self, "window", check_whole("window", self.window))
+        object.__setattr__(self, "context", check_whole("context", self.context, least=0))
+        if self.context >= self.window:
             raise InvalidArgumentError(
                 f"context must be at least 0 and less than window ({self.window}), got "
                 f"{self.context}: choose a smaller context or a larger window"
@@ -231,10 +230,7 @@ def limit_windows(windows: Iterable[Window], max_new: int | None) -> Iterator[Wi
     if max_new is None:
         yield from windows
         return
-    if max_new < 0:
-        raise InvalidArgumentError(
-            f"max_new must be at least 0, got {max_new}: use None for no limit"
-        )
+    check_whole("max_new", max_new, least=0, most=LARGEST, remedy="use None for no limit")
     left = max_new
     for window in windows if left else ():
         if window.new >= left:

@@ -6,10 +6,11 @@ from typing import Any
 
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
-from knnlm.mixture.parameters import Parameters, check_k, parameters_to_dict
+from knnlm.mixture.parameters import Parameters, parameters_to_dict
 from knnlm.mixture.stored import TunedMixture
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.retriever import Stores, as_stores
+from knnlm.rules import check_k
 from knnlm.text.corpus import Document
 from knnlm.text.windows import Windowing
 from knnlm.tuning.fitting import Fit, fit_mixture

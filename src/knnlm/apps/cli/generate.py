@@ -8,6 +8,7 @@ from knnlm.apps.cli import options
 from knnlm.apps.cli.console import print_continuation, print_json
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, open_model
 from knnlm.choices import ModelDtype
+from knnlm.rules import check_sampling_temperature, check_top_p
 
 _Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
 _MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
@@ -15,7 +16,7 @@ _Sample = Annotated[
     bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")
 ]
 _SamplingTemperature = Annotated[
-    float, typer.Option(help="With --sample: the softmax temperature, at least 0.01.")
+    float, typer.Option(help="With --sample: the softmax temperature; 0 does not sample.")
 ]
 _TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.0, max=1.0)]
 _Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
@@ -47,6 +48,8 @@ def generate(
 
         knnlm generate docs.store "The nearest neighbors"
     """
+    check_sampling_temperature(sampling_temperature)
+    check_top_p(top_p)
     mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
     opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
     sampling: dict[str, Any] = (

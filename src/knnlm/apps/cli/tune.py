@@ -17,6 +17,7 @@ from knnlm.apps.cli.opening import (
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.choices import ModelDtype
+from knnlm.rules import check_k
 
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
 _Plot = Annotated[
@@ -52,7 +53,6 @@ def tune(
     """
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
-    from knnlm.mixture.parameters import check_k
     from knnlm.tuning.plot import plot_tuning
 
     documents = knnlm.read_documents(*text, text_column=text_column)

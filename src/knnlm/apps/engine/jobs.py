@@ -143,7 +143,7 @@ class Completion(Job):
     def __post_init__(self) -> None:
         self.places = self.samples
         is_short = self.max_tokens <= _SHORT_TOKENS and len(self.prompt) <= _SHORT_PROMPT
-        is_short = is_short and self.samples == 1 and not self.score_prompt
+        is_short = is_short and self.samples == 1
         self.lane = Lane.short if is_short else Lane.long
 
 

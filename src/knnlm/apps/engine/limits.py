@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields
 
 from knnlm.errors import InvalidArgumentError
+from knnlm.rules import LARGEST, check_real, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,16 +33,13 @@ class Limits:
 
     def __post_init__(self) -> None:
         for limit in fields(self):
-            value = getattr(self, limit.name)
-            if limit.name.startswith("max_") and value < 1:
-                raise InvalidArgumentError(
-                    f"{limit.name} must be at least 1, got {value}: choose a larger one"
-                )
-        if not self.request_seconds > 0.0:
+            if limit.name.startswith("max_"):
+                check_whole(limit.name, getattr(self, limit.name), most=LARGEST)
+        if not check_real("request_seconds", self.request_seconds) > 0.0:
             raise InvalidArgumentError(
                 f"request_seconds must be positive, got {self.request_seconds}"
             )
-        if not self.grace_seconds >= 0.0:
+        if not check_real("grace_seconds", self.grace_seconds) >= 0.0:
             raise InvalidArgumentError(
                 f"grace_seconds must be at least 0, got {self.grace_seconds}: 0 ends at once"
             )

@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from knnlm.rules import check_sampling_temperature, check_seed, check_top_p
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingOptions:
@@ -15,11 +17,18 @@ class SamplingOptions:
     temperature: tokens are drawn from p^(1/temperature); 0 takes the likeliest, the first of
     equals. top_p: only the likeliest tokens that together reach it may be drawn. seed: makes the
     draws repeatable.
+
+    Raises InvalidArgumentError.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_sampling_temperature(self.temperature)
+        check_top_p(self.top_p)
+        check_seed(self.seed)
 
 
 def seeded_generator(seed: int, sample: int) -> torch.Generator:

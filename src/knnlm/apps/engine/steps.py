@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.apps.engine.decoding import Step
-from knnlm.errors import UnsupportedModelError
 from knnlm.evaluation.explain import Evidence, Explainer
 from knnlm.evaluation.explanation import Explanation
 from knnlm.index.protocol import Neighbors
@@ -64,9 +63,3 @@ def mix_step(mixer: Mixer, step: Step) -> MixedStep:
     mixed = mixer.mix(retrieved, None, step.log_probs)
     neighbors = tuple(retrieved.neighbors)
     return MixedStep(mixed, step.log_probs, mixer.searched, neighbors, seconds)
-
-
-def check_numbers(log_probs: Tensor) -> None:
-    """Raise UnsupportedModelError if some log-probabilities are not numbers."""
-    if bool(log_probs.isnan().any()):
-        raise UnsupportedModelError("the model's probabilities must be numbers, but some are NaN")

@@ -29,7 +29,7 @@ from knnlm.apps.engine.jobs import (
 )
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.sampling import choose_token, seeded_generator
-from knnlm.apps.engine.steps import MixedStep, check_numbers, mix_step
+from knnlm.apps.engine.steps import MixedStep, mix_step
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
@@ -242,7 +242,7 @@ class Worker:
     def _score(self, prompt: _Prompt, mixed: MixedStep, first: int) -> None:
         """Score the prompt's tokens after each position of a step; `first` is the first one."""
         job = prompt.job
-        check_numbers(mixed.log_probs)
+        self._lm.check_numbers(mixed.log_probs)
         if first == 0:
             for token in job.prompt[job.hidden : 1]:
                 prompt.stream.push(token)
@@ -330,7 +330,7 @@ class Worker:
         Returns whether the sample goes on.
         """
         job = sample.job
-        check_numbers(mixed.log_probs[position])
+        self._lm.check_numbers(mixed.log_probs[position])
         token = choose_token(mixed.log_probs[position], job.sampling, sample.generator)
         reason = None
         if token in self._lm.end_tokens:

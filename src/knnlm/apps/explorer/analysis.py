@@ -15,7 +15,8 @@ from torch import Tensor
 
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.apps.engine.turns import Turns, finish
-from knnlm.datastore.datastore import Datastore, DocumentsByRow
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.documents_by_row import DocumentsByRow
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain_scores
 from knnlm.evaluation.explanation import Explanation

@@ -5,6 +5,14 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from knnlm.evaluation.explanation import Source
+from knnlm.rules import (
+    check_k,
+    check_lmbda,
+    check_sampling_temperature,
+    check_seed,
+    check_temperature,
+    check_top_p,
+)
 
 Text = Annotated[str, Field(max_length=1 << 20)]
 TokenIds = Annotated[
@@ -16,10 +24,11 @@ Prompt = (
     | TokenIds
     | Annotated[list[TokenIds], Field(min_length=1, fail_fast=True)]
 )
-Neighbors = Annotated[int, Field(ge=1, le=1 << 31)]
-Lmbda = Annotated[float, Field(ge=0.0, le=1.0)]
-# beyond these bounds, distances divided by T overflow float32
-KnnTemperature = Annotated[float, Field(ge=1e-30, le=1e30)]
+# Rules are the library's; the protocol and this server add some that are narrower.
+Neighbors = Annotated[int, AfterValidator(check_k)]
+Lmbda = Annotated[float, AfterValidator(check_lmbda)]
+KnnTemperature = Annotated[float, AfterValidator(check_temperature)]
+SamplingTemperature = Annotated[float, Field(le=2.0), AfterValidator(check_sampling_temperature)]
 LEAST_LOG_PROB = -9999.0
 LogProb = Annotated[
     float, AfterValidator(lambda nats: max(nats, LEAST_LOG_PROB))
@@ -58,10 +67,10 @@ class CompletionRequest(_Request):
     max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = Field(
         None, description="The most tokens to generate; by default 16."
     )
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] | None = Field(
+    temperature: SamplingTemperature | None = Field(
         None, description="Sampling temperature; 0 takes the likeliest token. By default 1."
     )
-    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = Field(
+    top_p: Annotated[float, AfterValidator(check_top_p)] | None = Field(
         None, description="Sample from the likeliest tokens that together have this probability."
     )
     n: Annotated[int, Field(ge=1, le=1024)] | None = Field(
@@ -70,7 +79,7 @@ class CompletionRequest(_Request):
     stop: StopText | Annotated[list[StopText], Field(max_length=16)] | None = Field(
         None, description="Texts before which the completion ends."
     )
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = Field(
+    seed: Annotated[int, AfterValidator(check_seed)] | None = Field(
         None, description="Makes sampling repeatable."
     )
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(

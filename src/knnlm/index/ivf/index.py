@@ -15,7 +15,7 @@ from torch import Tensor
 from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import FOLDER, IndexFile, stored_index, unused_name
-from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
+from knnlm.errors import DatastoreCorruptError
 from knnlm.index.backend import IndexOptions, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf.appended import Run, read_runs, write_run
@@ -30,6 +30,7 @@ from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search
 from knnlm.index.report import IndexReport, Measured
 from knnlm.progress import SILENT, Progress
+from knnlm.rules import check_whole
 from knnlm.threads import workers
 
 FILE_NAME = "ivf.safetensors"
@@ -263,9 +264,9 @@ class IVFIndex:
             neighbors = search_batch(prepared, self._arrays.parts, self._rows, k, oversampling)
         else:
             neighbors = search_tensors(prepared, self._parts, self._rows, k, oversampling)
-        if not bool(prepared.finite.all()):
-            neighbors.squared_distances[~prepared.finite] = torch.inf
-            neighbors.rows[~prepared.finite] = -1
+        if not bool(prepared.measurable.all()):
+            neighbors.squared_distances[~prepared.measurable] = torch.inf
+            neighbors.rows[~prepared.measurable] = -1
         return neighbors
 
     def least_nprobe(self, k: int) -> int:
@@ -292,14 +293,7 @@ def _copy_dtype(store: Datastore) -> torch.dtype:
 
 def _check_build(store: Datastore, nprobe: int | None, nlist: int, code_dim: int | None) -> None:
     largest = min(store.settings.dimension, LARGEST_EXACT_CODE_DIM)
-    rules = [
-        (nlist == 1 or 1 < nlist <= store.rows, f"nlist must be 1 … {store.rows}, got {nlist}"),
-        (nprobe is None or 1 <= nprobe <= nlist, f"nprobe must be 1 … {nlist}, got {nprobe}"),
-        (
-            code_dim is None or 1 <= code_dim <= largest,
-            f"code_dim must be 1 … {largest}, got {code_dim}",
-        ),
-    ]
-    for fulfilled, message in rules:
-        if not fulfilled:
-            raise InvalidArgumentError(message)
+    check_whole("nlist", nlist, most=max(1, store.rows))
+    for name, number, most in [("nprobe", nprobe, nlist), ("code_dim", code_dim, largest)]:
+        if number is not None:
+            check_whole(name, number, most=most)

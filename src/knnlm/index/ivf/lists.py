@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.unfit_keys import measurable
+from knnlm.index.backend import check_keys
 from knnlm.index.ivf.codes import Coder, Codes
 from knnlm.progress import Progress
 from knnlm.threads import workers
@@ -25,28 +27,30 @@ _KMEANS_ROUNDS = 10
 class ProbingQueries(NamedTuple):
     """Queries, with the lists that they probe and their codes.
 
-    vectors: float32, zero where a query is not finite.
+    vectors: float32, zero where a query is not `measurable`.
     """
 
     vectors: Float[Tensor, "query dim"]
-    finite: Bool[Tensor, " query"]
+    measurable: Bool[Tensor, " query"]
     probes: Int[Tensor, "query probe"]
     codes: Codes
 
     def take(self, chosen: Int[Tensor, " n"]) -> "ProbingQueries":
         """Return some of the queries."""
         codes = Codes(*(getattr(self.codes, field.name)[chosen] for field in fields(Codes)))
-        return ProbingQueries(self.vectors[chosen], self.finite[chosen], self.probes[chosen], codes)
+        return ProbingQueries(
+            self.vectors[chosen], self.measurable[chosen], self.probes[chosen], codes
+        )
 
     @classmethod
     def joined(cls, parts: list["ProbingQueries"]) -> "ProbingQueries":
         """Return the queries of several parts, in their order."""
         if len(parts) == 1:
             return parts[0]
-        vectors, finite, probes, codes = zip(*parts, strict=True)
+        vectors, usable, probes, codes = zip(*parts, strict=True)
         arrays = ([getattr(part, field.name) for part in codes] for field in fields(Codes))
         return cls(
-            torch.cat(vectors), torch.cat(finite), torch.cat(probes), Codes(*map(torch.cat, arrays))
+            torch.cat(vectors), torch.cat(usable), torch.cat(probes), Codes(*map(torch.cat, arrays))
         )
 
 
@@ -100,11 +104,11 @@ class Lists:
     def prepare(self, queries: Float[Tensor, "query dim"], nprobe: int) -> ProbingQueries:
         """Return queries with the `nprobe` nearest lists and the codes of each."""
         queries = queries.float()
-        finite = queries.isfinite().all(dim=1)
-        if not bool(finite.all()):
-            queries = queries.where(finite[:, None], torch.zeros_like(queries))
+        usable = measurable(queries)
+        if not bool(usable.all()):
+            queries = queries.where(usable[:, None], torch.zeros_like(queries))
         probes, codes = self.nearest_lists(queries, nprobe), self.coder.encode(queries)
-        return ProbingQueries(queries, finite, probes, codes)
+        return ProbingQueries(queries, usable, probes, codes)
 
 
 def default_nlist(rows: int) -> int:
@@ -116,12 +120,16 @@ def default_nlist(rows: int) -> int:
 def train_lists(
     store: Datastore, nlist: int, code_dim: int | None, seed: int, progress: Progress
 ) -> Lists:
-    """Place the centroids by k-means on a sample of the keys, and fit the coder to the sample."""
+    """Place the centroids by k-means on a sample of the keys, and fit the coder to the sample.
+
+    Raises DatastoreCorruptError for a key in it that is not `measurable`.
+    """
     generator = torch.Generator().manual_seed(seed)
     wanted = max(_LEAST_TRAINING_KEYS, _TRAINING_KEYS_PER_LIST * nlist)
     with progress.task("train the index", None, "keys"):
         rows = torch.randperm(store.rows, generator=generator)[:wanted]
         sample = store.keys_at(rows)
+        check_keys(store, sample, rows)
         coder = Coder.fit(sample, code_dim, seed)
         if nlist == 1:
             return Lists.around(coder.center[None].clone(), coder)
@@ -135,7 +143,7 @@ def _kmeans(sample: Float[Tensor, "n dim"], nlist: int, seed: int) -> Float[Tens
         sample.shape[1],
         nlist,
         niter=_KMEANS_ROUNDS,
-        seed=seed,
+        seed=seed & 0x7FFFFFFF,  # FAISS takes 32 bits
         min_points_per_centroid=1,
         max_points_per_centroid=max(1, len(sample) // nlist + 1),
     )
@@ -153,6 +161,7 @@ def _assign(store: Datastore, lists: Lists, first: int, progress: Progress) -> I
 
             def assign_chunk(chunk: range, keys: Tensor = keys, begin: int = begin) -> None:
                 block = keys[chunk.start : chunk.stop].float()
+                check_keys(store, block, begin + first + torch.arange(len(block)) + chunk.start)
                 nearest_list = lists.nearest_lists(block, 1)[:, 0]
                 numbers[begin + chunk.start : begin + chunk.stop] = nearest_list
 
@@ -181,6 +190,9 @@ def _place(numbers: Int[Tensor, " n"], nlist: int, first: int, seed: int) -> Pla
 def place_rows(
     store: Datastore, lists: Lists, first: int, progress: Progress, *, seed: int = 0
 ) -> Placement:
-    """Put the rows from `first` on into lists."""
+    """Put the rows from `first` on into lists.
+
+    Raises DatastoreCorruptError for a key that is not `measurable`.
+    """
     numbers = _assign(store, lists, first, progress)
     return _place(numbers, len(lists.centroids), first, seed)

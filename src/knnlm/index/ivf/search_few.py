@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knnlm.datastore.unfit_keys import measurable
 from knnlm.index.ivf import kernels, kernels_few
 from knnlm.index.ivf.candidates import (
     UNBOUNDED,
@@ -113,11 +114,12 @@ def search_few(
     shape = len(queries), k
     nearest = Nearest(np.empty(shape, np.float32), np.empty(shape, np.int64))
     vectors = queries.float().contiguous().numpy()
+    usable = measurable(queries).tolist()
 
     def search(number: int) -> None:
         one = slice(number, number + 1)
         out = Nearest(nearest.distances[one], nearest.rows[one])
-        if np.isfinite(vectors[number]).all():
+        if usable[number]:
             wanted = int(oversampling * k) + _SPARE_CANDIDATES
             candidates = _candidates(vectors[number], index, nprobe, wanted)
             write_nearest(candidates, len(candidates.positions), index.rows, out)

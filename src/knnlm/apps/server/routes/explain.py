@@ -4,10 +4,8 @@ import json
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from fastapi import FastAPI, Request, Response
 
-from knnlm.apps.engine.steps import check_numbers
 from knnlm.apps.engine.turns import Turns
 from knnlm.apps.server.http_errors import CLIENT_LEFT, ERROR_RESPONSES
 from knnlm.apps.server.inbox import call_model, unless_left
@@ -59,7 +57,6 @@ def _explain(
     parts: list[str] = []
     size = 0
     for explanation in explanations:
-        check_numbers(torch.tensor(explanation.log_prob))
         parts.append(token_explanation(explanation).model_dump_json())
         size += len(parts[-1].encode())
         if size > most_bytes:
