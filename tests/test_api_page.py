@@ -32,9 +32,7 @@ def test_every_public_name_is_on_the_page(name: str) -> None:
 
 # reached through attributes that serve those who extend the package
 INTERNAL = {
-    "BatchRules",
     "BucketedLambda",
-    "CacheRules",
     "Catalog",
     "Explainable",
     "ForEach",
