@@ -73,7 +73,7 @@ OWN: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _HYBRID),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _HYBRID | _LATENT),
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm3"), _CONVOLUTION),
-    **dict.fromkeys(("codegen", "gptj"), {"rotary_dim": 4}),
+    **{name: {"rotary_dim": 4} for name in ("codegen", "gptj")},
     "bamba": {"attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"]},

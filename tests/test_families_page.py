@@ -11,10 +11,23 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
-SAMPLE = """
-    llama gpt2 mamba bart bert roberta openai-gpt rwkv recurrent_gemma llama4_text cpmant
-    modernbert-decoder gemma3_text jamba longcat_flash
-""".split()
+SAMPLE = [
+    "llama",
+    "gpt2",
+    "mamba",
+    "bart",
+    "bert",
+    "roberta",
+    "openai-gpt",
+    "rwkv",
+    "recurrent_gemma",
+    "llama4_text",
+    "cpmant",
+    "modernbert-decoder",
+    "gemma3_text",
+    "jamba",
+    "longcat_flash",
+]
 
 
 @pytest.fixture(scope="module")
