@@ -286,7 +286,10 @@ def try_family(family: str, model: PreTrainedModel, folder: Path) -> Row:
             row.cells.append("fails")
             row.remark = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}"
     if lm.batch_rules.frequency_limit is not None:
-        row.remark = "texts beyond the original positions are read apart from shorter ones"
+        row.remark = (
+            "texts beyond the original positions are read apart from shorter ones; `attach` may "
+            "need `use_cache=False` to pass them"
+        )
     row.remark = REMARKS.get(family, row.remark)
     return row
 
@@ -305,7 +308,7 @@ Each family that `AutoModelForCausalLM` of transformers {{version}} makes from a
 tried on a tiny random model: of {{tried}}, **{{works}} work everywhere**. When a model is opened, a
 few passes over nine tokens show what a position depends on; it is then read in a way that is right.
 
-- build, `eval`: keys, and scores at λ = 0, are those of a plain pass over each document alone.
+- build, `eval`: keys, and scores at λ = 0, are those of a plain pass over a document alone.
 - batches: whether documents are read together, padded on the right, or each one alone.
 - continued: whether a new token is read after what the cache holds, or with all of the text.
 - `generate`, `serve`, `attach`: greedy continuations at λ = 0.5 are those of reading all of the

@@ -218,8 +218,7 @@ class KNNLM:
                 f"prompt ({len(tokens)} tokens) and max_new_tokens ({max_new_tokens}) must fit the "
                 f"model's {lm.max_window} positions; shorten one of them"
             )
-        if not lm.may_use_cache(len(tokens), len(tokens) + max_new_tokens):
-            options.setdefault("use_cache", False)
+        options = lm.cache_options(len(tokens), len(tokens) + max_new_tokens) | options
         with Attachment(lm, self.mixer):
             new, ended = generate_tokens(lm, tokens, seed, max_new_tokens=max_new_tokens, **options)
         text = lm.decode(new[:-1] if ended else new, before=tokens[1:])

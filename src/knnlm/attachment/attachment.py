@@ -165,7 +165,7 @@ class Attachment:
 
 
 def attach(
-    model: PreTrainedModel,
+    model: nn.Module,
     store: Stores,
     *,
     k: ForEach[int] = None,
@@ -180,6 +180,7 @@ def attach(
         with knnlm.attach(model, "docs.store"):
             model.generate(**inputs)
 
+    model: one that torch.compile, DataParallel or PEFT has wrapped is taken out of its wrapper.
     store: a datastore or its folder, or several of them, whose λ add up to at most 1. The options
     are those of `KNNLM`; a continuous cache follows the sequences that the model reads.
     Outside a `with` block, call the attachment's `detach()`.

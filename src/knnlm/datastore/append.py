@@ -24,8 +24,8 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
 from knnlm.datastore.sources import Changes, Matching
 from knnlm.datastore.tables import StoredDocument
-from knnlm.datastore.unfit_keys import measurable, why_unmeasurable
-from knnlm.errors import InvalidArgumentError, InvalidTextError, NonFiniteKeysError
+from knnlm.datastore.unfit_keys import measurable, unfit_new_key
+from knnlm.errors import InvalidArgumentError, InvalidTextError
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument, cut_documents, read_keys, total_bytes
 from knnlm.progress import SILENT, Advance, Progress
@@ -310,23 +310,11 @@ class _Appender:
         for number, window_keys in read_keys(self.lm, windows):
             stored = window_keys.to(self.store.key_dtype)
             if not bool(measurable(stored).all()):
-                self._refuse(windows[number], window_keys)
+                name = self.incoming[windows[number].spans[0].document].encoded.name
+                raise unfit_new_key(name, window_keys, self.store.settings.key_dtype, self.lm)
             keys[starts[number] : starts[number + 1]] = stored
             advance(windows[number].new, self._estimated_tokens())
         return keys
-
-    def _refuse(self, window: Window, keys: Float[Tensor, "new dim"]) -> None:
-        name = self.incoming[window.spans[0].document].name
-        if bool(measurable(keys).all()):
-            largest = float(keys.abs().max())
-            raise NonFiniteKeysError(
-                f"key_dtype {self.store.settings.key_dtype} cannot hold a key of {name} (largest "
-                f"magnitude {largest:.4g}); build another datastore with key_dtype bfloat16"
-            )
-        raise NonFiniteKeysError(
-            f"a key of {name} is {why_unmeasurable(keys)}: {self.lm.name} in {self.lm.dtype} "
-            "overflows there; load it in float32 or leave the document out"
-        )
 
     def _commit(self, windows: list[Window], advance: Advance) -> None:
         """Write a shard and make it visible together with its documents."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from knnlm.errors import DatastoreCorruptError
+from knnlm.errors import DatastoreCorruptError, NonFiniteKeysError
+from knnlm.model.language_model import LanguageModel
 
 MAX_NORM = 1e18
 """The greatest norm of keys and queries: float32 holds any squared distance between them."""
@@ -33,4 +34,19 @@ def unfit_key(
         f"{path}: the key of row {row}, in document {document!r}, is "
         f"{why_unmeasurable(key[None])}; restore the datastore from a copy, or forget that "
         "document and run knnlm compact"
+    )
+
+
+def unfit_new_key(
+    document: str, keys: Float[Tensor, "new dim"], key_dtype: str, lm: LanguageModel
+) -> NonFiniteKeysError:
+    """Return the error for the keys of a window, as computed, that cannot be stored."""
+    if bool(measurable(keys).all()):
+        return NonFiniteKeysError(
+            f"key_dtype {key_dtype} cannot hold a key of {document} (largest magnitude "
+            f"{float(keys.abs().max()):.4g}); build another datastore with key_dtype bfloat16"
+        )
+    return NonFiniteKeysError(
+        f"a key of {document} is {why_unmeasurable(keys)}: {lm.name} in {lm.dtype} overflows "
+        "there; load it in float32 or leave the document out"
     )

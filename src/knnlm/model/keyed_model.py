@@ -58,24 +58,24 @@ class KeyedModel:
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, key: str = "ffn_input", name: str | None = None
+        self, model: nn.Module, *, key: str = "ffn_input", name: str | None = None
     ) -> None:
         parse_choice(Key, "key", key)
         self.is_compiled: bool = is_compiled(model)
         """Whether torch.compile was applied to it or to a part of it."""
-        self.model = model = unwrap(model)
-        self.name: str = name or model.name_or_path or type(model).__name__
-        self.max_window: int | None = _max_window(model.config.get_text_config())
+        self.model: PreTrainedModel = unwrap(model)
+        self.name: str = name or self.model.name_or_path or type(self.model).__name__
+        self.max_window: int | None = _max_window(self.model.config.get_text_config())
         """How many positions the model can read at once; None if there is no limit."""
-        check_decoder_only(model.config, self.name)
-        vocab_size: int = model.config.get_text_config().vocab_size
+        check_decoder_only(self.model.config, self.name)
+        vocab_size: int = self.model.config.get_text_config().vocab_size
         self._probe = probe_tokens(vocab_size, self.max_window).to(self.device)
         with self._evaluating():
             logits = self._causal_logits()
-            places = find_key_places(model, self._probe)
+            places = find_key_places(self.model, self._probe)
         self.key: str = places.resolve(key)
         """The key choice in effect, one of `Key`."""
-        self._decoder: nn.Module = find_decoder(model)
+        self._decoder: nn.Module = find_decoder(self.model)
         self._tap = places.taps[self.key]
         self._is_decoder_enough = True  # to compute keys
         self.batch_rules: BatchRules = BatchRules(True)
@@ -223,10 +223,10 @@ class KeyedModel:
             if training:
                 self.model.train()
 
-    def may_use_cache(self, positions: int, later: int) -> bool:
-        """Whether `generate` may use the model's cache for a text that grows this far."""
+    def cache_options(self, positions: int, later: int) -> dict[str, Any]:
+        """Return the options that `generate` needs for a text that grows this far."""
         grows = self.batch_rules.changes_between(positions, later)
-        return not grows and not self.cache_rules.is_unreliable
+        return {"use_cache": False} if grows or self.cache_rules.is_unreliable else {}
 
     def _run(self, **arguments: Any) -> Pass:
         with self._evaluating(), self.capture() as captured:
@@ -242,6 +242,8 @@ class KeyedModel:
                 f"{type(self.model).__name__}; load it with AutoModelForCausalLM"
             )
         if is_future_seen(logits):
+            if not torch.allclose(self.model(input_ids=self._probe).logits, logits, rtol=0.1):
+                raise self._is_random()
             raise UnsupportedModelError(
                 f"model {self.name!r} must be a causal language model, but a position's logits "
                 "depend on later tokens, as in masked language models; choose a decoder-only model"
@@ -258,13 +260,16 @@ class KeyedModel:
         if agree(together.row(1, alone.keys.shape[1]), alone):
             return BatchRules(True, limit)
         if not agree(read_alone(self._run, self._probe), alone):
-            raise UnsupportedModelError(
-                f"model {self.name!r} must give a text the same keys and logits whenever it is "
-                "read, but computes them with random numbers; choose another model"
-            )
+            raise self._is_random()
         whole = self._run(input_ids=self._probe, use_cache=False)
         self._is_decoder_enough = agree(together, whole)
         return BatchRules(agree(whole.row(1, alone.keys.shape[1]), alone), limit)
+
+    def _is_random(self) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"model {self.name!r} must give a text the same keys and logits whenever it is read, "
+            "but computes them with random numbers; choose another model"
+        )
 
 
 def check_decoder_only(config: Any, name: str) -> None:

@@ -16,12 +16,11 @@ import numpy as np
 import torch
 from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
 from jaxtyping import Int32
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
@@ -52,7 +51,7 @@ class LanguageModel(KeyedModel):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         tokenizer: PreTrainedTokenizerBase,
         *,
         key: str = "ffn_input",
@@ -61,7 +60,7 @@ class LanguageModel(KeyedModel):
     ) -> None:
         super().__init__(model, key=key, name=name)
         self.tokenizer = tokenizer
-        self.revision: str | None = revision or getattr(model.config, "_commit_hash", None)
+        self.revision: str | None = revision or getattr(self.model.config, "_commit_hash", None)
         self.start_token: int = self._find_start_token()
         """BOS, or EOS if there is no BOS: the context of a document's first token."""
 

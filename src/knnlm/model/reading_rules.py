@@ -136,7 +136,7 @@ def find_cache_rules(
     positions = probe.counts_positions
     if probe.name is None:
         return CacheRules(None, positions)
-    if probe.reads_in(half, time - 1, time):
+    if probe.reads_in(*sorted({half, time - 1, time})):
         return CacheRules(
             probe.name, positions, pieces=True, shared=probe.reads_beside_padding(half)
         )
