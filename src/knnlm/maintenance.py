@@ -38,8 +38,7 @@ def build(
     Creates the datastore, extends it, or resumes an interrupted build after its last committed
     shard. A document (the same full path, or row of it, however it is given) that is stored with
     the same text is skipped; if its text changed, it replaces its old version (see `changes`).
-    Where a dataset breaks off, the whole documents before that are stored and indexed, and then the
-    error is raised.
+    Where a text breaks off, whole documents before it are stored and indexed; the error is raised.
 
     path: the datastore's folder; created if it does not exist.
     lm: a language model, or its name or path, loaded with an existing datastore's key and dtype.
@@ -50,8 +49,7 @@ def build(
     max_entries: stop at the last whole window with which the datastore has at most this many rows.
     index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
         factory: see `build_index`.
-    sync: forget the documents that are gone from the given folders, where anything is left in them;
-        rows that are gone from their file or dataset are always forgotten.
+    sync: forget documents that are gone from the given folders; rows gone from a file always are.
 
     With boundary "stream" and context > 0 the first block, which has no context, is read but not
     stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,

@@ -310,7 +310,7 @@ class _Appender:
         for number, window_keys in read_keys(self.lm, windows):
             stored = window_keys.to(self.store.key_dtype)
             if not bool(measurable(stored).all()):
-                name = self.incoming[windows[number].spans[0].document].encoded.name
+                name = self.incoming[windows[number].spans[0].document].name
                 raise unfit_new_key(name, window_keys, self.store.settings.key_dtype, self.lm)
             keys[starts[number] : starts[number + 1]] = stored
             advance(windows[number].new, self._estimated_tokens())
