@@ -41,7 +41,7 @@ class Served:
 
     def complete(self, prompt: Any, **options: Any) -> Any:
         """Send a request through the official client; return a stream as a list of chunks."""
-        own = ("lmbda", "k", "knn_temperature", "sources")
+        own = ("lmbda", "k", "knn_temperature", "sources", "top_k", "min_p", "repetition_penalty")
         extra = {name: options.pop(name) for name in own if name in options}
         with self.openai() as client:
             answer = client.completions.create(

@@ -26,6 +26,13 @@ _ApiKey = Annotated[
         envvar="KNNLM_API_KEY",
     ),
 ]
+_CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The origin of web pages that may use the server from a browser, like "
+        "https://example.org; '*' for all, by default none. May be repeated."
+    ),
+]
 _Name = Annotated[
     str | None,
     typer.Option(help="The model name that clients use; by default the datastore folder's name."),
@@ -47,6 +54,7 @@ def serve(
     host: _Host = "127.0.0.1",
     port: options.Port = 8000,
     api_key: _ApiKey = None,
+    cors_origin: _CorsOrigin = None,
     name: _Name = None,
     max_tokens: _MaxTokens = 1024,
     max_batch: _MaxBatch = 16,
@@ -90,6 +98,7 @@ def serve(
         name=served,
         limits=limits,
         api_key=api_key,
+        cors_origins=cors_origin or (),
         on_start=lambda: OUT.print(f"{url} serves {served} ({_described(facts)})", soft_wrap=True),
     )
     with listener:
