@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +62,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 @contextmanager
 def serving(
-    open_model: Callable[[], KNNLM], limits: Limits | None = None, api_key: str | None = None
+    open_model: Callable[[], KNNLM],
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> Iterator[Served]:
     """Serve a model by the name `tiny` on a free port until the end of the block."""
-    service = Service(open_model, name="tiny", limits=limits, api_key=api_key)
+    service = Service(
+        open_model, name="tiny", limits=limits, api_key=api_key, cors_origins=cors_origins
+    )
     service.open()
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=service.run, args=([listener],))

@@ -227,7 +227,10 @@ class Datastore:
         return self._by_row[place]
 
     def passage(self, row: int, before: int = 24, after: int = 8) -> Passage:
-        """Return a row's value with up to `before` and `after` tokens of its document around it."""
+        """Return a row's value with up to `before` and `after` tokens of its document around it.
+
+        Raises InvalidArgumentError for numbers below 0.
+        """
         before = check_whole("before", before, least=0)
         after = check_whole("after", after, least=0)
         document = self.document_at(row)

@@ -88,10 +88,7 @@ def serve(
         grace_seconds=grace,
     )
     check_exposure(host, api_key)
-    listener = listen(host, port)
     served = name or store.resolve().name
-    address = f"[{host}]" if ":" in host else host
-    url = f"http://{address}:{listener.getsockname()[1]}/v1"
     mixture = MixtureOptions(k, lmbda, temperature, weights)
     service = Service(
         lambda: open_model(store, also, ModelOptions(model, dtype, device), mixture),
@@ -101,7 +98,9 @@ def serve(
         cors_origins=cors_origin or (),
         on_start=lambda: OUT.print(f"{url} serves {served} ({_described(facts)})", soft_wrap=True),
     )
-    with listener:
+    address = f"[{host}]" if ":" in host else host
+    with listen(host, port) as listener:
+        url = f"http://{address}:{listener.getsockname()[1]}/v1"
         facts = service.open()
         service.run(sockets=[listener])
 
