@@ -125,7 +125,8 @@ def reference_probs(
     weights = [math.exp((score - max(scores)) / options.temperature) for score in scores]
     allowed = by_score[: options.top_k] if options.top_k else by_score
     whole = sum(weights[token] for token in allowed)
-    reached, kept = 0.0, []
+    reached = 0.0
+    kept: list[int] = []
     for token in allowed:
         first = not kept
         if first or (
@@ -196,7 +197,7 @@ def test_options_are_those_of_transformers(number: int) -> None:
             MinPLogitsWarper(options.min_p),
         ]
     )
-    theirs: Any = processors(torch.tensor([prompt]), log_probs.clone())  # type: ignore[arg-type]
+    theirs: Any = processors(torch.tensor([prompt]), log_probs.clone())
     probs = torch.softmax(theirs[0], dim=0)
     for sample in range(20):
         generator = seeded_generator(0, sample)

@@ -445,6 +445,7 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "x", "logit_bias": {"01": 1}}, "logit_bias", ""),
     ({"prompt": "x", "logit_bias": {"7": 100.5}}, "logit_bias", "[-100, 100], got 100.5"),
     ({"prompt": "x", "logit_bias": {"7": None}}, "logit_bias", "number"),
+    ({"prompt": "x", "logit_bias": {str(i): 1 for i in range(1 << 11)}}, "logit_bias", "384"),
     ({"prompt": "x", "logit_bias": [7, 1]}, "logit_bias", "dictionary"),
     ({"prompt": "x", "suffix": "y"}, "suffix", ""),
     ({"prompt": "x", "lambda": 0.5}, "lambda", "not a field"),

@@ -83,8 +83,8 @@ class Sampler:
 
     def _changed(self, log_probs: Float[Tensor, " vocab"]) -> Float[Tensor, " vocab"]:
         options = self._options
-        penalties = (options.repetition_penalty - 1, options.frequency_penalty)
-        if not any((*penalties, options.presence_penalty, options.logit_bias)):
+        penalties = (options.frequency_penalty, options.presence_penalty)
+        if not (any(penalties) or options.repetition_penalty != 1.0 or options.logit_bias):
             return log_probs
         changed = log_probs.to("cpu", torch.float64, copy=True)
         changed[self._biased] += self._bias

@@ -34,6 +34,7 @@ Prompt = (
 Neighbors = Annotated[int, AfterValidator(check_k)]
 Lmbda = Annotated[float, AfterValidator(check_lmbda)]
 KnnTemperature = Annotated[float, AfterValidator(check_temperature)]
+Bias = Annotated[float, AfterValidator(check_logit_bias)]
 SamplingTemperature = Annotated[float, Field(le=2.0), AfterValidator(check_sampling_temperature)]
 TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # a name in JSON is a text
 LEAST_LOG_PROB = -9999.0
@@ -96,7 +97,7 @@ class CompletionRequest(_Request):
         None,
         description="Multiplies the log-probabilities of tokens generated before or in the prompt.",
     )
-    logit_bias: dict[TokenId, Annotated[float, AfterValidator(check_logit_bias)]] | None = Field(
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1 << 14)] | None = Field(
         None, description="Added to the log-probabilities of tokens, by token id."
     )
     n: Annotated[int, Field(ge=1, le=1024)] | None = Field(
