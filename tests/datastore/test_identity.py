@@ -452,3 +452,29 @@ def test_documents_made_in_python_are_their_names(tmp_path: Path, llama_lm: Lang
     with refusal(InvalidArgumentError, "two texts are both b: give each a name"):
         append_documents(tmp_path / "s", llama_lm, [Document("b", "b"), Document("b", "c")])
     assert [d.name for d in Datastore(tmp_path / "s").documents()] == ["b"]
+
+
+def test_sync_says_that_it_forgets_nothing_where_something_cannot_be_read(
+    tmp_path: Path, llama_lm: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = files_of(tmp_path / "docs", {"a.txt": "a", "b.txt": "b"})
+    other = files_of(tmp_path / "other", {"c.txt": "c", "d.txt": "d"})
+    build(tmp_path / "s", llama_lm, folder, other)
+    for path in (folder / "b.txt", other / "d.txt"):
+        path.unlink()
+    (folder / "bad.txt").write_bytes(b"caf\xe9")
+    for sources, changes in [
+        ([folder], Changes(unchanged=1)),
+        ([folder, other], Changes(unchanged=2, removed=1)),
+    ]:
+        caplog.clear()
+        documents = read_documents(*sources, skip_bad=True)
+        store = append_documents(tmp_path / "s", llama_lm, documents, sync=True)
+        assert store.changes == changes
+        assert "sync forgets nothing of the files and folders in which" in caplog.text
+    (folder / "bad.txt").unlink()
+    caplog.clear()
+    assert build(tmp_path / "s", llama_lm, folder, other, sync=True).changes == Changes(
+        unchanged=2, removed=1
+    )
+    assert not caplog.text

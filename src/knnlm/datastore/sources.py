@@ -4,6 +4,7 @@ Knows identities alone: a source's own, "<folder>/<path>" for a file of a folder
 a row of a file or dataset.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +15,12 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.upgrade import NAMED_BY_PATH
 from knnlm.errors import InvalidArgumentError
-from knnlm.text.documents import Document, Source
+from knnlm.text.documents import Document, Documents, Source
 
 _ROW = re.compile(r"(.+):(\d+)", re.DOTALL)  # how older versions named the rows of a source
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,20 @@ class Matching:
             else:
                 gone.emptied.add(owner.identity)
         return gone
+
+
+def check_sync(documents: Iterable[Document]) -> None:
+    """Refuse documents that do not say what is gone; warn of sources that were not read whole."""
+    skipped = documents.skipped if isinstance(documents, Documents) else ()
+    if not skipped and not (isinstance(documents, Documents) and documents.sources):
+        raise InvalidArgumentError(
+            "sync needs a file, a folder or an hf: dataset as text source: documents made in "
+            "Python and glob patterns do not say which ones are gone"
+        )
+    if skipped:
+        _LOG.warning(
+            "sync forgets nothing of the files and folders in which something cannot be read"
+        )
 
 
 class _Owners:

@@ -39,8 +39,9 @@ def find_files(source: str, on_unlisted: OnUnlisted | None = None) -> list[str]:
 def not_found(source: str, reason: str) -> TextNotFoundError:
     """Return the error for a text source that names nothing to read."""
     return TextNotFoundError(
-        f"text source {source[:_SHOWN_CHARACTERS]!r} must be a file, a folder, a glob pattern with matches, "
-        f"hf:NAME[:CONFIG][:SPLIT], or - for the standard input, but {reason}: check the path"
+        f"text source {source[:_SHOWN_CHARACTERS]!r} must be a file, a folder, a glob "
+        "pattern with matches, hf:NAME[:CONFIG][:SPLIT], or - for the standard input, but "
+        f"{reason}: check the path"
     )
 
 
