@@ -478,3 +478,21 @@ def test_sync_says_that_it_forgets_nothing_where_something_cannot_be_read(
         unchanged=2, removed=1
     )
     assert not caplog.text
+
+
+def test_a_file_named_like_a_row_is_no_row(tmp_path: Path, llama_lm: LanguageModel) -> None:
+    def build_rows(source: Path) -> Datastore:
+        documents = read_documents(source, id_column="id")
+        return append_documents(tmp_path / "s", llama_lm, documents, sync=True, **ARGUMENTS)
+
+    rows = '{"id": "%s", "text": "a row"}\n'
+    files = {"r.jsonl": rows % ("n" * 300) + rows % "b", "r.jsonl#note.txt": "a file"}
+    folder = files_of(tmp_path / "docs", files)
+    build_rows(folder)
+    files_of(folder, {"r.jsonl": rows % "b"})
+    store = build_rows(folder / "r.jsonl")
+    assert store.changes == Changes(unchanged=1, removed=1)
+    assert [d.name for d in store.forget([str(folder / "r.jsonl")])] == [f"{folder}/r.jsonl:b"]
+    assert [d.name for d in store.documents()] == [f"{folder}/r.jsonl#note.txt"]
+    (folder / "r.jsonl#note.txt").unlink()
+    assert build_rows(folder).changes == Changes(added=1, removed=1)
