@@ -452,3 +452,47 @@ def test_documents_made_in_python_are_their_names(tmp_path: Path, llama_lm: Lang
     with refusal(InvalidArgumentError, "two texts are both b: give each a name"):
         append_documents(tmp_path / "s", llama_lm, [Document("b", "b"), Document("b", "c")])
     assert [d.name for d in Datastore(tmp_path / "s").documents()] == ["b"]
+
+
+def test_sync_says_that_it_forgets_nothing_where_something_cannot_be_read(
+    tmp_path: Path, llama_lm: LanguageModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = files_of(tmp_path / "docs", {"a.txt": "a", "b.txt": "b"})
+    other = files_of(tmp_path / "other", {"c.txt": "c", "d.txt": "d"})
+    build(tmp_path / "s", llama_lm, folder, other)
+    for path in (folder / "b.txt", other / "d.txt"):
+        path.unlink()
+    (folder / "bad.txt").write_bytes(b"caf\xe9")
+    for sources, changes in [
+        ([folder], Changes(unchanged=1)),
+        ([folder, other], Changes(unchanged=2, removed=1)),
+    ]:
+        caplog.clear()
+        documents = read_documents(*sources, skip_bad=True)
+        store = append_documents(tmp_path / "s", llama_lm, documents, sync=True)
+        assert store.changes == changes
+        assert "sync forgets nothing of the files and folders in which" in caplog.text
+    (folder / "bad.txt").unlink()
+    caplog.clear()
+    assert build(tmp_path / "s", llama_lm, folder, other, sync=True).changes == Changes(
+        unchanged=2, removed=1
+    )
+    assert not caplog.text
+
+
+def test_a_file_named_like_a_row_is_no_row(tmp_path: Path, llama_lm: LanguageModel) -> None:
+    def build_rows(source: Path) -> Datastore:
+        documents = read_documents(source, id_column="id")
+        return append_documents(tmp_path / "s", llama_lm, documents, sync=True, **ARGUMENTS)
+
+    rows = '{"id": "%s", "text": "a row"}\n'
+    files = {"r.jsonl": rows % ("n" * 300) + rows % "b", "r.jsonl#note.txt": "a file"}
+    folder = files_of(tmp_path / "docs", files)
+    build_rows(folder)
+    files_of(folder, {"r.jsonl": rows % "b"})
+    store = build_rows(folder / "r.jsonl")
+    assert store.changes == Changes(unchanged=1, removed=1)
+    assert [d.name for d in store.forget([str(folder / "r.jsonl")])] == [f"{folder}/r.jsonl:b"]
+    assert [d.name for d in store.documents()] == [f"{folder}/r.jsonl#note.txt"]
+    (folder / "r.jsonl#note.txt").unlink()
+    assert build_rows(folder).changes == Changes(added=1, removed=1)

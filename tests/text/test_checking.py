@@ -57,6 +57,13 @@ def test_what_is_bad_is_skipped_and_named(folder: Path) -> None:
     assert set(documents.sources) == {rows, Source(str(folder / "docs" / "z.txt"), rows=False)}
 
 
+def test_when_nothing_is_left_the_reason_is_named() -> None:
+    Path("latin.txt").write_bytes(b"caf\xe9")
+    Path("ids.jsonl").write_text('{"text": "x", "id": null}\n')
+    with refusal(InvalidTextError, "hold none", "2 that cannot be read", "latin.txt must be UTF-8"):
+        read_documents("latin.txt", "ids.jsonl", id_column="id", skip_bad=True)
+
+
 def test_sources_and_identities(folder: Path) -> None:
     Path("link.txt").symlink_to("docs/a.txt")
     Path("docs/emptied.jsonl").write_text("")

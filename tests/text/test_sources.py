@@ -263,8 +263,15 @@ def test_a_folder_that_cannot_be_listed_is_refused(monkeypatch: pytest.MonkeyPat
         return listdir(path)
 
     monkeypatch.setattr(os, "listdir", refuse)
-    with refusal(TextNotFoundError, "'docs'", "Permission denied", "docs/locked", "check"):
+    with refusal(TextNotFoundError, "'docs'", "docs/locked", "Permission denied", "check"):
         read_documents("docs")
+
+
+@pytest.mark.parametrize("name", ["n" * 5000, "n/" * 3000, "a" * 300 + "/b.txt", "*" + "n" * 5000])
+def test_a_refusal_is_short_however_long_the_name(name: str) -> None:
+    with pytest.raises(TextNotFoundError) as caught:
+        read_documents(name)
+    assert len(str(caught.value)) < 700
 
 
 def test_a_file_that_cannot_be_opened_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

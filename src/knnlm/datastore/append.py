@@ -22,7 +22,7 @@ from knnlm.datastore.catalog import SHARDS, StoredShard
 from knnlm.datastore.create import open_or_create
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.shards import write_shard
-from knnlm.datastore.sources import Changes, Matching
+from knnlm.datastore.sources import Changes, Matching, check_sync
 from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.unfit_keys import measurable, unfit_new_key
 from knnlm.errors import InvalidArgumentError, InvalidTextError
@@ -62,11 +62,8 @@ def append_documents(
     for name, number in [("max_entries", max_entries), ("shard_rows", shard_rows)]:
         if number is not None:
             check_whole(name, number, most=LARGEST)
-    if sync and not (isinstance(documents, Documents) and documents.sources):
-        raise InvalidArgumentError(
-            "sync needs a file, a folder or an hf: dataset as text source: documents made in "
-            "Python and glob patterns do not say which ones are gone"
-        )
+    if sync:
+        check_sync(documents)
     store = open_or_create(
         Path(path),
         lm,

@@ -4,6 +4,8 @@ Knows identities alone: a source's own, "<folder>/<path>" for a file of a folder
 a row of a file or dataset.
 """
 
+import logging
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,9 +16,12 @@ from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.upgrade import NAMED_BY_PATH
 from knnlm.errors import InvalidArgumentError
-from knnlm.text.documents import Document, Source
+from knnlm.text.documents import Document, Documents, Source
 
 _ROW = re.compile(r"(.+):(\d+)", re.DOTALL)  # how older versions named the rows of a source
+
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,19 +103,34 @@ class Matching:
         stored |= {each.id: (identity, each) for identity, each in self._by_path.items()}
         nonempty = {source for identity in self.met for source in owners.of(identity)}
         for identity, document in stored.values():
-            owner = next(owners.of(identity), None)
             if identity in self.met:
                 if document.identity not in self.met:  # of an older version, and stored again since
                     gone.rows.append(document)
-            elif owner is None:
                 continue
-            elif owner.rows:
+            holders = (each for each in owners.of(identity) if not each.rows or _is_row(identity))
+            if (owner := next(holders, None)) is None:
+                continue
+            if owner.rows:
                 gone.rows.append(document)
             elif owner in nonempty:
                 gone.files.append(document)
             else:
                 gone.emptied.add(owner.identity)
         return gone
+
+
+def check_sync(documents: Iterable[Document]) -> None:
+    """Refuse documents that do not say what is gone; warn of sources that were not read whole."""
+    skipped = documents.skipped if isinstance(documents, Documents) else ()
+    if not skipped and not (isinstance(documents, Documents) and documents.sources):
+        raise InvalidArgumentError(
+            "sync needs a file, a folder or an hf: dataset as text source: documents made in "
+            "Python and glob patterns do not say which ones are gone"
+        )
+    if skipped:
+        _LOG.warning(
+            "sync forgets nothing of the files and folders in which something cannot be read"
+        )
 
 
 class _Owners:
@@ -130,6 +150,11 @@ class _Owners:
             for found in re.finditer(f"{separator}|$", identity) if owners else ():
                 if (source := owners.get(identity[: found.start()])) is not None:
                     yield source
+
+
+def _is_row(identity: str) -> bool:
+    """Return whether an identity with "#" is of a row, and not of a file with such a name."""
+    return not os.path.isfile(identity)  # noqa: PTH113 (False for what is no name of a file)
 
 
 def _is_left_behind(identity: str) -> bool:
@@ -195,4 +220,6 @@ def find_named(documents: Sequence[StoredDocument], name: str) -> list[StoredDoc
 
 def _belongs(identity: str, source: str) -> bool:
     """Return whether a document is a source, lies below it, or is a row of it."""
-    return identity == source or identity.startswith((source.rstrip("/") + "/", source + "#"))
+    if identity.startswith(source + "#"):
+        return _is_row(identity)
+    return identity == source or identity.startswith(source.rstrip("/") + "/")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from knnlm.choices import Boundary
+from knnlm.datastore.overlap import Overlap, find_overlap
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.scoring import ScoreRequest, mixed_log_probs, score_documents
 from knnlm.evaluation.tally import FrequencyBucket, Tally, perplexity_of
@@ -77,7 +78,7 @@ class PerplexityReport:
     less; change_error: its standard error. errors_over: the units that the bootstrap of standard
     errors draws, "documents", or, with fewer than ten, "blocks of 256 tokens", which do not
     generalize to other documents; None, like the errors, for a text of one block. frequencies: from
-    tokens that the datastores lack to the most frequent.
+    tokens that the datastores lack to the most frequent. overlap: how much of the text is stored.
     """
 
     documents: int
@@ -96,6 +97,7 @@ class PerplexityReport:
     tokens_hurt: int
     share_hurt: float
     frequencies: tuple[FrequencyBucket, ...]
+    overlap: Overlap
     seconds: Seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -152,6 +154,7 @@ def evaluate(
         tokens_hurt=tally.hurt,
         share_hurt=tally.share_hurt,
         frequencies=tally.frequencies(),
+        overlap=find_overlap([r.store for r in mixer.retrievers], text.documents, text.targets),
         seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),
     )
 

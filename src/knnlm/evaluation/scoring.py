@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int32
 from torch import Tensor
 
 from knnlm.choices import Boundary, Similarity
@@ -107,11 +107,12 @@ def mixed_log_probs(scores: Scores, mixer: Mixer) -> Float[Tensor, " token"]:
 class DocumentScores(NamedTuple):
     """The scores of held-out documents, computed while they are iterated over.
 
-    documents: those that were read so far.
+    documents: those that were read so far. targets: their scored tokens, in consecutive parts.
     """
 
     scores: Iterator[Scores]
     documents: list[EncodedDocument]
+    targets: list[Int32[np.ndarray, " part"]]
 
 
 def score_documents(
@@ -129,6 +130,7 @@ def score_documents(
     Raises InvalidArgumentError. description: the name of the work in its progress.
     """
     read: list[EncodedDocument] = []
+    targets: list[Int32[np.ndarray, " part"]] = []
     windows = cut_documents(lm, documents, windowing, max_tokens, on_document=read.append)
 
     def scores() -> Iterator[Scores]:
@@ -141,9 +143,10 @@ def score_documents(
                     size_bytes = sum(document.size_bytes for document in read)
                     total = min(max_tokens or math.inf, corpus_bytes * tokens / max(size_bytes, 1))
                 advance(len(part.targets), total)
+                targets.append(part.targets.numpy())
                 yield part
 
-    return DocumentScores(scores(), read)
+    return DocumentScores(scores(), read, targets)
 
 
 def score_text(

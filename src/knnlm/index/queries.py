@@ -6,14 +6,16 @@ Stored keys are easier to find than they: each has the rest of its own document 
 from collections.abc import Iterable
 from itertools import islice
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.overlap import find_overlap
 from knnlm.errors import InvalidArgumentError
 from knnlm.model.language_model import LanguageModel
-from knnlm.model.reading import cut_documents, read_keys
+from knnlm.model.reading import EncodedDocument, cut_documents, read_keys
 from knnlm.progress import SILENT, Progress
 from knnlm.text.documents import Document
 
@@ -30,19 +32,23 @@ def held_out_queries(
 ) -> Float[Tensor, "query dim"]:
     """Read the first `max_tokens` of some documents, in the datastore's windows; return the keys.
 
-    Raises DatastoreMismatchError for another model than the datastore's, and InvalidArgumentError
-    for documents without text.
+    Warns of text that is stored. Raises DatastoreMismatchError for another model than the
+    datastore's, and InvalidArgumentError for documents without text.
     """
     store.check_model(lm)
-    windows = cut_documents(lm, documents, store.windowing, max_tokens)
+    read: list[EncodedDocument] = []
+    windows = cut_documents(lm, documents, store.windowing, max_tokens, on_document=read.append)
     keys: list[Tensor] = []
+    targets: list[Int32[np.ndarray, " part"]] = []
     with progress.task("read held-out text", max_tokens, "tokens") as advance:
         while some := list(islice(windows, _WINDOWS_AT_ONCE)):
             of_window = dict(read_keys(lm, some))
             for window_keys in of_window.values():
                 lm.check_numbers(window_keys, finite=True)
+            targets += [window.targets for window in some]
             keys += [of_window[number].float().cpu() for number in range(len(some))]
             advance(sum(window.new for window in some))
     if not keys:
         raise InvalidArgumentError("the documents to take queries from hold no text; give others")
+    find_overlap([store], read, targets)
     return torch.cat(keys)

@@ -3,6 +3,7 @@
 The one place where text meets the language model; knows nothing of datastores or neighbors.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain, groupby
 from operator import attrgetter
@@ -71,6 +72,7 @@ class EncodedDocument:
         self.exhausted = False
         self._encoded = encoded
         self._start = start
+        self._digest = hashlib.sha256()
 
     def pieces(self, skip: int = 0) -> Iterator[np.ndarray]:
         """Yield the tokens after the first `skip`, int32; can be used once."""
@@ -80,11 +82,17 @@ class EncodedDocument:
                 yield np.array([self._start], dtype=np.int32)
         for block in self._encoded:
             seen, self.tokens = self.tokens, self.tokens + len(block.tokens)
-            self.size_bytes += len(block.text.encode())
+            data = block.text.encode()
+            self.size_bytes += len(data)
+            self._digest.update(data)
             self.words += len(block.text.split())
             yield block.tokens[max(skip - seen, 0) :]
         self.exhausted = True
         self._encoded = iter(())
+
+    def fingerprint(self) -> str:
+        """Return that of the text taken so far; once exhausted, the `Document`'s."""
+        return self._digest.hexdigest()
 
 
 def cut_documents(

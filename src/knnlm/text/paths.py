@@ -6,6 +6,8 @@ from pathlib import Path
 
 from knnlm.errors import TextNotFoundError
 
+_SHOWN_CHARACTERS = 200
+
 OnUnlisted = Callable[[Path, OSError], None]
 
 
@@ -24,8 +26,11 @@ def find_files(source: str, on_unlisted: OnUnlisted | None = None) -> list[str]:
         matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (skips hidden names)
         files = [match for match in matches if Path(match).is_file()]
         reason = "" if files else _absence(source, matches)
-    except (OSError, ValueError) as error:  # no permission, a name too long or with a NUL in it
-        files, reason = [], f"{type(error).__name__}: {error}".splitlines()[0]
+    except OSError as error:  # no permission, or a name too long
+        place = str(error.filename or source)[:_SHOWN_CHARACTERS]
+        files, reason = [], f"{place!r} cannot be looked up ({error.strerror or error})"
+    except ValueError as error:  # a name with a NUL in it
+        files, reason = [], f"it cannot be looked up ({error})"
     if not files:
         raise not_found(source, reason)
     return files
@@ -34,8 +39,9 @@ def find_files(source: str, on_unlisted: OnUnlisted | None = None) -> list[str]:
 def not_found(source: str, reason: str) -> TextNotFoundError:
     """Return the error for a text source that names nothing to read."""
     return TextNotFoundError(
-        f"text source {source[:200]!r} must be a file, a folder, a glob pattern with matches, "
-        f"hf:NAME[:CONFIG][:SPLIT], or - for the standard input, but {reason}: check the path"
+        f"text source {source[:_SHOWN_CHARACTERS]!r} must be a file, a folder, a glob "
+        "pattern with matches, hf:NAME[:CONFIG][:SPLIT], or - for the standard input, but "
+        f"{reason}: check the path"
     )
 
 

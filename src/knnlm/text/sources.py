@@ -52,9 +52,14 @@ def read_documents(
     if not check.documents:
         raise InvalidTextError(
             f"text sources {', '.join(map(str, sources))} must hold a document, but hold none "
-            f"({check.binaries} binary files skipped): name files with text"
+            f"({check.binaries} binary files skipped{_left_out(documents.skipped)}): name files "
+            "with text"
         )
     return documents
+
+
+def _left_out(skipped: Sequence[str]) -> str:
+    return f", {len(skipped)} that cannot be read, first: {skipped[0]}" if skipped else ""
 
 
 def as_documents(

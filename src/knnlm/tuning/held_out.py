@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from knnlm.datastore.overlap import Overlap, find_overlap
 from knnlm.evaluation.scoring import CacheRequest, ScoreRequest, score_documents
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.continuous_cache import CacheNeighbors, join_cache_neighbors
@@ -44,7 +45,8 @@ class HeldOutText:
     """Everything that tuning needs to know about each token of a held-out text.
 
     lm_log_probs: log p_LM of the true tokens, the targets. voters: for each datastore.
-    cache_neighbors: for a continuous cache of each of CACHE_SIZES.
+    cache_neighbors: for a continuous cache of each of CACHE_SIZES. overlap: how much of the text is
+    stored, known of the whole text.
     """
 
     targets: Int[Tensor, " token"]
@@ -52,6 +54,7 @@ class HeldOutText:
     lm: LMSummary
     voters: tuple[Voters, ...]
     cache_neighbors: tuple[CacheNeighbors, ...]
+    overlap: Overlap | None = None
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -113,4 +116,7 @@ def read_held_out(
                 scores.targets, scores.lm_log_probs, scores.lm, voters, scores.cache_neighbors
             )
         )
-    return HeldOutText.join(parts) if parts else None
+    if not parts:
+        return None
+    overlap = find_overlap([r.store for r in retrievers], text.documents, text.targets)
+    return replace(HeldOutText.join(parts), overlap=overlap)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from knnlm.datastore.overlap import Overlap
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 from knnlm.mixture.parameters import Parameters, parameters_to_dict
@@ -28,6 +29,7 @@ class Tuning:
     parameters: of each datastore, with fixed weights. sweeps: of each datastore alone; where there
     are several, k and T are those of its sweep, and the λ are fitted together. fits: what each way
     to mix gives. mixture: beyond the parameters, a continuous cache and weights for each token.
+    overlap: how much of the text is stored.
     """
 
     parameters: tuple[Parameters, ...]
@@ -37,6 +39,7 @@ class Tuning:
     sweeps: tuple[Sweep, ...]
     fits: tuple[Fit, ...]
     mixture: TunedMixture
+    overlap: Overlap | None
 
     def save(self, stores: Stores, text: Sequence[str]) -> None:
         """Store each datastore's parameters as its defaults, with where they come from.
@@ -68,6 +71,7 @@ class Tuning:
             "knn_perplexity": self.knn_perplexity,
             "sweeps": [asdict(each) for each in self.sweeps],
             "fits": [asdict(fit) for fit in self.fits],
+            "overlap": None if self.overlap is None else asdict(self.overlap),
             "mixture": {
                 "cache": asdict(self.mixture.cache),
                 "lmbdas": self.mixture.lmbdas,
@@ -121,5 +125,12 @@ def tune(
         parameters, knn_perplexity = fit_lmbdas(neighbors, parameters)
     mixture, fits = fit_mixture(text, parameters, progress)
     return Tuning(
-        parameters, len(text), sweeps[0].lm_perplexity, knn_perplexity, sweeps, fits, mixture
+        parameters,
+        len(text),
+        sweeps[0].lm_perplexity,
+        knn_perplexity,
+        sweeps,
+        fits,
+        mixture,
+        text.overlap,
     )

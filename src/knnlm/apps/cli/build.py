@@ -59,7 +59,9 @@ _ControlTokens = Annotated[
 _Sync = Annotated[
     bool,
     typer.Option(
-        "--sync", help="Forget the documents that are gone from the given folders and files."
+        "--sync",
+        help="Forget the documents that are gone from the given folders and files, but from none "
+        "in which something cannot be read.",
     ),
 ]
 _Dtype = Annotated[
