@@ -49,6 +49,7 @@ PUBLIC = [
     "ModelNotFoundError",
     "Neighbors",
     "NonFiniteKeysError",
+    "Overlap",
     "Parameters",
     "Passage",
     "PerplexityReport",

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from knnlm.datastore.catalog import Settings as Settings
     from knnlm.datastore.compaction import Compaction as Compaction
     from knnlm.datastore.datastore import Datastore as Datastore, Passage as Passage
+    from knnlm.datastore.overlap import Overlap as Overlap
     from knnlm.datastore.sources import Changes as Changes
     from knnlm.datastore.tables import StoredDocument as StoredDocument
     from knnlm.datastore.verification import Verification as Verification
@@ -94,6 +95,7 @@ _LAZY = {
     "datastore.catalog": ("Settings",),
     "datastore.compaction": ("Compaction",),
     "datastore.datastore": ("Datastore", "Passage"),
+    "datastore.overlap": ("Overlap",),
     "datastore.sources": ("Changes",),
     "datastore.tables": ("StoredDocument",),
     "datastore.verification": ("Verification",),

@@ -103,7 +103,8 @@ class _Terminal(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Return a string as Rich's text; escapes are in it, so that its width is right."""
-        return super().render_str(visible(text), **options)
+        shown = visible(text).encode(self.encoding, "backslashreplace").decode(self.encoding)
+        return super().render_str(shown, **options)
 
     def render(
         self, renderable: RenderableType, options: ConsoleOptions | None = None

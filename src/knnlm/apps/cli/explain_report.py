@@ -44,7 +44,7 @@ def _print_probabilities(explanations: Sequence["Explanation"], shown: Sequence[
         explanation = explanations[number]
         table.add_row(
             str(number),
-            Text(repr(explanation.name), "bold"),
+            OUT.render_str(repr(explanation.name), style="bold"),
             f"{math.exp(explanation.lm_log_prob):.3f}",
             f"{explanation.knn_prob:.3f}",
             f"{math.exp(explanation.log_prob):.3f}",
@@ -104,7 +104,9 @@ def _print_documents(explanations: Sequence["Explanation"]) -> None:
     table.add_row(Text("the language model", "italic"), f"{from_lm:.1f}", f"{from_lm / tokens:.1%}")
     for credit in document_credits[:_MAX_DOCUMENTS]:
         name = f"{credit.store}: {credit.document}" if several else credit.document
-        table.add_row(Text(one_line(name)), f"{credit.tokens:.1f}", f"{credit.tokens / tokens:.1%}")
+        table.add_row(
+            OUT.render_str(one_line(name)), f"{credit.tokens:.1f}", f"{credit.tokens / tokens:.1%}"
+        )
     others = document_credits[_MAX_DOCUMENTS:]
     if others:
         rest = sum(credit.tokens for credit in others)
