@@ -326,7 +326,7 @@ class Datastore:
                     remedy = model.remedy_for_weights(ours.model_dtype)
                 raise DatastoreMismatchError(
                     f"{self.path} was built with {ours.model} ({property_name} {stored}), not with "
-                    f"{model.name} ({property_name} {given}); {remedy}, or build another datastore"
+                    f"{model.name} ({property_name} {given}); {remedy} or build another datastore"
                 )
 
     def load_model(

@@ -196,7 +196,7 @@ class KeyedModel:
                 f"load it with dtype {dtype}"
             )
         if has_adapter(self.model):
-            return "load that model, or take the adapter off this one"
+            return "load that model, take the adapter off this one"
         return "load that model"
 
     @property

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from knnlm.apps.cli.main import app
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import InvalidArgumentError
-from knnlm.index.exact import ExactIndex
+from knnlm.index.exact import TOLERANCE, ExactIndex
 from knnlm.index.policy import open_index
 from knnlm.index.queries import held_out_queries
 from knnlm.mixture.parameters import Parameters
@@ -425,7 +425,7 @@ def test_an_index_is_measured_on_held_out_text(work: Path, models: Path) -> None
     found = open_index(store).search(queries, 5).rows
     keys = store.keys_at(found.flatten()).view(*found.shape, -1).double()
     distances = (keys - queries.double()[:, None]).square().sum(dim=2)
-    hits = (distances <= farthest * (1 + 1e-5) + 1e-9).double().mean().item()  # ties count
+    hits = (distances <= farthest * (1 + TOLERANCE)).double().mean().item()  # ties count
     assert held_out["recall"] == pytest.approx(hits, abs=1e-6)
     assert torch.equal(held_out_queries(lm, store, documents, max_tokens=100), queries[:100])
     with pytest.raises(InvalidArgumentError, match="hold no text"):
