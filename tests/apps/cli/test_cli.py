@@ -548,7 +548,7 @@ STORE = "docs.store"
         ),
         (
             ("build", STORE, "held.txt", "--model", "{models}/other"),
-            ("docs.store was built with ", "not with ", "load that model, or build another"),
+            ("docs.store was built with ", "not with ", "load that model or build another"),
         ),
         (
             ("generate", STORE, "x", "--model", "{models}/wide"),
