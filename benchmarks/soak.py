@@ -223,7 +223,13 @@ def _prompt(chosen: random.Random) -> str:
 
 def _completion(chosen: random.Random) -> tuple[str, dict[str, Any], int]:
     body = {"prompt": _prompt(chosen), "max_tokens": chosen.randrange(1, 60), "sources": 4}
-    own = chosen.choice([{}, {"lmbda": 0.5}, {"k": 3, "knn_temperature": 40.0}])
+    sampling: dict[str, Any] = {
+        "top_k": 20,
+        "min_p": 0.01,
+        "repetition_penalty": 1.3,
+        "logit_bias": {"32": -1},
+    }
+    own = chosen.choice([{}, {"lmbda": 0.5}, {"k": 3, "knn_temperature": 40.0}, sampling])
     return "/v1/completions", body | own | {"stream": chosen.random() < 0.5}, 200
 
 

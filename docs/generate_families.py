@@ -295,7 +295,7 @@ def try_family(family: str, model: PreTrainedModel, folder: Path) -> Row:
 
 
 REMARKS = {
-    "blenderbot": "`generate` obeys its configuration, which bans repeated n-grams",
+    "blenderbot": "transformers' `generate` obeys the configuration, which bans repeated n-grams",
     "moshi": "the cache that `generate` makes forgets what one pass attends to",
 }
 COLUMNS = ("build, `eval`", "batches", "continued", "`generate`", "`serve`", "`attach`")

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ class Served:
 
     def complete(self, prompt: Any, **options: Any) -> Any:
         """Send a request through the official client; return a stream as a list of chunks."""
-        own = ("lmbda", "k", "knn_temperature", "sources")
+        own = ("lmbda", "k", "knn_temperature", "sources", "top_k", "min_p", "repetition_penalty")
         extra = {name: options.pop(name) for name in own if name in options}
         with self.openai() as client:
             answer = client.completions.create(
@@ -62,10 +62,15 @@ def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
 
 @contextmanager
 def serving(
-    open_model: Callable[[], KNNLM], limits: Limits | None = None, api_key: str | None = None
+    open_model: Callable[[], KNNLM],
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    cors_origins: Sequence[str] = (),
 ) -> Iterator[Served]:
     """Serve a model by the name `tiny` on a free port until the end of the block."""
-    service = Service(open_model, name="tiny", limits=limits, api_key=api_key)
+    service = Service(
+        open_model, name="tiny", limits=limits, api_key=api_key, cors_origins=cors_origins
+    )
     service.open()
     listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=service.run, args=([listener],))

@@ -84,6 +84,10 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "temperature": lambda value: is_real(value) and 1e-30 <= value <= 1e30,
     "sampling": lambda value: is_real(value) and 0 <= value <= 1e30,
     "top_p": lambda value: is_real(value) and 0 <= value <= 1,
+    "min_p": lambda value: is_real(value) and 0 <= value <= 1,
+    "penalty": lambda value: is_real(value) and -2 <= value <= 2,
+    "repetition": lambda value: is_real(value) and 1e-6 <= value <= 1e6,
+    "bias": lambda value: is_real(value) and -100 <= value <= 100,
     "seed": lambda value: is_whole(value) and -(2**63) <= value < 2**63,
     "size": lambda value: is_whole(value) and 1 <= value < 2**31,
     "amount": lambda value: is_whole(value) and 1 <= value < 2**63,
@@ -177,6 +181,24 @@ ENTRANCES: list[tuple[str, str, Callable[[Datastore, Any], Any]]] = [
     ("sampling", "server", lambda _, value: requested(temperature=value)),
     ("top_p", "SamplingOptions", lambda _, value: SamplingOptions(top_p=value)),
     ("top_p", "server", lambda _, value: requested(top_p=value)),
+    ("natural", "SamplingOptions", lambda _, value: SamplingOptions(top_k=value)),
+    ("natural", "server", lambda _, value: requested(top_k=value)),
+    ("min_p", "SamplingOptions", lambda _, value: SamplingOptions(min_p=value)),
+    ("min_p", "server", lambda _, value: requested(min_p=value)),
+    ("penalty", "SamplingOptions", lambda _, value: SamplingOptions(presence_penalty=value)),
+    ("penalty", "server", lambda _, value: requested(presence_penalty=value)),
+    ("penalty", "SamplingOptions", lambda _, value: SamplingOptions(frequency_penalty=value)),
+    ("penalty", "server", lambda _, value: requested(frequency_penalty=value)),
+    ("repetition", "SamplingOptions", lambda _, value: SamplingOptions(repetition_penalty=value)),
+    ("repetition", "server", lambda _, value: requested(repetition_penalty=value)),
+    ("bias", "SamplingOptions", lambda _, value: SamplingOptions(logit_bias={3: value})),
+    (
+        "bias",
+        "server",
+        lambda _, value: None if value is None else requested(logit_bias={"3": value}),
+    ),
+    ("natural", "passage", lambda store, value: store.passage(3, before=value)),
+    ("natural", "passage", lambda store, value: store.passage(3, after=value)),
     ("seed", "SamplingOptions", lambda _, value: SamplingOptions(seed=value)),
     ("seed", "IndexOptions", lambda _, value: IndexOptions(seed=value)),
     ("seed", "server", lambda _, value: requested(seed=value)),
@@ -219,9 +241,19 @@ def test_every_entrance_gives_the_same_verdict(
         assert verdict(call, store, value) == expected, (value, expected)
 
 
-@pytest.mark.parametrize("name", ["max_new_tokens", "seed", "temperature", "top_p"])
-def test_generate_refuses_the_same(model: KNNLM, name: str) -> None:
-    rule = {"max_new_tokens": "size", "temperature": "sampling"}.get(name, name)
+RULES_OF_GENERATE = {
+    "max_new_tokens": "size",
+    "seed": "seed",
+    "temperature": "sampling",
+    "top_k": "natural",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition",
+}
+
+
+@pytest.mark.parametrize(("name", "rule"), RULES_OF_GENERATE.items())
+def test_generate_refuses_the_same(model: KNNLM, name: str, rule: str) -> None:
     for value in VALUES:
         if value is None or (name == "max_new_tokens" and RULES["size"](value)):
             continue
@@ -299,6 +331,15 @@ def test_the_library_gives_the_same_verdict(model: KNNLM, entrance: str) -> None
             continue  # the default, and one value for each datastore
         expected = RULES[rule](value) and value <= limits.get(entrance, math.inf)
         assert verdict(call, model, value) == expected, value
+
+
+@pytest.mark.parametrize("flag", [0, 1, "yes", "False", np.True_, [True]])
+def test_flags_are_bools(model: KNNLM, tmp_path: Path, flag: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match="control_tokens must be True or False, got"):
+        Windowing(control_tokens=flag)
+    for path in (tmp_path / "new", store_in(model).path):
+        with pytest.raises(InvalidArgumentError, match="control_tokens must be True or False, got"):
+            knnlm.build(path, model.lm, TEXT, control_tokens=flag)
 
 
 def test_numbers_of_numpy_become_plain_ones(model: KNNLM) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,11 @@ from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
 from knnlm.rules import (
     LEAST_TEMPERATURE,
+    check_min_p,
+    check_repetition_penalty,
     check_sampling_temperature,
     check_seed,
+    check_top_k,
     check_top_p,
     check_whole,
 )
@@ -225,10 +228,22 @@ class KNNLM:
         return Generation(prompt, text, new)
 
 
+_OPTION_RULES: dict[str, Callable[[object], float]] = {
+    "temperature": check_sampling_temperature,
+    "top_k": check_top_k,
+    "top_p": check_top_p,
+    "min_p": check_min_p,
+    "repetition_penalty": check_repetition_penalty,
+}
+
+
 def _checked(options: dict[str, Any]) -> dict[str, Any]:
     """Check the options of `generate` whose rules are our own."""
-    rules = [("temperature", check_sampling_temperature), ("top_p", check_top_p)]
-    checked = {name: check(options[name]) for name, check in rules if options.get(name) is not None}
+    checked = {
+        name: check(options[name])
+        for name, check in _OPTION_RULES.items()
+        if options.get(name) is not None
+    }
     if checked.get("temperature", 1.0) < LEAST_TEMPERATURE:  # float32 cannot be divided by it
         return {**options, **checked, "temperature": None, "do_sample": False}
     return options | checked

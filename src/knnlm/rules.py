@@ -40,6 +40,13 @@ def check_whole(
     return whole
 
 
+def check_flag(name: str, flag: object) -> bool:
+    """Allow True and False, and nothing that only counts as one of them."""
+    if not isinstance(flag, bool):
+        raise InvalidArgumentError(f"{name} must be True or False, got {flag!r}")
+    return flag
+
+
 def check_real(name: str, number: object) -> float:
     """Allow every number that a float holds, NaN and infinities too."""
     if isinstance(number, bool) or not isinstance(number, Real):
@@ -48,6 +55,16 @@ def check_real(name: str, number: object) -> float:
         return float(number)
     except OverflowError:
         raise InvalidArgumentError(f"{name} must be a number that a float can hold") from None
+
+
+def check_between(name: str, number: object, least: float, most: float, *, meaning: str) -> float:
+    """Allow numbers from `least` to `most`; meaning: of some of them, for the message."""
+    real = check_real(name, number)
+    if not least <= real <= most:
+        raise InvalidArgumentError(
+            f"{name} must lie in [{least:g}, {most:g}], got {real}: {meaning}"
+        )
+    return real
 
 
 def _shown(whole: int) -> str:
@@ -64,13 +81,8 @@ def check_k(k: object, name: str = "k") -> int:
 
 def check_lmbda(lmbda: object) -> float:
     """Allow 0 ≤ λ ≤ 1."""
-    number = check_real("lmbda (λ)", lmbda)
-    if not 0.0 <= number <= 1.0:
-        raise InvalidArgumentError(
-            f"lmbda (λ) must lie in [0, 1], got {number}: 0 is the language model alone, 1 the "
-            "neighbors alone"
-        )
-    return number
+    meaning = "0 is the language model alone, 1 the neighbors alone"
+    return check_between("lmbda (λ)", lmbda, 0.0, 1.0, meaning=meaning)
 
 
 def check_temperature(temperature: object) -> float:
@@ -103,18 +115,42 @@ def check_seed(seed: object) -> int:
 
 def check_sampling_temperature(temperature: object) -> float:
     """Allow 0, which takes the likeliest token, to 1e30."""
-    number = check_real("sampling temperature", temperature)
-    if not 0.0 <= number <= GREATEST_TEMPERATURE:
-        raise InvalidArgumentError(
-            f"sampling temperature must lie in [0, {GREATEST_TEMPERATURE:g}], got {number}: 1 "
-            "samples from the mixture itself"
-        )
-    return number
+    meaning = "1 samples from the mixture itself"
+    return check_between(
+        "sampling temperature", temperature, 0.0, GREATEST_TEMPERATURE, meaning=meaning
+    )
 
 
 def check_top_p(top_p: object) -> float:
     """Allow 0 ≤ top_p ≤ 1."""
-    number = check_real("top_p", top_p)
-    if not 0.0 <= number <= 1.0:
-        raise InvalidArgumentError(f"top_p must lie in [0, 1], got {number}: 1 allows every token")
-    return number
+    return check_between("top_p", top_p, 0.0, 1.0, meaning="1 allows every token")
+
+
+def check_top_k(top_k: object) -> int:
+    """Allow a number of tokens, and 0 for all of them."""
+    return check_whole("top_k", top_k, least=0, remedy="0 allows every token")
+
+
+def check_min_p(min_p: object) -> float:
+    """Allow 0 ≤ min_p ≤ 1."""
+    return check_between("min_p", min_p, 0.0, 1.0, meaning="0 allows every token")
+
+
+def check_presence_penalty(penalty: object) -> float:
+    """Allow −2 to 2, in nats, as OpenAI does."""
+    return check_between("presence_penalty", penalty, -2.0, 2.0, meaning="0 changes nothing")
+
+
+def check_frequency_penalty(penalty: object) -> float:
+    """Allow −2 to 2, in nats, as OpenAI does."""
+    return check_between("frequency_penalty", penalty, -2.0, 2.0, meaning="0 changes nothing")
+
+
+def check_repetition_penalty(penalty: object) -> float:
+    """Allow 1e-6 to 1e6, by which log-probabilities are multiplied."""
+    return check_between("repetition_penalty", penalty, 1e-6, 1e6, meaning="1 changes nothing")
+
+
+def check_logit_bias(bias: object) -> float:
+    """Allow −100 to 100, in nats, as OpenAI does."""
+    return check_between("logit_bias", bias, -100.0, 100.0, meaning="0 changes nothing")

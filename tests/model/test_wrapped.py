@@ -155,5 +155,5 @@ def test_other_weights_name_a_precision_that_rounds_otherwise(
         DatastoreMismatchError, "float16 only rounds", "than float32: load it with dtype float32"
     ):
         knnlm.attach(model, store)
-    with refusal(DatastoreMismatchError, "load that model, or build another datastore"):
+    with refusal(DatastoreMismatchError, "load that model or build another datastore"):
         knnlm.attach(tiny_llama(seed=1), store)

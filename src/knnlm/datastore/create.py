@@ -11,6 +11,7 @@ from knnlm.datastore.files import ASIDE, LOCK_NAME, writer_lock, writing
 from knnlm.datastore.tables import FILE_NAME
 from knnlm.errors import DatastoreMismatchError, DatastoreWriteError, InvalidArgumentError
 from knnlm.model.language_model import LanguageModel
+from knnlm.rules import check_flag
 from knnlm.text.windows import Windowing, choose_windowing
 
 
@@ -28,6 +29,8 @@ def open_or_create(
 
     Raises InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError.
     """
+    if control_tokens is not None:
+        check_flag("control_tokens", control_tokens)
     if catalog_exists(path):
         store = Datastore(path)
         asked = {"window": window, "context": context, "boundary": boundary}

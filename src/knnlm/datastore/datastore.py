@@ -37,6 +37,7 @@ from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.model.language_model import LanguageModel
+from knnlm.rules import check_whole
 from knnlm.text.windows import Windowing
 
 
@@ -228,7 +229,12 @@ class Datastore:
         return self._by_row[place]
 
     def passage(self, row: int, before: int = 24, after: int = 8) -> Passage:
-        """Return a row's value with up to `before` and `after` tokens of its document around it."""
+        """Return a row's value with up to `before` and `after` tokens of its document around it.
+
+        Raises InvalidArgumentError for numbers below 0.
+        """
+        before = check_whole("before", before, least=0)
+        after = check_whole("after", after, least=0)
         document = self.document_at(row)
         left = self._slice_values(max(document.start, row - before), row)
         right = self._slice_values(row + 1, min(document.stop, row + 1 + after))

@@ -1,6 +1,6 @@
 """Which keys have distances, and the errors for those that have none.
 
-None is ever stored: where a datastore holds one, it is damaged.
+None is stored: a datastore that holds one is damaged, or is older than this rule.
 """
 
 from pathlib import Path

@@ -10,7 +10,6 @@ from knnlm.datastore.files import file_problem
 from knnlm.datastore.folder import stray_problems
 from knnlm.datastore.shards import check_values, open_shard, shard_problem
 from knnlm.datastore.stored_index import StoredIndex, stored_index
-from knnlm.datastore.unfit_keys import measurable
 from knnlm.errors import DatastoreCorruptError, KNNLMError
 from knnlm.progress import SILENT, Progress
 
@@ -71,9 +70,9 @@ def _contents_problem(store: Datastore, shard: StoredShard) -> str | None:
     folder = store.path / SHARDS
     try:
         contents = open_shard(folder, shard.file, store.settings)
-        fit = measurable(contents.keys)
-        if not bool(fit.all()):
-            raise store.unfit_key(shard.start + int(fit.int().argmin()))
+        finite = contents.keys.isfinite().all(dim=1)
+        if not bool(finite.all()):
+            raise store.unfit_key(shard.start + int(finite.int().argmin()))
         check_values(folder / shard.file.name, contents.values, store.settings.vocab_size)
     except KNNLMError as error:
         return str(error)

@@ -13,7 +13,7 @@ from jaxtyping import Int32
 
 from knnlm.choices import Boundary, parse_choice
 from knnlm.errors import InvalidArgumentError
-from knnlm.rules import LARGEST, check_whole
+from knnlm.rules import LARGEST, check_flag, check_whole
 
 Tokens = Int32[np.ndarray, " _"]  # any number of token ids
 
@@ -46,6 +46,7 @@ class Windowing:
                 f"{self.context}: choose a smaller context or a larger window"
             )
         parse_choice(Boundary, "boundary", self.boundary)
+        check_flag("control_tokens", self.control_tokens)
 
     def check_positions(self, max_positions: int | None, model_name: str) -> None:
         """Refuse windows longer than a model's positions (None: unlimited); InvalidArgumentError.

@@ -13,10 +13,14 @@ import openai
 import pytest
 import torch
 from conftest import PROSE
+from pydantic import ValidationError
 from serving import Served, opening, serving, tiny_store
 
 from knnlm.apps.engine.limits import Limits
-from knnlm.apps.server.schema import CompletionResponse, ExplainResponse, Health
+from knnlm.apps.engine.sampling import Sampler, SamplingOptions
+from knnlm.apps.server.schema import CompletionRequest, CompletionResponse, ExplainResponse, Health
+from knnlm.apps.server.service import Service
+from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain
 from knnlm.knn_lm import KNNLM
 
@@ -214,6 +218,136 @@ def test_explain(served: Served, model: KNNLM) -> None:
     assert all(one["gain"] == 0.0 for one in other.json()["tokens"])
 
 
+SAMPLING: list[dict[str, Any]] = [
+    {"logit_bias": {"66": 100}},
+    {"logit_bias": {"32": -100, "101": 2.5}, "temperature": 0},
+    {"top_k": 2, "temperature": 2.0},
+    {"min_p": 0.3, "temperature": 2.0},
+    {"top_p": 0.5, "top_k": 7, "temperature": 1.5},
+    {"presence_penalty": 2, "temperature": 0},
+    {"frequency_penalty": 1.5, "temperature": 0},
+    {"frequency_penalty": -2.0},
+    {"repetition_penalty": 1.4, "temperature": 0},
+    {
+        **{"logit_bias": {"32": 1}, "repetition_penalty": 1.2, "presence_penalty": 0.5},
+        **{"frequency_penalty": 0.5, "top_k": 20, "min_p": 0.01, "top_p": 0.9},
+    },
+]
+
+
+@pytest.mark.parametrize("options", SAMPLING)
+@pytest.mark.parametrize("stream", [False, True])
+def test_sampling_options_act_on_the_mixture(
+    served: Served, model: KNNLM, options: dict[str, Any], stream: bool
+) -> None:
+    """A sampler with the same seed, and the mixture in process, choose the same tokens."""
+    fields = {"max_tokens": 12, "seed": 3, "n": 2, "logprobs": 0, "stream": stream, **options}
+    found = served.complete(TEXT, **fields)
+    chunks = found if stream else [found]
+    own = dict(options)
+    own["logit_bias"] = {int(token): bias for token, bias in own.get("logit_bias", {}).items()}
+    for sample in range(2):
+        prompt = [model.lm.start_token, *tokens_of(model, TEXT)]
+        sampler = Sampler(SamplingOptions(seed=3, **own), sample, prompt)
+        log_probs: list[float] = []
+        tokens: list[int] = []
+        while len(tokens) < 12:
+            last = model.log_probs(torch.tensor([prompt + tokens]))[0, -1]
+            token = sampler.next_token(last)
+            if token in model.lm.end_tokens:
+                break
+            tokens.append(token)
+            log_probs.append(float(last[token]))
+        choices = [one for chunk in chunks for one in chunk.choices if one.index == sample]
+        assert "".join(one.text for one in choices) == model.lm.decode(tokens)
+        reported = [nats for one in choices for nats in one.logprobs.token_logprobs]
+        assert reported == pytest.approx(log_probs, abs=2e-5), "the mixture's own"
+
+
+def test_options_of_generate_mean_the_same(served: Served, model: KNNLM) -> None:
+    answer = served.complete(TEXT, max_tokens=20, temperature=0, repetition_penalty=1.3)
+    assert (
+        answer.choices[0].text
+        == model.generate(TEXT, max_new_tokens=20, repetition_penalty=1.3).text
+    )
+
+
+def test_options_that_change_nothing(served: Served) -> None:
+    plain = served.complete(TEXT, max_tokens=20, seed=5).choices[0].text
+    neutral = {"top_k": 0, "min_p": 0, "repetition_penalty": 1, "logit_bias": {}}
+    zero = {"presence_penalty": 0, "frequency_penalty": 0}
+    assert served.complete(TEXT, max_tokens=20, seed=5, **neutral, **zero).choices[0].text == plain
+
+
+def test_head_of_health(served: Served) -> None:
+    with served.http() as client:
+        asked, answered = client.head("/health"), client.get("/health")
+    assert (asked.status_code, asked.content) == (200, b"")
+    for name in ("content-type", "content-length"):
+        assert asked.headers[name] == answered.headers[name]
+
+
+PAGE = "https://page.example"
+PREFLIGHT = {
+    "Origin": PAGE,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def test_no_page_from_elsewhere_by_default(served: Served) -> None:
+    with served.http() as client:
+        assert client.options("/v1/completions", headers=PREFLIGHT).status_code == 405
+        for route in ("/health", "/v1/models"):
+            answer = client.get(route, headers={"Origin": PAGE})
+            assert not any("access-control" in name for name in answer.headers)
+
+
+@pytest.mark.parametrize("origins", [[PAGE, "http://localhost:3000"], ["*"]])
+def test_pages_of_the_given_origins(path: Path, origins: list[str]) -> None:
+    with (
+        serving(lambda: opening(path), LIMITS, api_key=KEY, cors_origins=origins) as running,
+        running.http() as client,
+    ):
+        expected = "*" if origins == ["*"] else PAGE
+        preflight = client.options("/v1/completions", headers=PREFLIGHT)
+        assert preflight.status_code == 200
+        assert "POST" in preflight.headers["access-control-allow-methods"]
+        allowed = preflight.headers["access-control-allow-headers"].lower()
+        assert {"authorization", "content-type"} <= set(allowed.replace(" ", "").split(","))
+        refused = client.get("/v1/models", headers={"Origin": PAGE})
+        check_error(refused, 401)
+        body = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+        headers = {"Origin": PAGE, "Authorization": f"Bearer {KEY}"}
+        answered = client.post("/v1/completions", content=body, headers=headers)
+        assert answered.status_code == 200
+        for answer in (preflight, refused, answered):
+            assert answer.headers["access-control-allow-origin"] == expected
+        if origins != ["*"]:
+            other = {**headers, "Origin": "https://other.example"}
+            answered = client.post("/v1/completions", content=body, headers=other)
+            assert "access-control-allow-origin" not in answered.headers
+            stranger = {**PREFLIGHT, "Origin": "https://other.example"}
+            assert client.options("/v1/completions", headers=stranger).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["", "page.example", "https://page.example/", "https://Page.example", "https://a b", "null"],
+)
+def test_what_is_no_origin_is_refused(path: Path, origin: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="cors_origins must be like https://"):
+        Service(lambda: opening(path), name="x", cors_origins=[origin])
+
+
+@pytest.mark.parametrize(
+    "origin",
+    ["*", "https://page.example", "http://localhost:3000", "http://[::1]:80", "app://local"],
+)
+def test_origins(path: Path, origin: str) -> None:
+    Service(lambda: opening(path), name="x", cors_origins=[origin])
+
+
 def test_models_and_health(served: Served) -> None:
     with served.openai() as client:
         assert [one.id for one in client.models.list()] == ["tiny"]
@@ -295,8 +429,24 @@ BAD: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": "x", "stream_options": {"include_usage": True}}, None, "stream: true"),
     ({"prompt": "x", "stream": True, "stream_options": {"x": 1}}, "stream_options", ""),
     ({"prompt": "x", "best_of": 2}, None, "best_of"),
-    ({"prompt": "x", "presence_penalty": 0.5}, "presence_penalty", ""),
-    ({"prompt": "x", "logit_bias": {"50256": -100}}, "logit_bias", ""),
+    ({"prompt": "x", "presence_penalty": 2.5}, "presence_penalty", "[-2, 2], got 2.5"),
+    ({"prompt": "x", "presence_penalty": "1"}, "presence_penalty", "number"),
+    ({"prompt": "x", "frequency_penalty": -2.01}, "frequency_penalty", "[-2, 2], got -2.01"),
+    ({"prompt": "x", "frequency_penalty": float("nan")}, "frequency_penalty", "finite"),
+    ({"prompt": "x", "repetition_penalty": 0}, "repetition_penalty", "got 0"),
+    ({"prompt": "x", "repetition_penalty": True}, "repetition_penalty", "number"),
+    ({"prompt": "x", "top_k": -1}, "top_k", "0 allows every token"),
+    ({"prompt": "x", "top_k": 1.5}, "top_k", "integer"),
+    ({"prompt": "x", "min_p": 1.1}, "min_p", "[0, 1], got 1.1"),
+    ({"prompt": "x", "min_p": -0.1}, "min_p", "[0, 1], got -0.1"),
+    ({"prompt": "x", "logit_bias": {"50256": -100}}, "logit_bias", "below 384"),
+    ({"prompt": "x", "logit_bias": {"1" * 30: 1}}, "logit_bias", ""),
+    ({"prompt": "x", "logit_bias": {"-1": 1}}, "logit_bias", ""),
+    ({"prompt": "x", "logit_bias": {"a": 1}}, "logit_bias", ""),
+    ({"prompt": "x", "logit_bias": {"01": 1}}, "logit_bias", ""),
+    ({"prompt": "x", "logit_bias": {"7": 100.5}}, "logit_bias", "[-100, 100], got 100.5"),
+    ({"prompt": "x", "logit_bias": {"7": None}}, "logit_bias", "number"),
+    ({"prompt": "x", "logit_bias": [7, 1]}, "logit_bias", "dictionary"),
     ({"prompt": "x", "suffix": "y"}, "suffix", ""),
     ({"prompt": "x", "lambda": 0.5}, "lambda", "not a field"),
     ({"prompt": "x", "lmbda": 1.1}, "lmbda", "1"),
@@ -469,3 +619,12 @@ def test_a_key(path: Path) -> None:
             right = {"Authorization": f"bearer {KEY}"}
             assert http.get("/metrics", headers=right).status_code == 200
             check_error(http.get("/nowhere", headers=right), 404)
+
+
+def test_a_bias_for_too_many_tokens() -> None:
+    most = 1 << 14
+    biases = {str(token): 1 for token in range(most + 1)}
+    with pytest.raises(ValidationError, match=f"at most {most} items"):
+        CompletionRequest.model_validate({"prompt": "x", "logit_bias": biases})
+    del biases["0"]
+    CompletionRequest.model_validate({"prompt": "x", "logit_bias": biases})

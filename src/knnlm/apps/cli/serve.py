@@ -26,6 +26,13 @@ _ApiKey = Annotated[
         envvar="KNNLM_API_KEY",
     ),
 ]
+_CorsOrigin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="The origin of web pages that may use the server from a browser, like "
+        "https://example.org; '*' for all, by default none. May be repeated."
+    ),
+]
 _Name = Annotated[
     str | None,
     typer.Option(help="The model name that clients use; by default the datastore folder's name."),
@@ -47,6 +54,7 @@ def serve(
     host: _Host = "127.0.0.1",
     port: options.Port = 8000,
     api_key: _ApiKey = None,
+    cors_origin: _CorsOrigin = None,
     name: _Name = None,
     max_tokens: _MaxTokens = 1024,
     max_batch: _MaxBatch = 16,
@@ -80,19 +88,19 @@ def serve(
         grace_seconds=grace,
     )
     check_exposure(host, api_key)
-    listener = listen(host, port)
     served = name or store.resolve().name
-    address = f"[{host}]" if ":" in host else host
-    url = f"http://{address}:{listener.getsockname()[1]}/v1"
     mixture = MixtureOptions(k, lmbda, temperature, weights)
     service = Service(
         lambda: open_model(store, also, ModelOptions(model, dtype, device), mixture),
         name=served,
         limits=limits,
         api_key=api_key,
+        cors_origins=cors_origin or (),
         on_start=lambda: OUT.print(f"{url} serves {served} ({_described(facts)})", soft_wrap=True),
     )
-    with listener:
+    address = f"[{host}]" if ":" in host else host
+    with listen(host, port) as listener:
+        url = f"http://{address}:{listener.getsockname()[1]}/v1"
         facts = service.open()
         service.run(sockets=[listener])
 

@@ -30,7 +30,7 @@ from knnlm.apps.engine.jobs import (
     ScoredToken,
 )
 from knnlm.apps.engine.metrics import Metrics
-from knnlm.apps.engine.sampling import choose_token, seeded_generator
+from knnlm.apps.engine.sampling import Sampler
 from knnlm.apps.engine.scored_tokens import score_token, with_texts
 from knnlm.apps.engine.steps import MixedStep, mix_step
 from knnlm.apps.engine.text_stream import TextStream
@@ -67,7 +67,7 @@ class _Sample:
     job: Completion
     number: int
     mixer: Mixer
-    generator: torch.Generator
+    sampler: Sampler
     stream: TextStream
     last_token: int = -1
     tokens: int = 0
@@ -274,7 +274,7 @@ class Worker:
                 job,
                 number,
                 prompt.mixer,
-                seeded_generator(job.sampling.seed, number),
+                Sampler(job.sampling, number, job.prompt),
                 TextStream(self._lm.token_texts, job.prompt[job.hidden :], job.stop),
             )
             if job.max_tokens == 0:
@@ -330,7 +330,7 @@ class Worker:
         """
         job = sample.job
         self._lm.check_numbers(mixed.log_probs[position])
-        token = choose_token(mixed.log_probs[position], job.sampling, sample.generator)
+        token = sample.sampler.next_token(mixed.log_probs[position])
         reason = None
         if token in self._lm.end_tokens:
             reason = "stop"

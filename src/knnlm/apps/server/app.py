@@ -1,9 +1,12 @@
 """The ASGI app: every route, the error handlers, and the request guard in front of them."""
 
 import time
+from collections.abc import Sequence
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from knnlm.apps.engine.engine import Engine, ModelFacts
 from knnlm.apps.engine.limits import Limits
@@ -23,8 +26,12 @@ def create_app(
     limits: Limits,
     metrics: Metrics,
     api_key: str | None = None,
-) -> RequestGuard:
-    """Return the ASGI app in front of a started engine; `name` is the model's for clients."""
+    cors_origins: Sequence[str] = (),
+) -> ASGIApp:
+    """Return the ASGI app in front of a started engine; `name` is the model's for clients.
+
+    cors_origins: of the web pages from elsewhere that may use it; "*" for all.
+    """
     app = FastAPI(title="knnlm", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
     http_errors.add_to(app)
     model = ServedModel(
@@ -37,7 +44,7 @@ def create_app(
     for added in (completions, models, explain, monitoring, explorer):
         added.add_to(app, model)
     routes = [route for route in app.routes if isinstance(route, Route)]
-    return RequestGuard(
+    guard = RequestGuard(
         app=app,
         limits=limits,
         metrics=metrics,
@@ -45,4 +52,10 @@ def create_app(
         paths=frozenset(route.path for route in routes),
         json_paths=frozenset(route.path for route in routes if "POST" in (route.methods or ())),
         is_stopping=lambda: engine.status == "stopping",
+    )
+    if not cors_origins:
+        return guard
+    # in front of the guard: a browser asks without a key, and shows refusals to those it trusts
+    return CORSMiddleware(
+        guard, cors_origins, allow_methods=("GET", "HEAD", "POST"), allow_headers=("*",)
     )

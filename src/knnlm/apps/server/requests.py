@@ -100,6 +100,7 @@ class RequestReader:
         # a request's sampling options are its fields of the same names; without a seed it gets one
         # that cannot be guessed
         given = {field.name: getattr(request, field.name) for field in fields(SamplingOptions)}
+        given["logit_bias"] = _logit_bias(request)
         chosen = {name: value for name, value in given.items() if value is not None}
         sampling = SamplingOptions(**{"seed": secrets.randbits(62)} | chosen)
         overrides = self.overrides(request)
@@ -130,6 +131,14 @@ class RequestReader:
             if number > most:
                 message = f"{param} must be at most {most} on this server, got {number}"
                 raise HTTPError(400, message, param=param)
+        largest = max(_logit_bias(request), default=0)
+        if largest >= self._facts.vocab_size:
+            raise HTTPError(
+                400,
+                f"logit_bias: token ids must be below {self._facts.vocab_size}, the size of the "
+                f"vocabulary, got {largest}",
+                param="logit_bias",
+            )
         if prompts * samples > limits.max_queue:
             raise HTTPError(
                 400,
@@ -196,6 +205,10 @@ class RequestReader:
 
 def _max_tokens(request: CompletionRequest) -> int:
     return _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+
+
+def _logit_bias(request: CompletionRequest) -> dict[int, float]:
+    return {int(token): bias for token, bias in (request.logit_bias or {}).items()}
 
 
 def _sources(request: CompletionRequest) -> int:

@@ -1,16 +1,22 @@
 """Every field of the JSON in requests and responses: OpenAI's completions, and our own."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from knnlm.evaluation.explanation import Source
 from knnlm.rules import (
+    check_frequency_penalty,
     check_k,
     check_lmbda,
+    check_logit_bias,
+    check_min_p,
+    check_presence_penalty,
+    check_repetition_penalty,
     check_sampling_temperature,
     check_seed,
     check_temperature,
+    check_top_k,
     check_top_p,
 )
 
@@ -28,12 +34,13 @@ Prompt = (
 Neighbors = Annotated[int, AfterValidator(check_k)]
 Lmbda = Annotated[float, AfterValidator(check_lmbda)]
 KnnTemperature = Annotated[float, AfterValidator(check_temperature)]
+Bias = Annotated[float, AfterValidator(check_logit_bias)]
 SamplingTemperature = Annotated[float, Field(le=2.0), AfterValidator(check_sampling_temperature)]
+TokenId = Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]  # a name in JSON is a text
 LEAST_LOG_PROB = -9999.0
 LogProb = Annotated[
     float, AfterValidator(lambda nats: max(nats, LEAST_LOG_PROB))
 ]  # no −inf in JSON
-Unsupported = Field(None, description="Not supported.")
 StopText = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
@@ -73,6 +80,26 @@ class CompletionRequest(_Request):
     top_p: Annotated[float, AfterValidator(check_top_p)] | None = Field(
         None, description="Sample from the likeliest tokens that together have this probability."
     )
+    top_k: Annotated[int, AfterValidator(check_top_k)] | None = Field(
+        None, description="Sample from this many of the likeliest tokens; 0 for all."
+    )
+    min_p: Annotated[float, AfterValidator(check_min_p)] | None = Field(
+        None,
+        description="Sample from the tokens at least this many times as likely as the likeliest.",
+    )
+    presence_penalty: Annotated[float, AfterValidator(check_presence_penalty)] | None = Field(
+        None, description="Subtracted from the log-probabilities of tokens generated before."
+    )
+    frequency_penalty: Annotated[float, AfterValidator(check_frequency_penalty)] | None = Field(
+        None, description="The same, as often as they were generated."
+    )
+    repetition_penalty: Annotated[float, AfterValidator(check_repetition_penalty)] | None = Field(
+        None,
+        description="Multiplies the log-probabilities of tokens generated before or in the prompt.",
+    )
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1 << 14)] | None = Field(
+        None, description="Added to the log-probabilities of tokens, by token id."
+    )
     n: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="Continuations for each prompt; by default 1."
     )
@@ -95,10 +122,7 @@ class CompletionRequest(_Request):
     )
     # fields of the protocol that are accepted only where they change nothing
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Not above n.")
-    suffix: Literal[""] | None = Unsupported
-    presence_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Unsupported
-    frequency_penalty: Annotated[float, Field(ge=0.0, le=0.0)] | None = Unsupported
-    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = Unsupported
+    suffix: Literal[""] | None = Field(None, description="Not supported.")
 
     @model_validator(mode="after")
     def _check_combinations(self) -> "CompletionRequest":

@@ -4,12 +4,13 @@ import asyncio
 import atexit
 import contextlib
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -25,6 +26,9 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 
 _LAST_RESPONSES_SECONDS = 5
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]+)?|[a-z]+://\[[0-9a-f:]+\](:[0-9]+)?"
+)
 _FORCED_SECONDS = 1.0  # for an end in order when told a second time
 
 
@@ -37,6 +41,16 @@ def check_exposure(host: str, api_key: str | None) -> None:
             f"host {host or repr('')} can be reached by others and needs a key: set --api-key or "
             "KNNLM_API_KEY, or listen on 127.0.0.1"
         )
+
+
+def check_origin(origin: str) -> str:
+    """Allow what a browser may send as the origin of a page; raises InvalidArgumentError."""
+    if origin != "*" and not _ORIGIN.fullmatch(origin):
+        raise InvalidArgumentError(
+            f"cors_origins must be like https://example.org or http://localhost:3000, in small "
+            f"letters and without a path, or '*' for all; got {origin!r}"
+        )
+    return origin
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -103,7 +117,8 @@ class Service(uvicorn.Server):
 
     When told to stop (SIGTERM, SIGINT, `stop`), it refuses new requests with 503, finishes those
     that it has within the limits' grace, and ends. Told a second time, it fails those that are
-    left and ends at once.
+    left and ends at once. cors_origins: those of web pages from elsewhere that may use it, "*" for
+    all; raises InvalidArgumentError for what is none.
     """
 
     def __init__(
@@ -113,6 +128,7 @@ class Service(uvicorn.Server):
         name: str,
         limits: Limits | None = None,
         api_key: str | None = None,
+        cors_origins: Sequence[str] = (),
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.limits = limits or Limits()
@@ -120,6 +136,7 @@ class Service(uvicorn.Server):
         self.engine = Engine(open_model, self.limits, self.metrics)
         self._name = name
         self._api_key = api_key
+        self._cors_origins = [check_origin(origin) for origin in cors_origins]
         self._on_start = on_start
         self._stop_by: float | None = None
         self._told = False  # by a signal
@@ -134,6 +151,7 @@ class Service(uvicorn.Server):
             limits=self.limits,
             metrics=self.metrics,
             api_key=self._api_key,
+            cors_origins=self._cors_origins,
         )
         protocol = type("Protocol", (_Protocol,), {"head_seconds": self.limits.request_seconds})
         super().__init__(

@@ -24,6 +24,8 @@ def add_to(app: FastAPI, model: ServedModel) -> None:
         code = 200 if status in ("ok", "degraded") else 503
         return Response(state.model_dump_json(), code, media_type="application/json")
 
+    app.add_api_route("/health", health, methods=["HEAD"], include_in_schema=False)
+
     @app.get(
         "/metrics",
         response_model=None,
