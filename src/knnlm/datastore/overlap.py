@@ -36,7 +36,7 @@ class Overlap:
 def find_overlap(
     stores: Sequence[Datastore],
     documents: Sequence[EncodedDocument],
-    targets: Sequence[Int32[np.ndarray, " part"]],
+    targets: Sequence[Int32[np.ndarray, " _"]],
 ) -> Overlap:
     """Compare a held-out text with what is stored and not forgotten; warn of a large overlap.
 

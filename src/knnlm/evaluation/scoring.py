@@ -112,7 +112,7 @@ class DocumentScores(NamedTuple):
 
     scores: Iterator[Scores]
     documents: list[EncodedDocument]
-    targets: list[Int32[np.ndarray, " part"]]
+    targets: list[Int32[np.ndarray, " _"]]
 
 
 def score_documents(
@@ -130,7 +130,7 @@ def score_documents(
     Raises InvalidArgumentError. description: the name of the work in its progress.
     """
     read: list[EncodedDocument] = []
-    targets: list[Int32[np.ndarray, " part"]] = []
+    targets: list[Int32[np.ndarray, " _"]] = []
     windows = cut_documents(lm, documents, windowing, max_tokens, on_document=read.append)
 
     def scores() -> Iterator[Scores]:

@@ -39,7 +39,7 @@ def held_out_queries(
     read: list[EncodedDocument] = []
     windows = cut_documents(lm, documents, store.windowing, max_tokens, on_document=read.append)
     keys: list[Tensor] = []
-    targets: list[Int32[np.ndarray, " part"]] = []
+    targets: list[Int32[np.ndarray, " _"]] = []
     with progress.task("read held-out text", max_tokens, "tokens") as advance:
         while some := list(islice(windows, _WINDOWS_AT_ONCE)):
             of_window = dict(read_keys(lm, some))
