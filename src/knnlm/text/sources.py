@@ -53,7 +53,7 @@ def read_documents(
         raise InvalidTextError(
             f"text sources {', '.join(map(str, sources))} must hold a document, but hold none "
             f"({check.binaries} binary files skipped{_left_out(documents.skipped)}): name files "
-            "with text"
+            "with text; what is stored of emptied ones goes with: knnlm forget"
         )
     return documents
 
