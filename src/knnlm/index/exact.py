@@ -153,9 +153,11 @@ class ExactIndex:
             self._by_difference,
         ]
         for search_again in again:
-            for some in torch.split((~found.resolved).nonzero()[:, 0], _STREAMED_QUERIES):
-                if len(some):
-                    found.replace(some, search_again(vectors[some], k))
+            doubtful = (~found.resolved).nonzero()[:, 0]
+            if not len(doubtful):
+                break
+            for some in torch.split(doubtful, _STREAMED_QUERIES):
+                found.replace(some, search_again(vectors[some], k))
         absent = ~(usable[:, None] & found.squared_distances.isfinite())
         squared_distances = found.squared_distances.float().masked_fill_(absent, torch.inf)
         rows = found.rows.masked_fill_(absent, -1)
