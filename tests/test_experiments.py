@@ -169,6 +169,7 @@ def test_the_papers_protocol_from_building_to_the_picture(run: Run, tmp_path: Pa
         "window": 3072,
         "context": 1536,
         "boundary": "stream",
+        "control_tokens": False,
     }
     assert results["setting"]["windows_scored"]["context"] == 2560
     assert 0 < results["entries"] <= 4000
