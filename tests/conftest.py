@@ -50,10 +50,12 @@ def byte_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
+def tiny_llama(
+    seed: int = 0, vocab_size: int = 384, bos_token_id: int = 0, eos_token_id: int = 1
+) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=384,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -61,8 +63,8 @@ def tiny_llama(seed: int = 0) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=256,
         initializer_range=0.2,
-        bos_token_id=0,
-        eos_token_id=1,
+        bos_token_id=bos_token_id,
+        eos_token_id=eos_token_id,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from conftest import tiny_llama
 from tokenizer_families import FAMILIES, PROSE
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from knnlm.apps.engine.jobs import Completion, Event, Grown, Overrides, PromptRead, ScoredToken
 from knnlm.apps.engine.metrics import Metrics
@@ -27,20 +27,12 @@ FAITHFUL = ("byte_level", "byte_level_with_added", "llama_2", "gemma", "metaspac
 
 def language_model(family: str) -> LanguageModel:
     tokenizer = FAMILIES[family]()
-    torch.manual_seed(0)
-    config = LlamaConfig(
+    model = tiny_llama(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.2,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LanguageModel(LlamaForCausalLM(config).eval(), tokenizer, name="tiny")
+    return LanguageModel(model, tokenizer, name="tiny")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

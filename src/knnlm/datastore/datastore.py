@@ -206,9 +206,9 @@ class Datastore:
         return keys
 
     def _refuse_live(self, rows: Int[Tensor, " n"], keys: Float[Tensor, "n dim"]) -> None:
-        for row, key in zip(rows.tolist(), keys, strict=True):
-            if self.alive[row] and not bool(key.isfinite().all()):
-                raise self.unfit_key(row)
+        unfit = rows[~keys.isfinite().all(dim=1)]
+        if len(live := unfit[self.alive[unfit]]):
+            raise self.unfit_key(int(live[0]))
 
     def unfit_key(self, row: int) -> DatastoreCorruptError:
         """Return the error for a row whose key is not `measurable`."""

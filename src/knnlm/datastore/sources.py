@@ -17,6 +17,7 @@ from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.upgrade import NAMED_BY_PATH
 from knnlm.errors import InvalidArgumentError
 from knnlm.text.documents import Document, Documents, Source
+from knnlm.text.paths import path_identity
 
 _ROW = re.compile(r"(.+):(\d+)", re.DOTALL)  # how older versions named the rows of a source
 
@@ -202,7 +203,7 @@ def _row(document: StoredDocument) -> tuple[str, int]:
 
 
 def _resolved(path: str) -> str:
-    return path if path.startswith("hf:") else str(Path(path).resolve())
+    return path if path.startswith("hf:") else path_identity(Path(path))
 
 
 def find_named(documents: Sequence[StoredDocument], name: str) -> list[StoredDocument]:

@@ -4,10 +4,9 @@ What can be known without a model is known here: that files are there and can be
 their encoding, their rows and columns. Only datasets of hf: are streamed, and fail where they fail.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from knnlm.progress import Advance, Progress
 from knnlm.text.decoding import TextFile
 from knnlm.text.documents import Document, Documents, Source
 from knnlm.text.hugging_face import hf_rows, load_dataset
-from knnlm.text.paths import find_files
+from knnlm.text.paths import find_files, path_identity
 from knnlm.text.pipes import STDIN, is_pipe, spool
 from knnlm.text.rows import FIRST_ROW, Columns, Rows, json_format, read_rows
 
@@ -91,12 +90,12 @@ class Check:
             self._skip(f"folder {path} cannot be listed ({error.strerror})", folder)
 
         if source and _is_folder(source):
-            folder = _identity(Path(source))
+            folder = path_identity(Path(source))
             self._sources[Source(folder, rows=False)] = None
         for name in find_files(source, skip_folder if self._skip_bad else None):
             path = Path(name)
             file = TextFile(path, self._encoding)
-            part = _Part(name, _identity(path), file, None, folder, name == source)
+            part = _Part(name, path_identity(path), file, None, folder, name == source)
             known = self._parts.setdefault(path.resolve(), part)
             known.is_argument |= part.is_argument
 
@@ -164,17 +163,12 @@ class Check:
         return [self._check_rows(part, file, text_format, advance)]
 
     def _check_text(self, part: _Part, file: TextFile, advance: Advance) -> _Reader:
-        digest, text_bytes = hashlib.sha256(), 0
-        for piece in file.pieces(advance):
-            data = piece.encode()
-            text_bytes += len(data)
-            digest.update(data)
-        identity = part.identity
-        if identity == STDIN:  # another text tomorrow is another document
-            identity = f"{STDIN}#{digest.hexdigest()[:16]}"
+        text_bytes = sum(len(piece.encode()) for piece in file.pieces(advance))
+        document = Document(part.name, file.path, part.identity, self._encoding)
+        if part.identity == STDIN:  # another text tomorrow is another document
+            document = replace(document, identity=f"{STDIN}#{document.fingerprint()[:16]}")
         self.documents += 1
         self._text_bytes += text_bytes
-        document = Document(part.name, file.path, identity, self._encoding)
         return partial(iter, (document,))
 
     def _check_rows(
@@ -233,11 +227,6 @@ def _is_folder(source: str) -> bool:
         return Path(source).is_dir()
     except (OSError, ValueError):  # no name of a file at all, which is refused by find_files
         return False
-
-
-def _identity(path: Path) -> str:
-    """Return a file's path with links followed, in characters that UTF-8 can hold."""
-    return str(path.resolve()).encode("utf-8", "backslashreplace").decode()
 
 
 def _stored_bytes(part: _Part) -> int:

@@ -11,6 +11,11 @@ _SHOWN_CHARACTERS = 200
 OnUnlisted = Callable[[Path, OSError], None]
 
 
+def path_identity(path: Path) -> str:
+    """Return a file's or folder's path with links followed, in characters that UTF-8 can hold."""
+    return str(path.resolve()).encode("utf-8", "backslashreplace").decode()
+
+
 def find_files(source: str, on_unlisted: OnUnlisted | None = None) -> list[str]:
     """Return the files that a text source stands for, sorted.
 
