@@ -349,7 +349,7 @@ class Datastore:
     def writer(self) -> Iterator[Catalog]:
         """Lock the datastore for writing, refresh, and delete the files that do not belong to it.
 
-        Raises DatastoreLockedError at once if another process is writing.
+        Raises DatastoreLockedError if another process is writing.
         """
         with writer_lock(self.path):
             self.refresh()

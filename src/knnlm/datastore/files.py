@@ -22,6 +22,8 @@ from knnlm.errors import (
 ASIDE = ".part"
 """Suffix of a file that is still being written."""
 LOCK_NAME = "writer.lock"
+PATIENCE_S = 1.0
+"""How long a writer waits for the lock: `verify` holds it while it lists the folder's files."""
 
 
 @contextmanager
@@ -60,12 +62,12 @@ def publish(aside: Path, path: Path) -> None:
 def writer_lock(path: Path) -> Iterator[None]:
     """Hold a datastore's writer lock; the system releases it however the process ends.
 
-    Raises DatastoreLockedError at once if another process holds it.
+    Raises DatastoreLockedError if another process holds it for longer than PATIENCE_S.
     """
     lock = FileLock(path / LOCK_NAME)
     with writing(path):
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=PATIENCE_S)
         except Timeout as error:
             raise DatastoreLockedError(
                 f"{path} is being written by another process; wait for it to end and try again"
