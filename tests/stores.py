@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROSE
+from conftest import PROSE, byte_tokenizer, tiny_llama
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
@@ -24,6 +24,13 @@ def distinct_documents(count: int) -> list[Document]:
         Document(f"d{n}", f"{n} and {n * n}: {PROSE[3 * n % 97 :]}" + PROSE * (n % 3))
         for n in range(count)
     ]
+
+
+def model_with_keys_times(factor: float) -> LanguageModel:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[-1].post_attention_layernorm.weight.mul_(factor)
+    return LanguageModel(model, byte_tokenizer(), name="broken")
 
 
 def stored_keys(store: Datastore) -> Tensor:

@@ -71,6 +71,7 @@ PUBLIC = [
     "Vote",
     "Weights",
     "Windowing",
+    "WorkerError",
     "attach",
     "build",
     "build_index",

@@ -27,6 +27,7 @@ from knnlm.errors import (
     NonFiniteKeysError as NonFiniteKeysError,
     TextNotFoundError as TextNotFoundError,
     UnsupportedModelError as UnsupportedModelError,
+    WorkerError as WorkerError,
 )
 
 if TYPE_CHECKING:

@@ -60,6 +60,10 @@ class DatastoreChangedError(KNNLMError, RuntimeError):
     """The datastore was compacted since it was opened; open it again."""
 
 
+class WorkerError(KNNLMError, RuntimeError):
+    """The workers of a build cannot go on: none starts, or they end again and again."""
+
+
 class AttachmentError(KNNLMError, RuntimeError):
     """A datastore is attached to a model that already has one, or detached from one without."""
 

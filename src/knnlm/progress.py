@@ -9,8 +9,11 @@ from typing import Protocol, runtime_checkable
 class Advance(Protocol):
     """Reports work done since the last call."""
 
-    def __call__(self, amount: float, total: float | None = None) -> None:
-        """Advance by `amount` units; `total` is a new estimate of all units."""
+    def __call__(self, amount: float, total: float | None = None, note: str | None = None) -> None:
+        """Advance by `amount` units; `total` is a new estimate of all units.
+
+        note: what else there is to say now, in a few words; None: no change.
+        """
 
 
 @runtime_checkable
@@ -27,7 +30,7 @@ class Progress(Protocol):
 class _Silent:
     @contextmanager
     def task(self, description: str, total: float | None, unit: str) -> Iterator[Advance]:
-        yield lambda amount, total=None: None
+        yield lambda amount, total=None, note=None: None
 
 
 SILENT: Progress = _Silent()

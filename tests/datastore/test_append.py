@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PROSE, byte_tokenizer, documents_of, tiny_gpt2, tiny_llama
-from stores import assert_same
+from stores import assert_same, model_with_keys_times
 
 from knnlm.datastore.append import append_documents
 from knnlm.datastore.datastore import Datastore
@@ -220,13 +220,6 @@ def test_key_dtypes(tmp_path: Path, llama_lm: LanguageModel, dtype: str, toleran
     tokens = llama_lm.encode([PROSE])[0].tolist()
     expected = llama_lm.keys(torch.tensor([[llama_lm.start_token, *tokens[:-1]]]))[0]
     torch.testing.assert_close(keys.float(), expected, atol=tolerance, rtol=tolerance)
-
-
-def model_with_keys_times(factor: float) -> LanguageModel:
-    model = tiny_llama()
-    with torch.no_grad():
-        model.model.layers[-1].post_attention_layernorm.weight.mul_(factor)
-    return LanguageModel(model, byte_tokenizer(), name="broken")
 
 
 def test_keys_beyond_float16_are_refused_and_nothing_stays(tmp_path: Path) -> None:

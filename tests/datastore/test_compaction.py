@@ -17,7 +17,7 @@ from knnlm.datastore.append import append_documents
 from knnlm.datastore.catalog import SHARDS, ShardFile
 from knnlm.datastore.compaction import Compaction, compact
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.shards import shard_problem, write_shard
+from knnlm.datastore.shards import save_shard, shard_problem
 from knnlm.datastore.tables import FILE_NAME
 from knnlm.datastore.verification import verify
 from knnlm.errors import InvalidArgumentError
@@ -379,11 +379,11 @@ def test_rows_that_do_not_fit_together_are_found(store: Datastore, damage: str, 
 def test_keys_and_values_that_nobody_could_have_written_are_found(
     path: Path, monkeypatch: pytest.MonkeyPatch, llama_lm: LanguageModel
 ) -> None:
-    def spoiled(folder: Path, name: str, keys: Tensor, values: Tensor) -> object:
+    def spoiled(path: Path, keys: Tensor, values: Tensor) -> object:
         keys[0, 0] = torch.nan
-        return write_shard(folder, name, keys, values)
+        return save_shard(path, keys, values)
 
-    monkeypatch.setattr("knnlm.datastore.append.write_shard", spoiled)
+    monkeypatch.setattr("knnlm.datastore.shard_making.save_shard", spoiled)
     store = append_documents(path, llama_lm, [Document("new", "A new document.")])
     (problem,) = verify(store).problems
     assert "is not finite; restore" in problem

@@ -352,7 +352,7 @@ class _Stalls:
 
     @contextmanager
     def task(self, description: str, total: float | None, unit: str) -> Iterator[Advance]:
-        def advance(amount: float, total: float | None = None) -> None:
+        def advance(amount: float, total: float | None = None, note: str | None = None) -> None:
             self.left -= 1
             if self.left == 0:
                 self.signal_to.send(None)

@@ -329,7 +329,7 @@ class _Recorded:
     def task(self, description: str, total: float | None, unit: str) -> Iterator[Advance]:
         self.totals.append(total)
 
-        def advance(amount: float, total: float | None = None) -> None:
+        def advance(amount: float, total: float | None = None, note: str | None = None) -> None:
             self.done += amount
             self.totals.append(total)
 

@@ -123,7 +123,7 @@ def test_the_metered_bytes_of_a_file_are_all_its_bytes() -> None:
     Path("a.txt.gz").write_bytes(data)
     read: list[float] = []
     pieces = decoding.TextFile(Path("a.txt.gz")).pieces(
-        lambda amount, total=None: read.append(amount)
+        lambda amount, total=None, note=None: read.append(amount)
     )
     assert "".join(pieces) == "text\n" * 10_000
     assert sum(read) == len(data)

@@ -280,13 +280,18 @@ class Catalog:
         """
         return self.documents("identity = ? AND NOT forgotten", identity)
 
+    @property
+    def last_document(self) -> int:
+        """The greatest id of a document, 0 if there is none."""
+        ((last,),) = self._select("SELECT max(id) FROM documents")
+        return last or 0
+
     def add_document(self, name: str, identity: str, fingerprint: str, start: int) -> int:
         """Add a document without rows and return its id; inside a transaction.
 
         Names are unique: one that another document has gives way to the identity.
         """
-        ((last,),) = self._select("SELECT max(id) FROM documents")
-        number = (last or 0) + 1
+        number = self.last_document + 1
         name = self._free_name(number, name, identity)
         added = StoredDocument(number, name, identity, fingerprint, start, start, 0, False, False)
         self._put_document(added)

@@ -5,7 +5,7 @@ and its folder synced, so that a file with its final name is always whole.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,37 @@ class Shard:
     values: Int[Tensor, " rows"]
 
 
+def save_shard(
+    path: Path, keys: Float[Tensor, "rows dim"], values: Int[Tensor, " rows"]
+) -> ShardFile:
+    """Write a shard under a temporary name, not yet durably, and return its record.
+
+    Raises DatastoreWriteError, leaving no partial file behind, if it cannot be written.
+    """
+    data = save({"keys": keys.contiguous(), "values": values.contiguous()})
+    with writing(path.parent):
+        try:
+            path.write_bytes(data)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    return ShardFile(path.name, len(values), len(data), hashlib.sha256(data).hexdigest())
+
+
+def publish_shard(path: Path, file: ShardFile, name: str) -> ShardFile:
+    """Give a saved shard its final name in the same folder, durably; return its record then.
+
+    Raises DatastoreWriteError, and then nothing is left of it.
+    """
+    with writing(path.parent):
+        try:
+            publish(path, path.with_name(name))
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    return replace(file, name=name)
+
+
 def write_shard(
     folder: Path, name: str, keys: Float[Tensor, "rows dim"], values: Int[Tensor, " rows"]
 ) -> ShardFile:
@@ -34,17 +65,8 @@ def write_shard(
 
     Raises DatastoreWriteError, leaving no partial file behind, if it cannot be written.
     """
-    path = folder / name
     aside = folder / (name + ASIDE)
-    data = save({"keys": keys.contiguous(), "values": values.contiguous()})
-    with writing(folder):
-        try:
-            aside.write_bytes(data)
-            publish(aside, path)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-    return ShardFile(name, len(values), len(data), hashlib.sha256(data).hexdigest())
+    return publish_shard(aside, save_shard(aside, keys, values), name)
 
 
 def open_shard(folder: Path, expected: ShardFile, settings: Settings) -> Shard:

@@ -32,7 +32,8 @@ class Changes:
     moved: stored already under another path, where there is nothing now; only the path was changed.
     removed: forgotten because they are gone from their source. gone: gone too, but still stored;
     `sync` removes them. emptied: folders in which nothing is left; their documents stay even with
-    `sync`, because a folder that is not mounted looks the same.
+    `sync`, because a folder that is not mounted looks the same. set_aside: names of the documents
+    that were left out because reading them ended two workers.
     """
 
     added: int = 0
@@ -42,6 +43,7 @@ class Changes:
     removed: int = 0
     gone: int = 0
     emptied: tuple[str, ...] = ()
+    set_aside: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -91,11 +93,11 @@ class Matching:
                 return True
         return False
 
-    def identify(self) -> None:
-        """Give documents the identities that were found for them; inside a transaction."""
-        for identity, document in self.identified.items():
-            self._catalog.identify_document(document.id, document.name, identity)
-        self.identified.clear()
+    def identify(self, identities: Iterable[str]) -> None:
+        """Give documents these of the `identified` identities; inside a transaction."""
+        for identity in identities:
+            if (document := self.identified.pop(identity, None)) is not None:
+                self._catalog.identify_document(document.id, document.name, identity)
 
     def find_gone(self) -> Gone:
         """Return what is gone from the sources, all of whose documents were met."""

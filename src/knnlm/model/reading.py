@@ -184,15 +184,30 @@ def default_batch_tokens(lm: LanguageModel) -> int:
     return 2048 if lm.device.type == "cpu" else 16384
 
 
+def key_batches(lm: LanguageModel, windows: Sequence[Window]) -> Iterator[list[int]]:
+    """Yield the numbers of the windows that `read_batch` reads at once, until all are in one."""
+    return _batches(lm.batch_rules, windows, default_batch_tokens(lm))
+
+
+def read_batch(
+    lm: LanguageModel, windows: Sequence[Window], numbers: Sequence[int]
+) -> Iterator[tuple[int, Float[Tensor, "new dim"]]]:
+    """Yield (window number, the keys of its new positions) of windows that are read in one pass.
+
+    None of them is longer than the first.
+    """
+    keys = lm.keys(_padded(windows, numbers))
+    for row, number in enumerate(numbers):
+        window = windows[number]
+        yield number, keys[row, window.context : window.positions]
+
+
 def read_keys(
     lm: LanguageModel, windows: Sequence[Window]
 ) -> Iterator[tuple[int, Float[Tensor, "new dim"]]]:
     """Yield (window number, the keys of its new positions), in the order of the batches."""
-    for numbers in _batches(lm.batch_rules, windows, default_batch_tokens(lm)):
-        keys = lm.keys(_padded(windows, numbers))
-        for row, number in enumerate(numbers):
-            window = windows[number]
-            yield number, keys[row, window.context : window.positions]
+    for numbers in key_batches(lm, windows):
+        yield from read_batch(lm, windows, numbers)
 
 
 class Likeliest(NamedTuple):

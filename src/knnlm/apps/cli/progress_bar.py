@@ -46,15 +46,18 @@ class RichProgress:
             _AmountColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=ERR,
             speed_estimate_period=120,
         )
         with bars:
-            task = bars.add_task(description, total=total, unit=unit)
+            task = bars.add_task(description, total=total, unit=unit, note="")
 
-            def advance(amount: float, total: float | None = None) -> None:
+            def advance(amount: float, total: float | None = None, note: str | None = None) -> None:
                 if total is not None:
                     bars.update(task, total=total)
+                if note is not None:
+                    bars.update(task, note=note)
                 bars.advance(task, amount)
 
             try:
