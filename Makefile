@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/developing: $(VENV)/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,lm-eval,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,ray,lm-eval,dev]'
 	touch $@
 
 demo: setup

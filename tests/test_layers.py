@@ -20,6 +20,7 @@ LAYERS = [
     ["mixture"],
     ["model"],
     ["datastore"],
+    ["workers"],
     ["index"],
     ["retrieval"],
     ["attachment", "evaluation"],

@@ -1,6 +1,7 @@
 """Building and maintaining a datastore together with its index, as the command line does."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from knnlm.choices import IndexKind, parse_choice
@@ -16,6 +17,8 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.text.documents import Document
 from knnlm.text.sources import as_documents
+from knnlm.workers.opening import open_makers
+from knnlm.workers.pool import LEASE_SECONDS
 
 
 def build(
@@ -31,62 +34,73 @@ def build(
     max_entries: int | None = None,
     index: str | None = None,
     sync: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
+    lease: float = LEASE_SECONDS,
     progress: Progress = SILENT,
 ) -> Datastore:
     """Store every token of `documents` with the key that preceded it, and build the index.
 
     Creates the datastore, extends it, or resumes an interrupted build after its last committed
-    shard. A document (the same full path, or row of it, however it is given) that is stored with
-    the same text is skipped; if its text changed, it replaces its old version (see `changes`).
-    Where a text breaks off, whole documents before it are stored and indexed; the error is raised.
+    shard. A document (of the same full path, or row of it) that is stored with the same text is
+    skipped; if its text changed, it replaces its old version (see `changes`). Where a text breaks
+    off, whole documents before it are stored and indexed; the error is raised.
 
-    path: the datastore's folder; created if it does not exist.
+    path: the datastore's folder, made if missing. documents: or sources for `read_documents`.
     lm: a language model, or its name or path, loaded with an existing datastore's key and dtype.
-    documents: documents, or sources for `read_documents`.
     window, context, boundary, control_tokens: see `Windowing`; by default 1,024 positions (or all
         that the model has), a quarter of them context; for an existing datastore, its own.
     key_dtype: of the keys on disk, "float16" (default), "bfloat16" or "float32".
-    max_entries: stop at the last whole window with which the datastore has at most this many rows.
-    index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
-        factory: see `build_index`.
+    max_entries: stop at the last whole window that leaves the datastore at most this many rows.
+    index: see `IndexKind`; by default as before, at first "auto". "faiss": see `build_index`.
     sync: forget documents that are gone from the given folders; rows gone from a file always are.
+    workers, ray, lease: how many processes read the keys, on the Ray cluster of this address, or
+        None: here; a worker that is silent for `lease` seconds loses its work. docs/scaling.md
 
     With boundary "stream" and context > 0 the first block, which has no context, is read but not
-    stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,
-    DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError, NonFiniteKeysError, and the
-    errors of reading text and of loading the model.
+    stored. Raises InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, WorkerError,
+    DatastoreWriteError, NonFiniteKeysError, and those of reading text and of loading the model.
     """
     _check_index(index)
     given, model = as_documents(documents, progress), _load(lm, Path(path))
-    try:
-        store = append_documents(
-            path,
-            model,
-            given,
-            window=window,
-            context=context,
-            boundary=boundary,
-            control_tokens=control_tokens,
-            key_dtype=key_dtype,
-            max_entries=max_entries,
-            sync=sync,
-            progress=progress,
-        )
-    except InvalidTextError:  # what came before it is stored, and has to be found
-        if catalog_exists(Path(path)):
-            _renew_index(Datastore(path), index, model, progress)
-        raise
-    _renew_index(store, index, model, progress)
+    with _keeping_index(Path(path), index, model, progress) as renew:
+        with open_makers(model, workers, ray, lease) as maker:
+            store = append_documents(
+                path,
+                model,
+                given,
+                window=window,
+                context=context,
+                boundary=boundary,
+                control_tokens=control_tokens,
+                key_dtype=key_dtype,
+                max_entries=max_entries,
+                sync=sync,
+                maker=maker,
+                progress=progress,
+            )
+        renew(store)
     return store
 
 
-def _renew_index(
-    store: Datastore, index: str | None, model: LanguageModel, progress: Progress
-) -> None:
-    if index is None:
-        keep_index(store, device=str(model.device), progress=progress)
-    else:
-        build_index(store, index, device=str(model.device), progress=progress)
+@contextmanager
+def _keeping_index(
+    path: Path, index: str | None, model: LanguageModel, progress: Progress
+) -> Iterator[Callable[[Datastore], None]]:
+    """Yield what renews the index; at a text that cannot be read, what came before it gets one."""
+
+    def renew(store: Datastore) -> None:
+        if index is None:
+            keep_index(store, device=str(model.device), progress=progress)
+        else:
+            build_index(store, index, device=str(model.device), progress=progress)
+
+    try:
+        yield renew
+    except InvalidTextError:  # what came before it is stored, and has to be found
+        if catalog_exists(path):
+            renew(Datastore(path))
+        raise
 
 
 def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compaction:

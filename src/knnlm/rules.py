@@ -108,6 +108,11 @@ def check_recall(recall: object) -> float:
     return number
 
 
+def check_lease(lease: object) -> float:
+    """Allow 1 to 1e9 seconds."""
+    return check_between("lease", lease, 1.0, 1e9, meaning="seconds that a worker may be silent")
+
+
 def check_seed(seed: object) -> int:
     """Allow any int64."""
     return check_whole("seed", seed, least=-LARGEST - 1, most=LARGEST)

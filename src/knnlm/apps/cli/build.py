@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from knnlm.apps.cli import options
-from knnlm.apps.cli.console import OUT, print_json
+from knnlm.apps.cli.console import OUT, one_line, print_error, print_json
 from knnlm.apps.cli.opening import ModelOptions, load_model
 from knnlm.apps.cli.reports import print_changes, print_store
 from knnlm.apps.cli.texts import TextOptions, checked_texts
@@ -71,6 +71,29 @@ _Dtype = Annotated[
         "float32 on a CPU, otherwise the checkpoint's."
     ),
 ]
+_Workers = Annotated[
+    int | None,
+    typer.Option(
+        help="Read the keys in this many processes, each on its GPU or its share of the cores; "
+        "with --ray by default as many as the cluster has GPUs, or machines. See docs/scaling.md."
+    ),
+]
+_Ray = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Read the keys on the machines of a Ray cluster: HOST:PORT, or auto for the one that "
+        "this machine belongs to. The datastore's folder must be shared by all of them.",
+    ),
+]
+_Lease = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        help="How long a worker may say nothing while it loads the model or reads one batch, "
+        "before another takes its place.",
+    ),
+]
 
 
 def build(
@@ -94,16 +117,17 @@ def build(
     skip_bad: options.SkipBad = False,
     dtype: _Dtype = ModelDtype.auto,
     device: options.Device = "auto",
+    workers: _Workers = None,
+    ray: _Ray = None,
+    lease: _Lease = 600.0,
     as_json: options.Json = False,
 ) -> None:
     """Build a datastore from text, resume an interrupted build, or add documents.
 
     Documents already stored with the same text are skipped, however their path is spelled; a
     document whose text has changed replaces its old version. Rows that are gone from their file are
-    forgotten, files that are gone from their folder with --sync. After a folder was moved, build it
-    from its new place: texts that are stored under a path where nothing is left are not read again.
-    A new datastore reads 1,024 positions at once, 256 of them context. A build may be interrupted
-    at any time; rerun the same command to resume.
+    forgotten, files that are gone from their folder with --sync. A new datastore reads 1,024
+    positions at once, 256 of them context. An interrupted build goes on when it is run again.
 
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """
@@ -126,25 +150,32 @@ def build(
             max_entries=max_entries,
             index=index,
             sync=sync,
+            workers=workers,
+            ray=ray,
+            lease=lease,
             progress=RichProgress(),
         )
-        seconds = time.perf_counter() - started
-        _print_built(built, built.rows - rows_before, seconds, as_json)
+        _print_built(built, rows_before, time.perf_counter() - started, as_json)
 
 
-def _print_built(built: "Datastore", added: int, seconds: float, as_json: bool) -> None:
-    """Print what a build made. added: how many entries, in so many seconds."""
+def _print_built(built: "Datastore", rows_before: int, seconds: float, as_json: bool) -> None:
+    """Print what a build made in so many seconds; exits with 1 if it set documents aside."""
     from knnlm.index.report import describe_datastore
 
     facts = describe_datastore(built.path)
+    added = built.rows - rows_before
     assert built.changes is not None
     if as_json:
         changes = {"changes": asdict(built.changes)}
         print_json(facts | {"added": added, "seconds": seconds} | changes)
-        return
-    print_store(facts)
-    OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
-    print_changes(built.path, built.changes)
+    else:
+        print_store(facts)
+        OUT.print(f"added {added:,} entries in {seconds:.1f} s ({added / seconds:,.0f}/s)")
+        print_changes(built.path, built.changes)
+    if aside := built.changes.set_aside:
+        names = ", ".join(map(one_line, aside))
+        print_error(f"reading {names} ended two workers, so that the build set it aside")
+        raise typer.Exit(1)
 
 
 def _load_model(path: Path, key: Key | None, model: ModelOptions) -> "tuple[LanguageModel, int]":
