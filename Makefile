@@ -20,14 +20,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/developing: $(VENV)/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,ray,lm-eval,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,lm-eval,ray,dev]'
 	touch $@
 
 demo: setup
 	$(BIN)/knnlm demo
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/developing
 	$(BIN)/ruff format --check

@@ -296,7 +296,6 @@ def try_family(family: str, model: PreTrainedModel, folder: Path) -> Row:
 
 REMARKS = {
     "blenderbot": "transformers' `generate` obeys the configuration, which bans repeated n-grams",
-    "moshi": "the cache that `generate` makes forgets what one pass attends to",
 }
 COLUMNS = ("build, `eval`", "batches", "continued", "`generate`", "`serve`", "`attach`")
 HEAD = f"""\

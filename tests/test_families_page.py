@@ -27,6 +27,7 @@ SAMPLE = [
     "gemma3_text",
     "jamba",
     "longcat_flash",
+    "moshi",
 ]
 
 

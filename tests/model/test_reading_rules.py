@@ -114,6 +114,12 @@ def test_a_cache_that_changes_the_answer_is_not_used(tmp_path: Path) -> None:
     store = knnlm.build(tmp_path / "s", lm, [knnlm.Document("a", PROSE)])
     model = knnlm.KNNLM(lm, store, k=4, lmbda=0.5)
     assert model.generate("The nearest", max_new_tokens=8).tokens == reread(model, "The nearest", 8)
+    tokens = torch.tensor([[5, 6, 7]])
+    with (
+        knnlm.attach(lm.model, store, k=4, lmbda=0.5),
+        refusal(UnsupportedModelError, "as a whole", "use_cache=False"),
+    ):
+        lm.model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2)
 
 
 def reread(model: knnlm.KNNLM, prompt: str, new: int) -> list[int]:

@@ -137,9 +137,15 @@ class Attachment:
                 "knnlm serve"
             )
         past = getattr(output, "past_key_values", None)
-        if past is not None and keyed.batch_rules.frequency_limit is not None:
+        suspect = keyed.cache_rules.is_unreliable or keyed.batch_rules.frequency_limit is not None
+        if past is not None and suspect:
             read = int(past.get_seq_length())
             before = read - self._captured.keys.shape[1]
+            if before > 0 and keyed.cache_rules.is_unreliable:
+                raise UnsupportedModelError(
+                    f"a text must be read by {keyed.name!r} as a whole, because with its cache the "
+                    "model gives other keys or logits: pass use_cache=False"
+                )
             if before > 0 and keyed.batch_rules.changes_between(before, read):
                 raise UnsupportedModelError(
                     f"a text of {read} positions must be read by {keyed.name!r} with other rotary "

@@ -19,6 +19,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 _CACHE_NAMES = ("cache_params", "past_key_values", "state")
 _PROBE_POSITIONS = 9
+_WINDOWS = ("sliding_window", "attention_chunk_size")  # a configuration's, of the cache's layers
 
 
 class Pass(NamedTuple):
@@ -136,6 +137,8 @@ def find_cache_rules(
     positions = probe.counts_positions
     if probe.name is None:
         return CacheRules(None, positions)
+    if probe.forgets():
+        return CacheRules(None, positions, is_unreliable=True)
     if probe.reads_in(*sorted({half, time - 1, time})):
         return CacheRules(
             probe.name, positions, pieces=True, shared=probe.reads_beside_padding(half)
@@ -163,6 +166,28 @@ class _CacheProbe:
             self.counts_positions = agree(given, self._whole)
         self.name = next((name for name in _CACHE_NAMES if name in self._whole.output), None)
         """The argument that hands over what was read, None if there is none."""
+
+    def forgets(self) -> bool:
+        """Whether the cache that the model makes drops what reading at once attends to.
+
+        The windows of attention in a configuration are longer than the probe, but they are the
+        cache's: if reading at once is the same with a window of two positions, it obeys none.
+        """
+        layers = DynamicCache(config=self._config).layers
+        if not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
+            return False
+        config = self._config.get_text_config(decoder=True)
+        windows = {name: getattr(config, name, None) for name in _WINDOWS}
+        try:
+            for name, positions in windows.items():
+                if positions is not None:
+                    setattr(config, name, 2)
+            narrow = self._run(input_ids=self._tokens, **self._options)
+        finally:
+            for name, positions in windows.items():
+                if positions is not None:
+                    setattr(config, name, positions)
+        return torch.equal(narrow.logits, self._whole.logits)
 
     def reads_in(self, *stops: int) -> bool:
         """Whether reading in pieces that end at `stops` agrees with reading at once."""
