@@ -12,7 +12,7 @@ from stores import distinct_documents
 
 from knnlm.datastore.append import append_documents
 from knnlm.datastore.verification import verify
-from knnlm.errors import InvalidArgumentError
+from knnlm.errors import InvalidArgumentError, WorkerError
 from knnlm.model.language_model import LanguageModel
 from knnlm.workers.jobs import Made, Message, Ready
 from knnlm.workers.on_ray import RayCrew
@@ -85,6 +85,12 @@ def test_a_node_that_dies_costs_its_unit_alone(
     assert verify(made).problems == ()
 
 
-def test_a_client_of_a_cluster_is_refused(llama_lm: LanguageModel) -> None:
-    with refusal(InvalidArgumentError, "ray='ray://head:10001' must be HOST:PORT"):
-        RayCrew(llama_lm, "ray://head:10001")
+@pytest.mark.parametrize("address", ["ray://head:10001", "head", "head:", ":6379", "head:x"])
+def test_what_is_no_address_is_refused(llama_lm: LanguageModel, address: str) -> None:
+    with refusal(InvalidArgumentError, f"ray={address!r} must be HOST:PORT"):
+        RayCrew(llama_lm, address)
+
+
+def test_an_address_where_nothing_answers_is_refused(llama_lm: LanguageModel) -> None:
+    with refusal(WorkerError, "cluster '127.0.0.1:1' cannot be reached", "ray start --head"):
+        RayCrew(llama_lm, "127.0.0.1:1")

@@ -3,6 +3,7 @@
 Ray only starts and ends actors and carries messages: it restarts and repeats nothing by itself.
 """
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from knnlm.errors import InvalidArgumentError, WorkerError, import_optional
 from knnlm.model.language_model import LanguageModel
 from knnlm.workers.jobs import Died, Failed, Job, Made, Message, ModelSource, Post, Ready
 from knnlm.workers.worker import work
+
+_ANSWER_S = 10.0  # within which a cluster's head answers
 
 
 class Actor:
@@ -35,7 +38,7 @@ class RayCrew:
 
     address: HOST:PORT of a cluster that this machine belongs to, auto for the one it runs, local
     for a cluster of this machine alone that ends with the build. size: by default one for each GPU
-    of the cluster, without GPUs one for each machine.
+    of the cluster, whatever the build itself computes on; without GPUs one for each machine.
     Raises MissingDependencyError, InvalidArgumentError and WorkerError. See `Crew`.
     """
 
@@ -45,9 +48,9 @@ class RayCrew:
         machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
         machines = [each for each in machines if each.get("CPU")]
         gpus = int(sum(each.get("GPU", 0) for each in machines))
-        if lm.device.type == "cuda" and gpus:
+        if gpus:
             self.size = size or gpus
-            self._needs = {"num_gpus": 1, "num_cpus": 1}
+            self._needs: dict[str, int] = {"num_gpus": 1, "num_cpus": 1}
             device, threads = "cuda", torch.get_num_threads()
         else:
             self.size = size or max(1, len(machines))
@@ -60,22 +63,14 @@ class RayCrew:
         self._talks: dict[int, Any] = {}  # what each busy actor is saying
 
     def _connect(self, address: str) -> None:
-        if address.startswith("ray://"):
-            raise InvalidArgumentError(
-                f"ray={address!r} must be HOST:PORT of a cluster that this machine belongs to, "
-                "auto or local: run ray start on this machine, and build here"
-            )
         self._owns = not self._ray.is_initialized()
         if not self._owns:
             return
+        _check_address(address)
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, ValueError, RuntimeError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise WorkerError(
-                f"the Ray cluster {address!r} cannot be reached: {reason}; start one with: ray "
-                "start --head"
-            ) from error
+            raise _unreachable(address, error) from error
 
     def close(self) -> None:
         """Leave the cluster, if it was entered here."""
@@ -119,3 +114,26 @@ class RayCrew:
 
 def _streaming(method: Any) -> Any:
     return method.options(num_returns="streaming")
+
+
+def _check_address(address: str) -> None:
+    """Refuse what is no address, and one where nothing answers: Ray would try for minutes."""
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or not host or "/" in host:
+        raise InvalidArgumentError(
+            f"ray={address!r} must be HOST:PORT of a cluster that this machine belongs to, auto or "
+            "local: run ray start on this machine, and build here"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise _unreachable(address, error) from error
+
+
+def _unreachable(address: str, error: Exception) -> WorkerError:
+    reason = str(error).strip().partition("\n")[0].rstrip(".")
+    return WorkerError(
+        f"the Ray cluster {address!r} cannot be reached: {reason}; start one with: ray start --head"
+    )
