@@ -59,11 +59,13 @@ class Trouble:
     """What happens in a worker instead of its reading; the forks have all of it.
 
     before: called before each pass of the model, with its tokens and the passes of this worker.
+    load: called before the worker is ready.
     """
 
     def __init__(self, lm: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
         original, home = LanguageModel.keys, os.getpid()
         self.before: Callable[[torch.Tensor, int], None] = lambda tokens, passes: None
+        self.load: Callable[[], None] = lambda: None
         self.passes = 0
 
         def keys(model: LanguageModel, tokens: torch.Tensor) -> torch.Tensor:
@@ -74,7 +76,12 @@ class Trouble:
 
         monkeypatch.setattr(LanguageModel, "keys", keys)
         monkeypatch.setattr(reading, "default_batch_tokens", lambda lm: 192)  # three windows
-        self.forks = fork_workers(monkeypatch, lambda post: lm)
+
+        def load(post: Post) -> LanguageModel:
+            self.load()
+            return lm
+
+        self.forks = fork_workers(monkeypatch, load)
 
     @property
     def started(self) -> int:

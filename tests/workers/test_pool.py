@@ -244,6 +244,17 @@ def test_workers_that_do_not_start_end_the_build(
     assert not (tmp_path / "made").exists()
 
 
+def test_a_build_goes_on_with_the_workers_that_start(
+    tmp_path: Path, llama_lm: LanguageModel, whole: Datastore, trouble: Trouble
+) -> None:
+    """The first lives, though reading takes it longer than the deaths of all others."""
+    trouble.before = lambda tokens, passes: time.sleep(0.02)
+    trouble.load = lambda: die() if trouble.started else None
+    made = build_with(2, tmp_path / "made", llama_lm, DOCUMENTS)
+    assert 1 < len(trouble.forks) <= 1 + 7, "then no more are started until a lease has passed"
+    assert_equal(made, whole)
+
+
 def test_a_model_that_workers_cannot_find_is_refused(
     tmp_path: Path, llama_lm: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -104,6 +104,7 @@ class WorkerPool:
         self._workers: dict[int, _Worker] = {}
         self._tasks: deque[_Task] = deque()
         self._started = self._planned = self._retries = self._failed_starts = 0
+        self._next_start = 0.0
         self._note = ""
 
     def __enter__(self) -> "WorkerPool":
@@ -196,9 +197,10 @@ class WorkerPool:
             worker.deadline = time.monotonic() + self._lease
             self._crew.give(number, task.job(self._key_dtype))
         wanted = sum(task.result is None for task in self._tasks)
-        while len(self._workers) < min(self._crew.size, wanted):
+        now = time.monotonic()
+        while len(self._workers) < min(self._crew.size, wanted) and now >= self._next_start:
             self._started += 1
-            self._workers[self._started] = _Worker(time.monotonic() + self._lease)
+            self._workers[self._started] = _Worker(now + self._lease)
             self._crew.start(self._started)
 
     def _hear(self, number: int, worker: _Worker, message: Message) -> None:
@@ -280,15 +282,23 @@ class WorkerPool:
         reading = task.names(task.reading) if task is not None and task.reading else "nothing"
         _LOG.warning("worker %d %s, reading %s; another takes its place", number, reason, reading)
         if not worker.is_ready:
-            self._failed_starts += 1
-            if self._failed_starts >= _MOST_STARTS * self._crew.size:
-                raise WorkerError(
-                    f"no worker could be started, {self._failed_starts} tried: the last {reason}; "
-                    "use fewer workers if memory is short, or a longer lease"
-                )
+            self._count_failed_start(reason)
         elif task is not None:
             task.worker = None
             _blame(task)
+
+    def _count_failed_start(self, reason: str) -> None:
+        """After too many in a row, go on for a while with the workers that there are."""
+        self._failed_starts += 1
+        if self._failed_starts < _MOST_STARTS * self._crew.size:
+            return
+        if not any(worker.is_ready for worker in self._workers.values()):
+            raise WorkerError(
+                f"no worker could be started, {self._failed_starts} tried: the last {reason}; "
+                "use fewer workers if memory is short, or a longer lease"
+            )
+        self._failed_starts = 0
+        self._next_start = time.monotonic() + self._lease
 
 
 def _blame(task: _Task) -> None:
