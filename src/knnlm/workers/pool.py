@@ -243,7 +243,8 @@ class WorkerPool:
             note += f", {self._retries} retries"
         if note != self._note:
             self._note = note
-            self._advance(0, None, note)
+            total = self._tasks[-1].unit.expected_tokens if self._tasks else None
+            self._advance(0, total, note)
 
     def _end(self, number: int) -> _Worker:
         worker = self._workers.pop(number)
