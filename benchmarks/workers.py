@@ -109,14 +109,17 @@ def ready_pool(lm: LanguageModel, size: int, shard_rows: int) -> Iterator[Worker
         yield pool
 
 
-def rate(lm: LanguageModel, pool: WorkerPool, documents: list[Document], shard_rows: int) -> float:
-    """Return how many entries a second are built."""
+def timed(
+    lm: LanguageModel, pool: WorkerPool, documents: list[Document], shard_rows: int
+) -> tuple[float, Tensor]:
+    """Return how many entries a second are built, and their keys."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         store = append_documents(
             Path(folder) / "store", lm, documents, maker=pool, shard_rows=shard_rows
         )
-        return store.rows / (time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return store.rows / seconds, torch.cat([keys for _, keys in store.key_blocks(1 << 20)])
 
 
 def throughput(model: str, share: float, repetitions: int) -> dict[str, Any]:
@@ -124,15 +127,19 @@ def throughput(model: str, share: float, repetitions: int) -> dict[str, Any]:
     lm = LanguageModel.load(model, dtype="float32")
     documents = corpus(share)
     rates: dict[int, list[float]] = {1: [], 2: []}
+    keys: dict[int, Tensor] = {}
     for _ in range(repetitions):
         for size, measured in rates.items():
             with ready_pool(lm, size, 1024) as pool:
-                measured.append(rate(lm, pool, documents, 1024))
+                entries_per_second, keys[size] = timed(lm, pool, documents, 1024)
+            measured.append(entries_per_second)
             print(f"{size} workers: {measured[-1]:.0f} entries/s", flush=True)
+    differing = float((keys[1] != keys[2]).float().mean())
+    print(f"{differing:.2g} of the numbers in the keys differ with the number of threads")
     medians = {size: statistics.median(measured) for size, measured in rates.items()}
     ratio = medians[2] / medians[1]
     print(f"two workers build {ratio:.3f} times as fast as one (target 1.0)")
-    return {"entries_per_second": rates, "two_over_one": ratio}
+    return {"entries_per_second": rates, "two_over_one": ratio, "numbers_differing": differing}
 
 
 def simulated(pause_s: float) -> dict[str, Any]:
@@ -151,7 +158,7 @@ def simulated(pause_s: float) -> dict[str, Any]:
     for size, units in [(1, 16), (8, 128)]:
         documents = documents_of(units, 240)
         with ready_pool(lm, size, 8192) as pool:
-            rates[size] = rate(lm, pool, documents, 8192)
+            rates[size], _ = timed(lm, pool, documents, 8192)
         print(f"{size} workers: {rates[size]:,.0f} entries/s", flush=True)
     ratio = rates[8] / rates[1]
     print(f"eight workers build {ratio:.2f} times as fast as one (target 7.5)")
