@@ -20,6 +20,7 @@ from knnlm.index.available_memory import memory_bytes
 from knnlm.index.backend import IndexOptions, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf.appended import Run, read_runs, write_run
+from knnlm.index.ivf.calibration import Calibration, calibrated
 from knnlm.index.ivf.codes import CodeShape
 from knnlm.index.ivf.file import ArrayWriter
 from knnlm.index.ivf.lists import ProbingQueries, default_nlist, place_rows, train_lists
@@ -143,8 +144,11 @@ class IVFIndex:
             index._open(store, file, report, options.device)
             most = nlist if options.nprobe is None else None
             measured = choose_nprobe(index, store, options, most)
+            fitted = Calibration() if index.exact_distances else calibrated(index, store, options)
             index.report = replace(
                 report,
+                slope=fitted.slope,
+                offset=fitted.offset,
                 nprobe=index.nprobe,
                 bytes_per_entry=writer.size_bytes / max(1, store.rows),
                 measured=measured,
@@ -239,7 +243,8 @@ class IVFIndex:
         self._follow()
         if self._behind is not None:
             return self._behind.search(queries, k)
-        size = max(1, min(_QUERIES_AT_ONCE, _CANDIDATES_AT_ONCE // k))
+        wanted = round(_OVERSAMPLING[self.kind]) * k
+        size = max(1, min(_QUERIES_AT_ONCE, _CANDIDATES_AT_ONCE // wanted))
         if len(queries) <= size:  # without copies: a search for one query is short
             nearest = self._search(queries.detach(), k)
         else:
@@ -248,6 +253,8 @@ class IVFIndex:
                 torch.cat([part.squared_distances for part in parts]),
                 torch.cat([part.rows for part in parts]),
             )
+        if not self.exact_distances:
+            nearest = Calibration(self.report.slope, self.report.offset).of(nearest)
         return Neighbors(
             nearest.squared_distances.to(queries.device), nearest.rows.to(queries.device)
         )
