@@ -147,8 +147,7 @@ class IVFIndex:
             fitted = Calibration() if index.exact_distances else calibrated(index, store, options)
             index.report = replace(
                 report,
-                slope=fitted.slope,
-                offset=fitted.offset,
+                **fitted._asdict(),
                 nprobe=index.nprobe,
                 bytes_per_entry=writer.size_bytes / max(1, store.rows),
                 measured=measured,
