@@ -24,6 +24,7 @@ import torch
 from made_store import make_store
 from numpy.typing import NDArray
 
+from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
@@ -107,13 +108,16 @@ def faiss_kinds(keys: NDArray[np.float16], nlist: int, nprobe: int) -> list[Kind
 def knnlm_kinds(store: Datastore, nlist: int, nprobe: int) -> list[Kind]:
     """Build our inverted files, and exact search."""
     kinds = []
-    for kind, compressed in (("float16", False), ("compressed", True)):
+    names = [
+        (IndexKind.ivf, "ivf float16"),
+        (IndexKind.compressed, "ivf compressed"),
+        (IndexKind.codes, "ivf codes"),
+    ]
+    for kind, name in names:
         started = time.perf_counter()
-        index = IVFIndex.build(
-            store, IndexOptions(nprobe=nprobe), nlist=nlist, compressed=compressed
-        )
+        index = IVFIndex.build(store, IndexOptions(nprobe=nprobe), nlist=nlist, kind=kind)
         seconds = time.perf_counter() - started
-        kinds.append(Kind(f"knnlm ivf {kind}", _searching(index), seconds, probing=index))
+        kinds.append(Kind(f"knnlm {name}", _searching(index), seconds, probing=index))
     kinds.append(Kind("knnlm exact", _searching(ExactIndex(store)), batch=256))
     return kinds
 

@@ -51,12 +51,16 @@ class ModelDtype(StrEnum):
 
 
 class IndexKind(StrEnum):
-    """How a datastore is searched; auto chooses by its size and the machine's memory."""
+    """How a datastore is searched; auto chooses by its size and the machine's memory.
+
+    ivf copies the keys, compressed reads the datastore's own, codes needs no keys once it is built.
+    """
 
     auto = "auto"
     exact = "exact"
     ivf = "ivf"
     compressed = "compressed"
+    codes = "codes"
     faiss = "faiss"
 
 

@@ -66,6 +66,11 @@ def workers() -> Workers:
     return _workers(torch.get_num_threads())
 
 
+def waiting_workers() -> Workers:
+    """Return threads for work that waits for the disk: twice as many, so that cores stay busy."""
+    return _workers(2 * torch.get_num_threads())
+
+
 class BackgroundThread:
     """One thread beside those that call `begin`; torch is single-threaded in it.
 

@@ -45,8 +45,9 @@ def choose_nprobe(
 ) -> Measured:
     """Set the smallest nprobe that reaches the recall asked for, and measure the index.
 
-    nlist: the largest nprobe; None to leave the index's own. Stored keys that serve as queries
-    are not counted as their own neighbors.
+    nlist: the largest nprobe; None to leave the index's own. Where distances are those of codes,
+    the recall asked for is a share of what is found with all lists. Stored keys that serve as
+    queries are not counted as their own neighbors.
     """
     k = min(options.k, len(store) // _ENTRIES_PER_NEIGHBOR)
     if k < 1:
@@ -61,15 +62,21 @@ def choose_nprobe(
         truth = ExactIndex(store, resident_bytes=0).search(measured, wanted)
         truth = _without(truth, own_rows)
         advance(1)
-        recall = 0.0
-        for step in steps:
-            index.nprobe = step
+
+        def measured_recall(nprobe: int) -> float:
+            index.nprobe = nprobe
             neighbors = _without(index.search(measured, wanted), own_rows)
             if not index.exact_distances:
                 neighbors = _with_exact_distances(store, measured, neighbors)
-            recall = _recall(neighbors, truth)
+            return _recall(neighbors, truth)
+
+        recall, enough = 0.0, options.recall
+        if nlist is not None and not index.exact_distances:
+            enough *= measured_recall(nlist)  # more is not to be found by codes
+        for step in steps:
+            recall = measured_recall(step)
             advance(1)
-            if recall >= options.recall:
+            if recall >= enough:
                 break
         started = time.perf_counter()
         index.search(sample, min(options.k, store.rows))

@@ -27,8 +27,9 @@ from knnlm.progress import SILENT, Progress
 
 BACKENDS: dict[IndexKind, Backend] = {
     IndexKind.exact: ExactBackend(),
-    IndexKind.ivf: IVFBackend(),
-    IndexKind.compressed: IVFBackend(compressed=True),
+    IndexKind.ivf: IVFBackend(IndexKind.ivf),
+    IndexKind.compressed: IVFBackend(IndexKind.compressed),
+    IndexKind.codes: IVFBackend(IndexKind.codes),
     IndexKind.faiss: FaissBackend(),
 }
 EXACT_UP_TO = 50_000  # entries: below, exact search costs less than the model

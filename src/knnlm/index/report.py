@@ -34,7 +34,8 @@ class IndexReport:
     """What an approximate index was built from and how well it searches.
 
     rows, generation, numbering: the datastore's when the index was built. nprobe: how many lists a
-    query looks into; 1 without lists.
+    query looks into; 1 without lists. slope, offset: what turns estimates from codes into squared
+    distances, offset + slope · estimate, where no keys are read.
     """
 
     rows: int
@@ -43,6 +44,8 @@ class IndexReport:
     nprobe: int
     bytes_per_entry: float
     measured: Measured
+    slope: float = 1.0
+    offset: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as the catalog keeps it."""

@@ -10,6 +10,7 @@ import torch
 from index_contract import IndexContract, append, assert_neighbors, clustered, store_of
 from stores import small_disk
 
+from knnlm.choices import IndexKind
 from knnlm.datastore.compaction import compact
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import FOLDER
@@ -24,7 +25,7 @@ from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf import index as ivf_index, lists as ivf_lists
 from knnlm.index.ivf.candidates import Candidates, nearest_of
-from knnlm.index.ivf.codes import Coder
+from knnlm.index.ivf.codes import Coder, CodeShape
 from knnlm.index.ivf.index import FILE_NAME, IVFIndex
 from knnlm.index.ivf.products import float_products, integer_products
 from knnlm.index.policy import build_index
@@ -44,7 +45,9 @@ class TestCompressedIVF(IndexContract):
     recall = 0.9
 
     def make_index(self, store: Datastore) -> Index:
-        return IVFIndex.build(store, IndexOptions(recall=0.99, k=128), compressed=True, code_dim=16)
+        return IVFIndex.build(
+            store, IndexOptions(recall=0.99, k=128), kind=IndexKind.compressed, code_dim=16
+        )
 
 
 class TestIVFInTensors(IndexContract):
@@ -256,7 +259,7 @@ def test_products_are_the_same_in_integers_and_floats() -> None:
 
 def test_codes_estimate_distances() -> None:
     keys, queries = clustered(500), clustered(20, seed=1)
-    coder = Coder.fit(keys, keys.shape[1], seed=0)
+    coder = Coder.fit(keys, CodeShape(keys.shape[1]), seed=0)
     key_codes, query_codes = coder.encode(keys), coder.encode(queries)
     products = query_codes.codes.float() @ key_codes.codes.float().T
     scores = key_codes.half_norms - query_codes.steps[:, None] * key_codes.steps * products
@@ -278,7 +281,7 @@ def test_the_nearest_candidates_are_in_order(counts: list[int], different: int, 
     lengths = np.array(counts)
     starts = (lengths.cumsum() - lengths)[:, None]
     candidates = Candidates(distances, positions, starts, lengths[:, None])
-    nearest = nearest_of(candidates, torch.from_numpy(rows), k)
+    nearest = nearest_of(candidates, rows, k)
     for query, (start, count) in enumerate(zip(starts[:, 0], counts, strict=True)):
         own = distances[start : start + count]
         order = np.argsort(own, kind="stable")[:k]
@@ -299,9 +302,9 @@ def test_copies_of_a_key_do_not_lower_the_recall(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code_dim", [16, 24])
 def test_one_query_gets_the_lists_and_the_code_of_a_batch(code_dim: int) -> None:
-    few = pytest.importorskip("knnlm.index.ivf.search_few")
+    few = pytest.importorskip("knnlm.index.ivf.query_code")
     keys, queries = clustered(500), torch.cat([clustered(50, seed=1), torch.zeros(1, 24)])
-    coder = Coder.fit(keys, code_dim, seed=0)
+    coder = Coder.fit(keys, CodeShape(code_dim), seed=0)
     lists = ivf_lists.Lists.around(keys[:40], coder)
     expected, nearest = coder.encode(queries), lists.nearest_lists(queries, 7)
     arrays = few.ListArrays(lists)
@@ -318,7 +321,7 @@ def test_one_query_gets_the_lists_and_the_code_of_a_batch(code_dim: int) -> None
 
 
 def test_a_vector_at_the_center_has_a_code(store: Datastore) -> None:
-    coder = Coder.fit(clustered(500), 16, seed=0)
+    coder = Coder.fit(clustered(500), CodeShape(16), seed=0)
     codes = coder.encode(coder.center[None])
     assert not codes.codes.any()
     assert codes.steps.item() > 0

@@ -60,8 +60,9 @@ def index(
     """Build the index that a datastore is searched with, and measure it against exact search.
 
     exact compares each query with every key. ivf groups the keys into lists and searches only the
-    nearest ones, in its own copy of the keys; compressed keeps 8-bit codes instead of that copy
-    and reads the keys of the candidates from the datastore. auto is exact up to 50,000 entries,
+    nearest ones, in its own copy of the keys; compressed keeps 4-bit codes instead of that copy
+    and reads the keys of the candidates from the datastore; codes has longer ones and reads no
+    keys: its distances are estimates. auto is exact up to 50,000 entries,
     above that ivf, or compressed if the copy would fill more than half of the memory. knnlm build
     already builds the auto index; use this command to choose another.
 

@@ -48,7 +48,7 @@ def write_run(
         start = runs.pop().first
     placement = place_rows(store, lists, start, progress)
     name = f"{FOLDER}/ivf-{start:012d}-{store.rows:012d}.safetensors"
-    planned = planned_part(len(placement.rows), lists)
+    planned = planned_part(len(placement.rows), store.rows, lists)
     with ArrayWriter(store.path / name, planned.arrays()) as writer:
         write_part(writer, store, lists, placement, progress)
         writer.write_header({"identity": identity(lists, placement.starts)})

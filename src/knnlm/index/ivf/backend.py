@@ -1,5 +1,6 @@
-"""The inverted file as a search backend: with a copy of the keys, or compressed to codes."""
+"""The inverted file as a search backend: with a copy of the keys, or with codes alone."""
 
+from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import IndexFile, StoredIndex
 from knnlm.index.backend import Built, IndexOptions
@@ -9,16 +10,16 @@ _GROWN = 1.25  # times the rows it was built from: then an index is built again
 
 
 class IVFBackend:
-    """One of the two kinds of inverted file; both are opened alike."""
+    """One of the kinds of inverted file; all are opened alike."""
 
     takes_factory = False
 
-    def __init__(self, *, compressed: bool = False) -> None:
-        self._compressed = compressed
+    def __init__(self, kind: IndexKind) -> None:
+        self._kind = kind
 
     def build(self, store: Datastore, options: IndexOptions) -> Built:
         """See `IVFIndex.build`."""
-        index = IVFIndex.build(store, options, compressed=self._compressed)
+        index = IVFIndex.build(store, options, kind=self._kind)
         return Built(index, index.report, (index.file,))
 
     def open(self, store: Datastore, device: str) -> IVFIndex:

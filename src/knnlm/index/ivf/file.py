@@ -23,6 +23,8 @@ from knnlm.errors import DatastoreCorruptError
 _HEADER_BYTES = 1 << 16
 _SAFETENSORS_NAMES = {
     torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int32: "I32",
     torch.int64: "I64",
     torch.float16: "F16",
     torch.float32: "F32",

@@ -16,16 +16,18 @@ from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_index import FOLDER, IndexFile, stored_index, unused_name
 from knnlm.errors import DatastoreCorruptError
+from knnlm.index.available_memory import memory_bytes
 from knnlm.index.backend import IndexOptions, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf.appended import Run, read_runs, write_run
+from knnlm.index.ivf.calibration import Calibration, calibrated
+from knnlm.index.ivf.codes import CodeShape
 from knnlm.index.ivf.file import ArrayWriter
 from knnlm.index.ivf.lists import ProbingQueries, default_nlist, place_rows, train_lists
 from knnlm.index.ivf.parts import Part, planned_part, write_part
 from knnlm.index.ivf.products import LARGEST_EXACT_CODE_DIM
 from knnlm.index.ivf.reading import identity, read_base
-from knnlm.index.ivf.rescore import rescore
-from knnlm.index.ivf.search_tensors import search_tensors
+from knnlm.index.ivf.search_tensors import rescore, search_tensors
 from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search
 from knnlm.index.report import IndexReport, Measured
@@ -39,9 +41,15 @@ _CANDIDATES_AT_ONCE = 1 << 23
 _FEW_QUERIES = 48
 _PREPARED_AT_ONCE = 256
 _ENTRIES_PER_NEIGHBOR = 4  # in the probed lists, at least
-_COMPRESSED_CODE_DIM = 128
-_COMPRESSED_CANDIDATES = 2  # exact distances for each neighbor wanted, and some to spare
 _SPARE_CANDIDATES = 32
+_SHORT = 0.75  # of the memory: a search that needs more reads the disk
+_CODE_SHAPES = {
+    IndexKind.ivf: CodeShape(),
+    IndexKind.compressed: CodeShape(128, bits=4),
+    IndexKind.codes: CodeShape(512, bits=4),
+}
+# how many candidates, chosen by their codes, for each neighbor wanted
+_OVERSAMPLING = {IndexKind.ivf: 1.1, IndexKind.compressed: 2.0, IndexKind.codes: 1.0}
 
 
 class IVFIndex:
@@ -57,10 +65,9 @@ class IVFIndex:
     after the index was built.
     """
 
-    exact_distances = True
-
     def __init__(self, store: Datastore, device: str = "cpu") -> None:
-        stored, report = recorded_index(store, IndexKind.ivf, IndexKind.compressed)
+        stored, report = recorded_index(store, *_CODE_SHAPES)
+        self.kind = IndexKind(stored.kind)
         self._open(store, stored.files[0], report, device)
 
     def _open(self, store: Datastore, file: IndexFile, report: IndexReport, device: str) -> None:
@@ -79,6 +86,11 @@ class IVFIndex:
         self._follow()
 
     @property
+    def exact_distances(self) -> bool:
+        """Whether distances are those of the keys themselves, not of codes."""
+        return self.kind is not IndexKind.codes
+
+    @property
     def nlist(self) -> int:
         """How many lists the index has."""
         return len(self._lists.centroids)
@@ -89,25 +101,23 @@ class IVFIndex:
         store: Datastore,
         options: IndexOptions,
         *,
-        compressed: bool = False,
+        kind: IndexKind = IndexKind.ivf,
         nlist: int | None = None,
         code_dim: int | None = None,
     ) -> "IVFIndex":
         """Build the index of a datastore in a new file, which the catalog does not name yet.
 
-        compressed: keep codes only and read the keys of candidates from the datastore; otherwise
-        the keys are copied. nlist: how many lists; None: about 1.35 √entries. code_dim: how many
-        dimensions codes have; None: by the variance that they keep.
+        kind: ivf copies the keys, compressed reads the candidates' keys from the datastore, codes
+        reads none. nlist: how many lists; None: about 1.35 √entries. code_dim: how many dimensions
+        codes have; None: what serves the kind.
 
         Raises InvalidArgumentError and DatastoreWriteError.
         """
         nlist = default_nlist(store.rows) if nlist is None else nlist
         _check_build(store, options.nprobe, nlist, code_dim)
-        if compressed and code_dim is None:
-            code_dim = min(_COMPRESSED_CODE_DIM, store.settings.dimension)
         progress, seed = options.progress, options.seed
-        lists = train_lists(store, nlist, code_dim, seed, progress)
-        lists = replace(lists, key_dtype=None if compressed else _copy_dtype(store))
+        lists = train_lists(store, nlist, _code_shape(store, kind, code_dim), seed, progress)
+        lists = replace(lists, key_dtype=_copy_dtype(store) if kind is IndexKind.ivf else None)
         placement = place_rows(store, lists, 0, progress, seed=seed)
         report = IndexReport(
             rows=store.rows,
@@ -119,7 +129,7 @@ class IVFIndex:
         )
         name = unused_name(store.path, f"{FOLDER}/{FILE_NAME}")
         list_arrays = lists.arrays()
-        arrays = list_arrays | planned_part(store.rows, lists).arrays()
+        arrays = list_arrays | planned_part(store.rows, store.rows, lists).arrays()
         with ArrayWriter(store.path / name, arrays) as writer:
             for array_name, array in list_arrays.items():
                 writer.write(array_name, array)
@@ -127,14 +137,17 @@ class IVFIndex:
             metadata = {"identity": identity(lists, placement.starts)}
             writer.write_header(metadata)
             index = cls.__new__(cls)
+            index.kind = kind
             aside = f"{FOLDER}/{writer.aside.name}"
             size_bytes = writer.aside.stat().st_size
             file = IndexFile(aside, 0, store.rows, size_bytes, sha256="")
             index._open(store, file, report, options.device)
             most = nlist if options.nprobe is None else None
             measured = choose_nprobe(index, store, options, most)
+            fitted = Calibration() if index.exact_distances else calibrated(index, store, options)
             index.report = replace(
                 report,
+                **fitted._asdict(),
                 nprobe=index.nprobe,
                 bytes_per_entry=writer.size_bytes / max(1, store.rows),
                 measured=measured,
@@ -175,14 +188,26 @@ class IVFIndex:
         self._parts = [part.masked(alive).to(self.device) for part in parts]
         self._searchable = len(self.store)
         if self._compiled:
-            from knnlm.index.ivf.candidates import PartArrays  # numba takes half a second to import
-            from knnlm.index.ivf.search_few import IndexArrays, ListArrays
+            # numba takes half a second to import
+            from knnlm.index.ivf.candidates import IndexArrays, PartArrays
+            from knnlm.index.ivf.query_code import ListArrays
+            from knnlm.index.ivf.rescore import DatastoreKeys
 
             ends = [0, *torch.tensor([len(part.rows) for part in parts]).cumsum(0).tolist()]
+            # what files hold and a search needs
+            needed = sum(array.nbytes for part in parts for array in part.arrays().values())
+            short = needed > _SHORT * memory_bytes()
             arrays = [
-                PartArrays(part, first) for part, first in zip(self._parts, ends[:-1], strict=True)
+                PartArrays(part, first, short=short)
+                for part, first in zip(self._parts, ends[:-1], strict=True)
             ]
-            self._arrays = IndexArrays(ListArrays(self._lists), arrays, self._rows.numpy())
+            stored = None
+            if self.kind is IndexKind.compressed:
+                keys = self.store.settings.dimension * self.store.key_dtype.itemsize
+                needed += keys * self.store.rows
+                stored = DatastoreKeys(self.store, short=needed > _SHORT * memory_bytes())
+            lists = ListArrays(self._lists)
+            self._arrays = IndexArrays(lists, arrays, self._rows.numpy(), stored)
 
     def _appended(self) -> list[Part]:
         """Return the rows appended since the build: those in files, and the rest in memory."""
@@ -217,7 +242,8 @@ class IVFIndex:
         self._follow()
         if self._behind is not None:
             return self._behind.search(queries, k)
-        size = max(1, min(_QUERIES_AT_ONCE, _CANDIDATES_AT_ONCE // k))
+        wanted = round(_OVERSAMPLING[self.kind]) * k
+        size = max(1, min(_QUERIES_AT_ONCE, _CANDIDATES_AT_ONCE // wanted))
         if len(queries) <= size:  # without copies: a search for one query is short
             nearest = self._search(queries.detach(), k)
         else:
@@ -226,6 +252,8 @@ class IVFIndex:
                 torch.cat([part.squared_distances for part in parts]),
                 torch.cat([part.rows for part in parts]),
             )
+        if not self.exact_distances:
+            nearest = Calibration(self.report.slope, self.report.offset).of(nearest)
         return Neighbors(
             nearest.squared_distances.to(queries.device), nearest.rows.to(queries.device)
         )
@@ -237,31 +265,21 @@ class IVFIndex:
                 torch.full(shape, torch.inf, device=self.device),
                 torch.full(shape, -1, device=self.device),
             )
-        wanted = k
-        oversampling = 1.1
-        if self._base.keys is None:
-            wanted = _COMPRESSED_CANDIDATES * k + _SPARE_CANDIDATES
-            oversampling = 1.0
-        nprobe = max(self.nprobe, self.least_nprobe(wanted))
+        nprobe = max(self.nprobe, self.least_nprobe(k))
+        oversampling = _OVERSAMPLING[self.kind]
         if self._compiled and len(queries) <= _FEW_QUERIES:
             from knnlm.index.ivf.search_few import search_few
 
-            neighbors = search_few(queries, self._arrays, nprobe, wanted, oversampling)
-        else:
-            neighbors = self._search_many(queries, nprobe, wanted, oversampling)
-        if self._base.keys is None:
-            queries = queries.to(self.device)
-            neighbors = rescore(self.store, queries, neighbors, k, self._compiled)
-        return neighbors
-
-    def _search_many(
-        self, queries: Float[Tensor, "query dim"], nprobe: int, k: int, oversampling: float
-    ) -> Neighbors:
+            return search_few(queries, self._arrays, nprobe, k, oversampling)
         prepared = self._prepare(queries, nprobe)
         if self._compiled:
             from knnlm.index.ivf.search_batch import search_batch
 
-            neighbors = search_batch(prepared, self._arrays.parts, self._rows, k, oversampling)
+            neighbors = search_batch(prepared, self._arrays, k, oversampling)
+        elif self.kind is IndexKind.compressed:
+            wanted = int(oversampling * k) + _SPARE_CANDIDATES
+            found = search_tensors(prepared, self._parts, self._rows, wanted, 1.0)
+            neighbors = rescore(self.store, prepared.vectors, found, k)
         else:
             neighbors = search_tensors(prepared, self._parts, self._rows, k, oversampling)
         if not bool(prepared.measurable.all()):
@@ -271,7 +289,8 @@ class IVFIndex:
 
     def least_nprobe(self, k: int) -> int:
         """Return how many lists a search for k must look into to find that many at all."""
-        enough = math.ceil(_ENTRIES_PER_NEIGHBOR * k * self.nlist / max(1, self._searchable))
+        entries = _ENTRIES_PER_NEIGHBOR * round(_OVERSAMPLING[self.kind]) * k
+        enough = math.ceil(entries * self.nlist / max(1, self._searchable))
         return min(self.nlist, max(1, enough))
 
     def _prepare(self, queries: Float[Tensor, "query dim"], nprobe: int) -> ProbingQueries:
@@ -284,6 +303,13 @@ class IVFIndex:
 
         chunks = workers().chunks(len(queries), _PREPARED_AT_ONCE)
         return ProbingQueries.joined(workers().map(prepare, chunks))
+
+
+def _code_shape(store: Datastore, kind: IndexKind, dimensions: int | None) -> CodeShape:
+    shape = _CODE_SHAPES[kind]
+    if dimensions is None and shape.dimensions is not None:
+        dimensions = min(shape.dimensions, store.settings.dimension)
+    return replace(shape, dimensions=dimensions)
 
 
 def _copy_dtype(store: Datastore) -> torch.dtype:

@@ -52,12 +52,15 @@ def _intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_intrinsic
 def as_float32(context: Any, element: Any) -> Any:
-    """Widen an element of a key: float32 itself, or float16 given as its 16 bits."""
+    """Widen an element of a key: float32 itself, or 16 bits as `key_bits` gives them."""
 
     def widen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         if element == types.float32:
             return arguments[0]
-        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        if element == types.uint16:
+            return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+        wide = builder.zext(arguments[0], ir.IntType(32))  # bfloat16 is the upper half of float32
+        return builder.bitcast(builder.shl(wide, ir.IntType(32)(16)), ir.FloatType())
 
     return types.float32(element), widen
 
@@ -104,11 +107,28 @@ class Kept(NamedTuple):
     counts: Array
 
 
+class Pairs(NamedTuple):
+    """Pairs of queries and rows: row i with the query at `query_of_row[i]`."""
+
+    queries: Array
+    query_of_row: Array
+    rows: Array
+
+
 class Nearest(NamedTuple):
     """The nearest rows of each query and their squared distances [query, k]."""
 
     distances: Array
     rows: Array
+
+
+@compiled
+def unpack(packed: Array, codes: Array) -> None:
+    """Write 4-bit codes, two in each byte, as 8-bit ones [key, code_dim]; see `codes.packed`."""
+    pairs, flat = packed.reshape(-1), codes.reshape(-1)
+    for j in range(len(pairs)):
+        flat[2 * j] = ((pairs[j] & 15) << 1) - 15
+        flat[2 * j + 1] = ((pairs[j] >> 4) << 1) - 15
 
 
 @compiled
@@ -199,25 +219,43 @@ def scatter(keys: Array, positions: Array, row_of_position: Array, out: Nearest)
 
 
 @compiled
-def exact_in_block(queries: Array, rows: Array, keys: Array, first_row: int, out: Array) -> None:
-    """Compute squared distances [query, candidate] of those candidates that lie in a block of rows.
+def by_block(rows: Array, block_bits: int, blocks: int) -> tuple[Array, Array]:
+    """Group candidates by blocks of 2**block_bits rows; return where each block starts, and them.
 
-    first_row: the row of the block's first key.
+    Candidates are given by their place in `rows`; within a block they keep their order.
+    """
+    starts = np.zeros(blocks + 2, np.int64)
+    for i in range(len(rows)):
+        starts[(rows[i] >> block_bits) + 2] += 1
+    for block in range(blocks):
+        starts[block + 2] += starts[block + 1]
+    places = np.empty(len(rows), np.int32)
+    for i in range(len(rows)):
+        block = (rows[i] >> block_bits) + 1
+        places[starts[block]] = i
+        starts[block] += 1
+    return starts[: blocks + 1], places
+
+
+@compiled
+def exact_at(candidates: Any, places: Array, keys: Array, first_row: int, distances: Array) -> None:
+    """Compute the squared distances of those candidates, at some places, that lie in some keys.
+
+    candidates: `Pairs`. first_row: the row of the first key.
     """
     address, key_bytes = keys.ctypes.data, keys.strides[0]
-    for i in range(rows.shape[0]):
-        query = queries[i]
-        for j in range(rows.shape[1]):
-            position = rows[i, j] - first_row
-            if 0 <= position < len(keys):
-                if j + _KEYS_AHEAD < rows.shape[1]:
-                    ahead = rows[i, j + _KEYS_AHEAD] - first_row
-                    if 0 <= ahead < len(keys):
-                        for line in range(0, key_bytes, CACHE_LINE):
-                            prefetch(address + ahead * key_bytes + line)
-                key = keys[position]
-                total = np.float32(0.0)
-                for d in range(len(query)):
-                    difference = query[d] - as_float32(key[d])
-                    total += difference * difference
-                out[i, j] = total
+    for i in range(len(places)):
+        if i + _KEYS_AHEAD < len(places):
+            ahead = candidates.rows[places[i + _KEYS_AHEAD]] - first_row
+            if 0 <= ahead < len(keys):
+                for line in range(0, key_bytes, CACHE_LINE):
+                    prefetch(address + ahead * key_bytes + line)
+        place = places[i]
+        position = candidates.rows[place] - first_row
+        if 0 <= position < len(keys):
+            query, key = candidates.queries[candidates.query_of_row[place]], keys[position]
+            total = np.float32(0.0)
+            for d in range(len(query)):
+                difference = query[d] - as_float32(key[d])
+                total += difference * difference
+            distances[place] = total

@@ -14,7 +14,7 @@ from torch import Tensor
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.unfit_keys import measurable
 from knnlm.index.backend import check_keys
-from knnlm.index.ivf.codes import Coder, Codes
+from knnlm.index.ivf.codes import Coder, Codes, CodeShape
 from knnlm.progress import Progress
 from knnlm.threads import workers
 
@@ -118,7 +118,7 @@ def default_nlist(rows: int) -> int:
 
 
 def train_lists(
-    store: Datastore, nlist: int, code_dim: int | None, seed: int, progress: Progress
+    store: Datastore, nlist: int, shape: CodeShape, seed: int, progress: Progress
 ) -> Lists:
     """Place the centroids by k-means on a sample of the keys, and fit the coder to the sample.
 
@@ -130,7 +130,7 @@ def train_lists(
         rows = torch.randperm(store.rows, generator=generator)[:wanted]
         sample = store.keys_at(rows)
         check_keys(store, sample, rows)
-        coder = Coder.fit(sample, code_dim, seed)
+        coder = Coder.fit(sample, shape, seed)
         if nlist == 1:
             return Lists.around(coder.center[None].clone(), coder)
         return Lists.around(_kmeans(sample.float(), nlist, seed), coder)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8, UInt8
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
@@ -31,7 +31,7 @@ class Part:
 
     starts: Int[Tensor, " lists_plus_1"]
     rows: Int[Tensor, " n"]
-    codes: Int8[Tensor, "n code_dim"]
+    codes: Int8[Tensor, "n code_dim"] | UInt8[Tensor, "n half_code_dim"]
     steps: Float[Tensor, " n"]
     half_norms: Float[Tensor, " n"]
     keys: Float[Tensor, "n dim"] | None = None
@@ -42,7 +42,7 @@ class Part:
         placed = [(codes, keys) for _, keys, codes in _placed_keys(store, lists, placement, SILENT)]
         return cls(
             placement.starts,
-            placement.rows,
+            placement.rows.to(row_dtype(store.rows)),
             torch.cat([codes.codes for codes, _ in placed]),
             torch.cat([codes.steps for codes, _ in placed]),
             torch.cat([codes.half_norms for codes, _ in placed]),
@@ -68,14 +68,22 @@ class Part:
         return replace(self, half_norms=self.half_norms.masked_fill(~live, torch.inf))
 
 
-def planned_part(rows: int, lists: Lists) -> Part:
-    """Return a part's dtypes and shapes, without contents, to lay out its file."""
+def row_dtype(stop: int) -> torch.dtype:
+    """Return the dtype in which an index keeps the rows before `stop`."""
+    return torch.int32 if stop <= 1 << 31 else torch.int64
+
+
+def planned_part(rows: int, stop: int, lists: Lists) -> Part:
+    """Return a part's dtypes and shapes, without contents, to lay out its file.
+
+    rows: how many. stop: all of them are before it.
+    """
     nlist, dim = lists.centroids.shape
     with torch.device("meta"):
         return Part(
             torch.empty(nlist + 1, dtype=torch.int64),
-            torch.empty(rows, dtype=torch.int64),
-            torch.empty(rows, lists.coder.code_dim, dtype=torch.int8),
+            torch.empty(rows, dtype=row_dtype(stop)),
+            lists.coder.no_codes(rows),
             torch.empty(rows),
             torch.empty(rows),
             None if lists.key_dtype is None else torch.empty(rows, dim, dtype=lists.key_dtype),
@@ -94,7 +102,7 @@ def write_part(
     Raises DatastoreWriteError.
     """
     writer.write("starts", placement.starts)
-    writer.write("rows", placement.rows)
+    writer.write("rows", placement.rows.to(row_dtype(store.rows)))
     for first, keys, codes in _placed_keys(store, lists, placement, progress):
         for field in fields(codes):
             writer.write(field.name, getattr(codes, field.name), first)
@@ -114,7 +122,7 @@ def _placed_keys(
             chunks = workers().chunks(len(keys), _BLOCK_ROWS)
 
             def encode(chunk: range, keys: Tensor = keys) -> Codes:
-                return lists.coder.encode(keys[chunk.start : chunk.stop].float())
+                return lists.coder.encode_keys(keys[chunk.start : chunk.stop].float())
 
             for chunk, codes in zip(chunks, workers().map(encode, chunks), strict=True):
                 yield start + chunk.start, keys[chunk.start : chunk.stop], codes

@@ -21,9 +21,7 @@ from knnlm.errors import DatastoreCorruptError
 from knnlm.index.ivf.codes import Coder
 from knnlm.index.ivf.file import read_arrays
 from knnlm.index.ivf.lists import Lists
-from knnlm.index.ivf.parts import Part
-
-_KEY_DTYPES = (torch.float16, torch.float32)
+from knnlm.index.ivf.parts import Part, planned_part
 
 
 def identity(lists: Lists, starts: Int[Tensor, " lists_plus_1"]) -> str:
@@ -51,6 +49,9 @@ def read_base(store: Datastore, file: IndexFile) -> tuple[Part, Lists]:
     }
     for name, shape in shapes.items():
         _check(store, path, name, arrays[name], shape, torch.float32)
+    _check(store, path, "bits", arrays["bits"], (), torch.int64)
+    if int(arrays["bits"]) not in (4, 8):
+        raise damaged_index(path, "codes have neither 8 nor 4 bits", store)
     keys = arrays.get("keys")
     lists = Lists.from_arrays(arrays, None if keys is None else keys.dtype)
     return _part(store, file, lists, metadata, arrays), lists
@@ -94,19 +95,11 @@ def _part(
     arrays: dict[str, Tensor],
 ) -> Part:
     path, count = store.path / file.name, file.stop - file.first
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "starts": ((len(lists.centroids) + 1,), torch.int64),
-        "rows": ((count,), torch.int64),
-        "codes": ((count, lists.coder.code_dim), torch.int8),
-        "steps": ((count,), torch.float32),
-        "half_norms": ((count,), torch.float32),
-    }
-    if lists.key_dtype is not None:
-        expected["keys"] = ((count, store.settings.dimension), lists.key_dtype)
-    for name, (shape, dtype) in expected.items():
+    expected = planned_part(count, file.stop, lists).arrays()
+    for name, planned in expected.items():
         if name not in arrays:
             raise damaged_index(path, f"{name} is missing", store)
-        _check(store, path, name, arrays[name], shape, dtype)
+        _check(store, path, name, arrays[name], tuple(planned.shape), planned.dtype)
     part = Part(**{name: arrays[name] for name in expected})
     if problem := _problem(part, file, lists, metadata):
         raise damaged_index(path, problem, store)

@@ -7,32 +7,28 @@ candidates within the bound get exact distances while their list is in the cache
 bound was too tight, about one in a thousand, is searched again without a bound.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int
 from numpy.typing import NDArray
-from torch import Tensor
 
 from knnlm.index.ivf import kernels
-from knnlm.index.ivf.candidates import (
-    UNBOUNDED,
-    Candidates,
-    Floats,
-    Integers,
-    PartArrays,
-    nearest_of,
-)
+from knnlm.index.ivf.candidates import Candidates, IndexArrays, PartArrays, nearest_of
 from knnlm.index.ivf.codes import SAMPLE_SHARE, bound_ranks
-from knnlm.index.ivf.kernels import Kept, Scales
+from knnlm.index.ivf.kernels import Kept, Pairs, Scales
 from knnlm.index.ivf.lists import ProbingQueries
 from knnlm.index.ivf.products import buffer, products
+from knnlm.index.ivf.query_code import UNBOUNDED, Floats, Integers
+from knnlm.index.ivf.read_ahead import read_ahead, read_ahead_ranges
 from knnlm.index.protocol import Neighbors
-from knnlm.threads import workers
+from knnlm.threads import Workers, waiting_workers, workers
 
 _LISTS_AT_ONCE = 16
 _QUERIES_AT_ONCE = 128
+_CHUNKS_AHEAD = 6
+_GAP_BYTES = 1 << 17  # read along: takes less time than another request
 
 
 class _Batch:
@@ -67,38 +63,44 @@ class _Batch:
     def pairs_of(self, number: int) -> slice:
         return slice(int(self.list_ends[number - 1]) if number else 0, int(self.list_ends[number]))
 
+    def pool(self) -> Workers:
+        """Return the threads for lists: more where these are read from the disk."""
+        return waiting_workers() if self.parts[0].short else workers()
+
+    def ask_ahead(self, number: int, share: float) -> None:
+        """Ask for the first codes of the lists of a chunk that will soon be searched."""
+        if self.parts[0].short and number < len(self.chunks):
+            for which, piece in self.chunks[number]:
+                part = self.parts[which]
+                start = part.starts[piece : piece + 1]
+                length = np.ceil(self.lengths[which, piece] * share).astype(np.int64)
+                read_ahead_ranges(part.codes.numpy(), start, start + length)
+
     def piece(self, which: int, number: int, length: int) -> tuple[NDArray[Any], Floats, Scales]:
         """Return code products, steps of the queries and scales of the first keys of a list."""
         part, start = self.parts[which], int(self.parts[which].starts[number])
         rows = slice(start, start + length)
         queries = self.query_of_pair[self.pairs_of(number)]
         codes = self.codes.codes.index_select(0, torch.from_numpy(queries))
-        multiplied = products()(codes, part.codes[rows]).numpy()
+        multiplied = products()(codes, part.codes_of(rows)).numpy()
         return multiplied, self.steps[queries], Scales(part.steps[rows], part.half_norms[rows])
 
 
 def search_batch(
-    queries: ProbingQueries,
-    parts: list[PartArrays],
-    rows: Int[Tensor, " n"],
-    k: int,
-    oversampling: float,
+    queries: ProbingQueries, index: IndexArrays, k: int, oversampling: float
 ) -> Neighbors:
-    """Return the k nearest in the probed lists.
-
-    rows: the datastore's, by position. oversampling: see `bound_ranks`.
-    """
-    batch = _Batch(queries, parts)
+    """Return the k nearest in the probed lists. oversampling: see `bound_ranks`."""
+    batch = _Batch(queries, index.parts)
     bounds = _bounds(batch, k, oversampling)
-    candidates = _candidates(batch, bounds)
-    nearest = nearest_of(candidates, rows, k)
+    candidates = _candidates(batch, bounds, index)
+    nearest = nearest_of(candidates, index.rows, k)
     counts = candidates.counts.sum(axis=1)
     short = np.flatnonzero((counts < np.minimum(k, batch.available)) & (bounds < UNBOUNDED))
     for start in range(0, len(short), _QUERIES_AT_ONCE):
         again = torch.from_numpy(short[start : start + _QUERIES_AT_ONCE])
-        batch = _Batch(queries.take(again), parts)
+        batch = _Batch(queries.take(again), index.parts)
         unbounded = np.full(len(again), UNBOUNDED, np.float32)
-        better = nearest_of(_candidates(batch, unbounded), rows, k)
+        better = nearest_of(_candidates(batch, unbounded, index), index.rows, k)
         nearest.squared_distances[again] = better.squared_distances
         nearest.rows[again] = better.rows
     return nearest
@@ -113,13 +115,16 @@ def _bounds(batch: _Batch, k: int, oversampling: float) -> Floats:
     offsets = (ends - sampled.reshape(-1)).reshape(-1, len(batch.parts))
     scores = np.empty(ends[-1], np.float32)
 
-    def score(pieces: list[tuple[int, int]]) -> None:
-        for which, number in pieces:
+    def score(chunk: int) -> None:
+        batch.ask_ahead(chunk + _CHUNKS_AHEAD, SAMPLE_SHARE)
+        for which, number in batch.chunks[chunk]:
             piece = batch.piece(which, number, int(heads[which, number]))
             places = offsets[batch.pairs[batch.pairs_of(number)], which]
             kernels.write_scores(*piece, places, scores)
 
-    workers().map(score, batch.chunks)
+    for chunk in range(_CHUNKS_AHEAD):
+        batch.ask_ahead(chunk, SAMPLE_SHARE)
+    batch.pool().map(score, range(len(batch.chunks)))
     sizes = torch.from_numpy(sampled.sum(axis=(1, 2)))
     ranks = bound_ranks(sizes, torch.from_numpy(batch.available), k, oversampling).tolist()
     starts = np.concatenate([offsets[:: batch.nprobe, 0], ends[-1:]])
@@ -133,47 +138,85 @@ def _bounds(batch: _Batch, k: int, oversampling: float) -> Floats:
                 bounds[query] = np.partition(own_scores, rank)[rank]
 
     workers().map(select, workers().chunks(len(bounds), _QUERIES_AT_ONCE))
-    bounds += batch.margins
+    if batch.parts[0].keys is not None:
+        bounds += batch.margins  # else scores are all there is to choose by
     return bounds.clip(max=np.float32(UNBOUNDED))
 
 
-def _candidates(batch: _Batch, bounds: Floats) -> Candidates:
-    """Return exact distances of every candidate within its query's bound."""
-    runs = len(batch.parts)
-    counts = np.zeros((runs, len(batch.pairs)), np.int64)  # by list, as the pieces lie
+class _Keeping:
+    """Keeps the candidates of a batch that are within their query's bound, chunk by chunk."""
 
-    def keep(pieces: list[tuple[int, int]]) -> list[tuple[Floats, Integers]]:
-        kept = []
-        for which, number in pieces:
-            part, pairs = batch.parts[which], batch.pairs_of(number)
-            start, length = int(part.starts[number]), int(batch.lengths[which, number])
-            queries = batch.query_of_pair[pairs]
-            size = length * len(queries)
-            found = Kept(
-                buffer("distances", size, torch.float32).numpy(),
-                buffer("positions", size, torch.int64).numpy(),
-                counts[which, pairs],
-            )
-            multiplied, steps, scales = batch.piece(which, number, length)
-            total = kernels.keep(multiplied, steps, bounds[queries], scales, found)
-            distances, positions = found.distances[:total].copy(), found.positions[:total].copy()
-            if part.keys is not None:
-                near = Kept(distances, positions, found.counts)
-                kernels.exact(batch.queries, queries, part.keys[start : start + length], near)
-            else:
-                half_norms = np.repeat(batch.half_norms[queries], found.counts)
-                distances = np.maximum(2 * (distances + half_norms), 0)
-            positions += part.first + start
-            kept.append((distances, positions))
-        return kept
+    def __init__(self, batch: _Batch, bounds: Floats, index: IndexArrays) -> None:
+        self.batch, self.bounds, self.index = batch, bounds, index
+        self.counts = np.zeros((len(batch.parts), len(batch.pairs)), np.int64)  # as the pieces lie
 
-    kept = [piece for chunk in workers().map(keep, batch.chunks) for piece in chunk]
-    starts_of, counts_of = np.empty((2, counts.shape[1], runs), np.int64)
+    def keep(self, chunk: int) -> list[Kept]:
+        """Return the candidates of some lists, with their distances, exact where possible."""
+        self.batch.ask_ahead(chunk + _CHUNKS_AHEAD, 1.0)
+        pieces = self.batch.chunks[chunk]
+        near: Iterable[Kept] = (self._near(*piece) for piece in pieces)
+        if self.batch.parts[0].short:
+            near = list(near)  # so that all their keys are asked for before one is used
+        return [self._measured(*piece, kept) for piece, kept in zip(pieces, near, strict=True)]
+
+    def _near(self, which: int, number: int) -> Kept:
+        part, pairs = self.batch.parts[which], self.batch.pairs_of(number)
+        start, length = int(part.starts[number]), int(self.batch.lengths[which, number])
+        queries = self.batch.query_of_pair[pairs]
+        size = length * len(queries)
+        found = Kept(
+            buffer("distances", size, torch.float32).numpy(),
+            buffer("positions", size, torch.int64).numpy(),
+            self.counts[which, pairs],
+        )
+        multiplied, steps, scales = self.batch.piece(which, number, length)
+        total = kernels.keep(multiplied, steps, self.bounds[queries], scales, found)
+        distances, positions = found.distances[:total].copy(), found.positions[:total].copy()
+        if part.short and part.keys is not None:
+            read_ahead(part.keys, start + np.unique(positions), _GAP_BYTES)
+        return Kept(distances, positions, found.counts)
+
+    def _measured(self, which: int, number: int, near: Kept) -> Kept:
+        batch, part = self.batch, self.batch.parts[which]
+        start, stop = part.starts[number : number + 2].tolist()
+        queries, (distances, positions, counts) = self._queries(number), near
+        if part.keys is not None:
+            kernels.exact(batch.queries, queries, part.keys[start:stop], near)
+        elif self.index.stored is None:
+            half_norms = np.repeat(batch.half_norms[queries], counts)
+            distances = np.maximum(2 * (distances + half_norms), 0)
+        positions += part.first + start
+        return Kept(distances, positions, counts)
+
+    def _queries(self, number: int) -> Integers:
+        return self.batch.query_of_pair[self.batch.pairs_of(number)]
+
+    def measure_stored(self, kept: list[Kept], distances: Floats, positions: Integers) -> None:
+        """Write the distances of all candidates from the datastore's own keys."""
+        if self.index.stored is not None:
+            pieces = [piece for chunk in self.batch.chunks for piece in chunk]
+            asking = [
+                np.repeat(self._queries(number).astype(np.int32), one.counts)
+                for (_, number), one in zip(pieces, kept, strict=True)
+            ]
+            queries = np.concatenate([np.empty(0, np.int32), *asking])
+            pairs = Pairs(self.batch.queries, queries, self.index.rows[positions])
+            self.index.stored.measure(pairs, distances, parallel=True)
+
+
+def _candidates(batch: _Batch, bounds: Floats, index: IndexArrays) -> Candidates:
+    """Return the distances of every candidate within its query's bound, exact where possible."""
+    keeping = _Keeping(batch, bounds, index)
+    for chunk in range(_CHUNKS_AHEAD):
+        batch.ask_ahead(chunk, 1.0)
+    chunks = batch.pool().map(keeping.keep, range(len(batch.chunks)))
+    kept = [piece for chunk in chunks for piece in chunk]
+    distances = np.concatenate([np.empty(0, np.float32), *(one.distances for one in kept)])
+    positions = np.concatenate([np.empty(0, np.int64), *(one.positions for one in kept)])
+    keeping.measure_stored(kept, distances, positions)
+    counts = keeping.counts
+    starts_of, counts_of = np.empty((2, counts.shape[1], len(counts)), np.int64)
     starts_of[batch.pairs] = (np.cumsum(counts) - counts.reshape(-1)).reshape(counts.shape).T
     counts_of[batch.pairs] = counts.T
-    return Candidates(
-        np.concatenate([distances for distances, _ in kept] or [np.empty(0, np.float32)]),
-        np.concatenate([positions for _, positions in kept] or [np.empty(0, np.int64)]),
-        starts_of.reshape(len(batch.queries), -1),
-        counts_of.reshape(len(batch.queries), -1),
-    )
+    shape = len(batch.queries), -1
+    return Candidates(distances, positions, starts_of.reshape(shape), counts_of.reshape(shape))

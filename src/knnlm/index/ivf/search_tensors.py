@@ -7,12 +7,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from knnlm.index.ivf.codes import SAMPLE_SHARE, bound_ranks
+from knnlm.datastore.datastore import Datastore
+from knnlm.index.ivf.codes import SAMPLE_SHARE, bound_ranks, unpacked
 from knnlm.index.ivf.lists import ProbingQueries
 from knnlm.index.ivf.parts import Part
 from knnlm.index.protocol import Neighbors
 
 _ELEMENTS_AT_ONCE = 1 << 24
+_BLOCK_ROWS = 1 << 18
 
 
 def search_tensors(
@@ -57,7 +59,8 @@ class _Search:
     def _scores(
         self, part: Part, queries: Int[Tensor, " m"], keys: slice
     ) -> Float[Tensor, "m key"]:
-        products = self.codes.codes[queries].float() @ part.codes[keys].float().T
+        codes = unpacked(part.codes[keys]).float()
+        products = self.codes.codes[queries].float() @ codes.T
         return part.half_norms[keys] - self.codes.steps[queries, None] * part.steps[keys] * products
 
     def bounds(self, k: int, oversampling: float) -> Float[Tensor, " query"]:
@@ -121,7 +124,7 @@ class _Search:
             torch.full(shape, -1, device=query.device),
         )
         nearest.squared_distances[query[kept], rank[kept]] = distance[kept]
-        nearest.rows[query[kept], rank[kept]] = rows[position[kept]]
+        nearest.rows[query[kept], rank[kept]] = rows[position[kept]].long()
         return nearest, counts
 
 
@@ -139,3 +142,28 @@ def exact_distances(
     ):
         parts.append((queries[query] - keys[position].float()).square().sum(dim=1))
     return torch.cat(parts)
+
+
+def rescore(
+    store: Datastore, queries: Float[Tensor, "query dim"], candidates: Neighbors, k: int
+) -> Neighbors:
+    """Return the k nearest of candidates, by the exact distances of the datastore's own keys.
+
+    Reads the datastore block by block, in its order.
+    """
+    pairs = candidates.present.nonzero()
+    rows, order = candidates.rows[pairs[:, 0], pairs[:, 1]].sort()
+    pairs = pairs[order]
+    distances = torch.full_like(candidates.squared_distances, torch.inf)
+    on_disk = rows.cpu()
+    for start, keys in store.key_blocks(_BLOCK_ROWS):
+        low, high = torch.searchsorted(on_disk, torch.tensor([start, start + len(keys)])).tolist()
+        if high > low:
+            unique, places = torch.unique(on_disk[low:high], return_inverse=True)
+            needed = keys[unique - start].to(rows.device)
+            chosen = pairs[low:high]
+            distances[chosen[:, 0], chosen[:, 1]] = exact_distances(
+                queries, chosen[:, 0], needed, places.to(rows.device)
+            )
+    nearest, columns = distances.topk(min(k, distances.shape[1]), dim=1, largest=False)
+    return Neighbors(nearest, candidates.rows.gather(1, columns))
