@@ -20,6 +20,11 @@ from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.model.language_model import LanguageModel
 
+TEMPLATE = (
+    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content | trim }}</s>\n"
+    "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+"""A chat template, which uses the control tokens of the tiny tokenizer."""
 PARAMETERS: dict[str, Any] = {"k": 12, "lmbda": 0.4, "temperature": 10.0}
 
 
@@ -41,16 +46,29 @@ class Served:
 
     def complete(self, prompt: Any, **options: Any) -> Any:
         """Send a request through the official client; return a stream as a list of chunks."""
-        own = ("lmbda", "k", "knn_temperature", "sources", "top_k", "min_p", "repetition_penalty")
-        extra = {name: options.pop(name) for name in own if name in options}
         with self.openai() as client:
-            answer = client.completions.create(
-                model="tiny", prompt=prompt, extra_body=extra, **options
+            answer = client.completions.create(model="tiny", prompt=prompt, **_own_aside(options))
+            return list(answer) if options.get("stream") else answer
+
+    def chat(self, messages: Any, **options: Any) -> Any:
+        """Do the same for a conversation; a text stands for a user's only message."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        with self.openai() as client:
+            answer = client.chat.completions.create(
+                model="tiny", messages=messages, **_own_aside(options)
             )
             return list(answer) if options.get("stream") else answer
 
     def wait_until_idle(self) -> None:
         wait_for(lambda: self.service.engine.is_idle)
+
+
+def _own_aside(options: dict[str, Any]) -> dict[str, Any]:
+    """Put the options that are not OpenAI's where the client takes them."""
+    own = ("lmbda", "k", "knn_temperature", "sources", "top_k", "min_p", "repetition_penalty")
+    extra = {name: value for name, value in options.items() if name in own}
+    return {"extra_body": extra} | {n: v for n, v in options.items() if n not in own}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 30.0) -> None:
@@ -88,7 +106,9 @@ def serving(
 
 def fresh_lm() -> LanguageModel:
     """Return a tiny model that no other thread uses."""
-    return LanguageModel(tiny_llama(), byte_tokenizer(), name="tiny")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    return LanguageModel(tiny_llama(), tokenizer, name="tiny")
 
 
 def tiny_store(path: Path, documents: int = 5) -> Path:

@@ -34,11 +34,13 @@ def test_every_public_name_is_on_the_page(name: str) -> None:
 INTERNAL = {
     "BucketedLambda",
     "Catalog",
+    "ChatTemplate",
     "Encoder",
     "Explainable",
     "ForEach",
     "KeyedModel",
     "LearnedGate",
+    "Message",
     "Mixer",
     "Stores",
     "TokenTexts",

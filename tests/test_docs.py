@@ -15,6 +15,7 @@ COMMANDS = {
     "tune",
     "eval",
     "generate",
+    "chat",
     "explain",
     "explore",
     "serve",

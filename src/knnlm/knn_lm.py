@@ -20,6 +20,7 @@ from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
+from knnlm.model.chat import Message
 from knnlm.model.encoding import check_text
 from knnlm.model.generation import generate_tokens
 from knnlm.model.language_model import LanguageModel
@@ -44,7 +45,10 @@ _LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A prompt's continuation: its text, and its tokens with an end token if there was one."""
+    """A continuation: its text, and its tokens with an end token if there was one.
+
+    prompt: what it continues; of a conversation, the last message.
+    """
 
     prompt: str
     text: str
@@ -210,12 +214,48 @@ class KNNLM:
         The prompt and the text together are what the tokens say. Raises InvalidArgumentError for
         arguments outside their rules, and if prompt and continuation do not fit the model.
         """
+        check_text("prompt", prompt)
+        tokens = [self.lm.start_token, *self.encode(prompt)]
+        return self._continue(prompt, tokens, 1, max_new_tokens, seed=seed, options=options)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = 256,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Answer a conversation through the model's chat template, greedily unless told otherwise.
+
+        messages: like {"role": "user", "content": "Hello"}, the oldest first; roles are system,
+        user and assistant. What they say is text, their `</s>` too. The other arguments are those
+        of `generate`; the answer also ends where the template ends a turn. Raises
+        InvalidArgumentError for messages that are none, that the template refuses or that do not
+        fit the model, and UnsupportedModelError for a model without a chat template.
+        """
+        template = self.lm.chat_template
+        tokens = template.encode(messages)
+        ends = sorted(self.lm.end_tokens | template.turn_ends)
+        options = {"eos_token_id": ends or None} | options
+        prompt = messages[-1]["content"]
+        return self._continue(prompt, tokens, 0, max_new_tokens, seed=seed, options=options)
+
+    def _continue(
+        self,
+        prompt: str,
+        tokens: Sequence[int],
+        hidden: int,
+        max_new_tokens: int,
+        *,
+        seed: int | None,
+        options: dict[str, Any],
+    ) -> Generation:
+        """Continue tokens, the first `hidden` of which belong to no text."""
         max_new_tokens = check_whole("max_new_tokens", max_new_tokens)
         seed = None if seed is None else check_seed(seed)
-        check_text("prompt", prompt)
         options = _checked(options)
         lm = self.lm
-        tokens = [lm.start_token, *self.encode(prompt)]
         if lm.max_window is not None and len(tokens) + max_new_tokens > lm.max_window:
             raise InvalidArgumentError(
                 f"prompt ({len(tokens)} tokens) and max_new_tokens ({max_new_tokens}) must fit the "
@@ -224,7 +264,7 @@ class KNNLM:
         options = lm.cache_options(len(tokens), len(tokens) + max_new_tokens) | options
         with Attachment(lm, self.mixer):
             new, ended = generate_tokens(lm, tokens, seed, max_new_tokens=max_new_tokens, **options)
-        text = lm.decode(new[:-1] if ended else new, before=tokens[1:])
+        text = lm.decode(new[:-1] if ended else new, before=tokens[hidden:])
         return Generation(prompt, text, new)
 
 

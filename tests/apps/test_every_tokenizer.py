@@ -140,8 +140,8 @@ def test_the_likeliest_tokens_stay_apart(model: KNNLM) -> None:
             assert token.top is not None
             best = distribution.topk(5)
             assert len(token.top) == 5 + (token.token not in best.indices.tolist())
-            assert max(token.top.values()) == pytest.approx(float(best.values[0]), abs=1e-4)
-            parts += sum(name.startswith("bytes:") for name in token.top)
+            assert token.top[0].log_prob == pytest.approx(float(best.values[0]), abs=1e-4)
+            parts += sum(likely.name.startswith("bytes:") for likely in token.top)
     vocabulary = model.lm.token_texts.names(range(model.lm.vocab_size))
     assert (parts > 0) == (sum(name.startswith("bytes:") for name in vocabulary) > 100)
 

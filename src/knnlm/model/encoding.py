@@ -5,7 +5,8 @@ Knows tokenizers; knows no model.
 
 import copy
 import json
-from collections.abc import Collection
+import secrets
+from collections.abc import Collection, Mapping
 from itertools import chain
 from typing import Any
 
@@ -26,19 +27,19 @@ class Encoder:
         self, tokenizer: PreTrainedTokenizerBase, end_tokens: Collection[int] = ()
     ) -> None:
         self.tokenizer = tokenizer
-        self._controls = {
+        self.controls = {
             token: added.content
             for token, added in tokenizer.added_tokens_decoder.items()
             if (added.special or token in end_tokens or token in tokenizer.all_special_ids)
             and token != tokenizer.unk_token_id  # it also stands for what the vocabulary lacks
         }
+        """The control tokens' names, by token id."""
         self._for_text = tokenizer
-        names = [text for name in self._controls.values() for text in (name, f"a{name} {name} a")]
-        found = _encode(tokenizer, names, control_tokens=False) if names else []
-        if tokenizer.is_fast and not self._controls.keys().isdisjoint(chain.from_iterable(found)):
+        names = [text for name in self.controls.values() for text in (name, f"a{name} {name} a")]
+        found = encode_as_is(tokenizer, names, control_tokens=False) if names else []
+        if tokenizer.is_fast and not self.controls.keys().isdisjoint(chain.from_iterable(found)):
             # the vocabulary itself has them, as in Unigram models: there they need other names
-            self._for_text = copy.copy(tokenizer)
-            self._for_text._tokenizer = _rename(tokenizer.backend_tokenizer, self._controls)
+            self._for_text = with_other_names(tokenizer, private_names(self.controls))
 
     def encode(self, texts: list[str], control_tokens: bool = False) -> list[list[int]]:
         """Return the tokens of each text.
@@ -48,7 +49,8 @@ class Encoder:
         """
         for text in texts:
             check_text("text", text)
-        return _encode(self.tokenizer if control_tokens else self._for_text, texts, control_tokens)
+        tokenizer = self.tokenizer if control_tokens else self._for_text
+        return encode_as_is(tokenizer, texts, control_tokens)
 
 
 def check_text(argument: str, text: str) -> None:
@@ -62,9 +64,10 @@ def check_text(argument: str, text: str) -> None:
         ) from error
 
 
-def _encode(
+def encode_as_is(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], control_tokens: bool
 ) -> list[list[int]]:
+    """Return a tokenizer's own tokens of each text, no special tokens added."""
     tokens: list[list[int]] = tokenizer(
         texts,
         add_special_tokens=False,
@@ -75,13 +78,22 @@ def _encode(
     return tokens
 
 
-def _rename(tokenizer: Tokenizer, names: dict[int, str]) -> Tokenizer:
-    """Return a copy in which the tokens `names` have names that no text has."""
-    described: dict[str, Any] = json.loads(tokenizer.to_str())
-    renamed = {name: f"\U0010ffff{token}\U0010ffff" for token, name in names.items()}
+def private_names(controls: Mapping[int, str]) -> dict[str, str]:
+    """Return another name for each control token, which no text has: it cannot be guessed."""
+    nonce = secrets.token_hex(8)
+    return {name: f"\U0010ffff{nonce}{token}\U0010ffff" for token, name in controls.items()}
+
+
+def with_other_names(
+    tokenizer: PreTrainedTokenizerBase, renamed: Mapping[str, str]
+) -> PreTrainedTokenizerBase:
+    """Return a copy of a fast tokenizer in which some tokens have other names."""
+    described: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     for added in described["added_tokens"]:
         added["content"] = renamed.get(added["content"], added["content"])
     model = described["model"]
+    if (unknown := model.get("unk_token")) is not None:
+        model["unk_token"] = renamed.get(unknown, unknown)
     if isinstance(model["vocab"], dict):
         model["vocab"] = {renamed.get(name, name): token for name, token in model["vocab"].items()}
     else:
@@ -91,4 +103,6 @@ def _rename(tokenizer: Tokenizer, names: dict[int, str]) -> Tokenizer:
         model["merges"] = [
             pair for pair in pairs if renamed.keys().isdisjoint([*pair, "".join(pair)])
         ]
-    return Tokenizer.from_str(json.dumps(described))
+    copied = copy.copy(tokenizer)
+    copied._tokenizer = Tokenizer.from_str(json.dumps(described))
+    return copied

@@ -34,6 +34,7 @@ from knnlm.errors import (
     UnsupportedModelError,
     missing_dependency,
 )
+from knnlm.model.chat import ChatTemplate
 from knnlm.model.device import parse_device
 from knnlm.model.encoding import Encoder
 from knnlm.model.keyed_model import KeyedModel, check_decoder_only
@@ -126,6 +127,11 @@ class LanguageModel(KeyedModel):
     def encoder(self) -> Encoder:
         """Turns texts into tokens; a copy of it serves another thread."""
         return Encoder(self.tokenizer, self.end_tokens)
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate:
+        """Turns conversations into tokens; a copy of it serves another thread."""
+        return ChatTemplate(self.encoder)
 
     @cached_property
     def token_texts(self) -> TokenTexts:

@@ -203,7 +203,8 @@ def test_log_probs_are_the_mixtures(
             names = model.lm.token_texts.names(chosen, tokens[1 : position + 1])
             assert len(set(names)) == len(chosen), "halves of characters have names of their own"
             wanted = dict(zip(names, chosen.values(), strict=True))
-            assert token.top == pytest.approx(wanted, abs=2e-5)
+            found_top = {likely.name: likely.log_prob for likely in token.top or ()}
+            assert found_top == pytest.approx(wanted, abs=2e-5)
 
 
 def test_offsets_are_where_the_tokens_begin(model: KNNLM) -> None:

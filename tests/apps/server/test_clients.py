@@ -93,6 +93,7 @@ metric_list:
 
 ROUTES = [
     ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions"),
     ("POST", "/v1/explain"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),

@@ -187,6 +187,11 @@ def print_continuation(prompt: str, text: str) -> None:
     OUT.print(Segments(parts), soft_wrap=True)
 
 
+def print_piece(text: str) -> None:
+    """Print a piece of a text that goes on, with every space, tab and line end of its own."""
+    OUT.print(Segments([Segment(text)]), soft_wrap=True, end="")
+
+
 def print_json(value: object) -> None:
     """Print one JSON value on one line; infinite and undefined numbers become null."""
     text = json.dumps(_finite(value), ensure_ascii=not OUT.encoding.startswith("utf"))

@@ -23,11 +23,7 @@ def print_explanations(
 
     first: the number of the first token that is colored and counted; those before it are a prompt.
     """
-    text = Text()
-    for number, explanation in enumerate(explanations):
-        style = "dim" if number < first else _gain_style(explanation.gain)
-        text.append(visible(explanation.text), style=style)
-    OUT.print(text, soft_wrap=True)
+    OUT.print(colored(explanations, first), soft_wrap=True)
     OUT.print(
         Text.assemble(("green", "green"), ": the datastore helped, ", ("red", "red"), ": it hurt\n")
     )
@@ -36,6 +32,15 @@ def print_explanations(
     for number in shown:
         _print_votes(number, explanations[number])
     _print_documents(explanations[first:])
+
+
+def colored(explanations: Sequence["Explanation"], first: int = 0) -> Text:
+    """Return the text with its tokens from number `first` on colored by gain and loss."""
+    text = Text()
+    for number, explanation in enumerate(explanations):
+        style = "dim" if number < first else _gain_style(explanation.gain)
+        text.append(visible(explanation.text), style=style)
+    return text
 
 
 def _print_probabilities(explanations: Sequence["Explanation"], shown: Sequence[int]) -> None:
@@ -83,9 +88,9 @@ def _print_source(source: "Source") -> None:
             (f"{one_line(source.document)}, token {source.position}", "cyan"),
             "\n            ",
             "…" if source.before else "",
-            _passage(source.before),
-            (_passage(source.value), "reverse"),
-            _passage(source.after),
+            passage_text(source.before),
+            (passage_text(source.value), "reverse"),
+            passage_text(source.after),
             "…",
         ),
         soft_wrap=True,
@@ -122,5 +127,6 @@ def _gain_style(gain: float) -> str:
     return ("green" if gain > 0 else "red") + (" bold" if abs(gain) > 1 else "")
 
 
-def _passage(text: str) -> str:
+def passage_text(text: str) -> str:
+    """Return a part of a passage on one line."""
     return visible(text.replace("\r", "").replace("\n", "⏎").replace("\t", "→"))

@@ -12,14 +12,13 @@ from knnlm.rules import check_sampling_temperature, check_top_p
 
 _Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
 _MaxNewTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate.")]
-_Sample = Annotated[
-    bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")
+_Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Read the prompt as a message, through the model's chat template, and answer it.",
+    ),
 ]
-_SamplingTemperature = Annotated[
-    float, typer.Option(help="With --sample: the softmax temperature; 0 does not sample.")
-]
-_TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.0, max=1.0)]
-_Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
 
 
 def generate(
@@ -33,18 +32,20 @@ def generate(
     temperature: options.Temperature = None,
     cache: options.Cache = False,
     weights: options.Weights = None,
+    chat: _Chat = False,
     max_new_tokens: _MaxNewTokens = 64,
-    sample: _Sample = False,
-    sampling_temperature: _SamplingTemperature = 1.0,
-    top_p: _TopP = 1.0,
-    seed: _Seed = 0,
+    sample: options.Sample = False,
+    sampling_temperature: options.SamplingTemperature = 1.0,
+    top_p: options.TopP = 1.0,
+    seed: options.Seed = 0,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
     """Continue a prompt with the kNN-LM.
 
-    Decoding is greedy unless --sample is given.
+    Decoding is greedy unless --sample is given. With --chat the prompt is a question, which a model
+    with a chat template answers; `knnlm chat` goes on from there.
 
         knnlm generate docs.store "The nearest neighbors"
     """
@@ -57,8 +58,16 @@ def generate(
         if sample
         else {}
     )
-    generation = opened.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+    if chat:
+        generation = opened.chat(
+            [{"role": "user", "content": prompt}],
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            **sampling,
+        )
+    else:
+        generation = opened.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
     if as_json:
         print_json({"prompt": prompt, "text": generation.text, "tokens": generation.tokens})
     else:
-        print_continuation(prompt, generation.text)
+        print_continuation("" if chat else prompt, generation.text)

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from knnlm import __version__
 from knnlm.apps.cli import (
     build,
+    chat,
     console,
     demo,
     evaluate,
@@ -117,6 +118,7 @@ app.command()(index.index)
 app.command()(tune.tune)
 app.command("eval")(evaluate.evaluate)
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(explain.explain)
 app.command()(explore.explore)
 app.command()(serve.serve)

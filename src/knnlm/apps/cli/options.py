@@ -104,5 +104,13 @@ Weights = Annotated[
         "default learned if a gate was tuned and no k, λ or T is given, otherwise fixed."
     ),
 ]
+Sample = Annotated[
+    bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")
+]
+SamplingTemperature = Annotated[
+    float, typer.Option(help="With --sample: the softmax temperature; 0 does not sample.")
+]
+TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.0, max=1.0)]
+Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
 Port = Annotated[int, typer.Option(help="0 for any free port.", min=0, max=65535)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

@@ -24,13 +24,23 @@ class Lane(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class LikelyToken:
+    """A token that might stand in some place; name: see `TokenTexts.names`; data: its own bytes."""
+
+    token: int
+    name: str
+    data: bytes
+    log_prob: float
+
+
+@dataclass(frozen=True, slots=True)
 class ScoredToken:
     """A token of a prompt or a completion.
 
     text: what it adds to the prompt's or the completion's text; data: its own bytes. offset: where
     its text begins, in characters. log_prob: under the mixture, in nats; None for a token that
-    nothing precedes. top: the log probabilities of the likeliest tokens in its place, and of the
-    token itself, by `TokenTexts.names`, or `token_id:7` for a less likely token of the same name.
+    nothing precedes. top: the likeliest tokens in its place, the likeliest first; then the token
+    itself, if it is none of them.
     """
 
     token: int
@@ -38,7 +48,7 @@ class ScoredToken:
     data: bytes = b""
     offset: int = 0
     log_prob: float | None = None
-    top: dict[str, float] | None = None
+    top: tuple[LikelyToken, ...] | None = None
     explanation: Explanation | None = None
 
 
@@ -126,7 +136,8 @@ class Completion(Job):
     """A prompt and how to continue it.
 
     prompt: the token ids that the model reads; the first `hidden` of them, a start token, belong
-    to no text. samples: how many continuations. stop: texts before which a continuation ends.
+    to no text. samples: how many continuations. stop: texts before which a continuation ends;
+    ends: tokens that end it, besides the model's own.
     log_probs: how many of the likeliest tokens to report with every token; None for no
     log-probabilities. score_prompt: whether to score the prompt's tokens too. sources: how many
     neighbors to name for each generated token.
@@ -138,6 +149,7 @@ class Completion(Job):
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     samples: int = 1
     stop: tuple[str, ...] = ()
+    ends: frozenset[int] = frozenset()
     log_probs: int | None = None
     score_prompt: bool = False
     sources: int = 0

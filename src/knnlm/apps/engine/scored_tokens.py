@@ -9,7 +9,7 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.apps.engine.jobs import ScoredToken
+from knnlm.apps.engine.jobs import LikelyToken, ScoredToken
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.model.token_text import TokenTexts
 
@@ -31,9 +31,10 @@ def score_token(
     best = log_probs.topk(likeliest)
     values = dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
     values.setdefault(token, log_prob)
-    top: dict[str, float] = {}
-    for other, name in zip(values, texts.names(values, before), strict=True):
-        top[f"token_id:{other}" if name in top else name] = values[other]
+    top = tuple(
+        LikelyToken(other, name, texts.bytes_of(other), values[other])
+        for other, name in zip(values, texts.names(values, before), strict=True)
+    )
     return ScoredToken(token, log_prob=log_prob, top=top)
 
 

@@ -332,7 +332,7 @@ class Worker:
         self._lm.check_numbers(mixed.log_probs[position])
         token = sample.sampler.next_token(mixed.log_probs[position])
         reason = None
-        if token in self._lm.end_tokens:
+        if token in self._lm.end_tokens or token in job.ends:
             reason = "stop"
         else:
             scored = self._score_token(job, sample.stream, token, mixed.log_probs[position])

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from knnlm.apps.engine.jobs import Failed
-from knnlm.apps.server.schema import ErrorInfo, ErrorResponse
+from knnlm.apps.server.schema import UNSUPPORTED, ErrorInfo, ErrorResponse
 
 CLIENT_LEFT = 499
 """The status, seen only by the metrics, of a request whose client left before the response."""
@@ -83,29 +83,42 @@ def add_to(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def respond_to_invalid_body(request: Request, error: RequestValidationError) -> Response:
-        message, param = _explain_validation(error.errors())
-        return HTTPError(400, message, param=param).response()
+        return _explain_validation(error.errors()).response()
 
     @app.exception_handler(Exception)
     async def respond_to_failure(request: Request, error: Exception) -> Response:
         return HTTPError(500, "the server failed at this request; its log says more").response()
 
 
-def _explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Return a message of one line, and the field that it is about."""
-    first = errors[0]
-    location = [str(part) for part in first["loc"] if part != "body"]
+def _explain_validation(errors: Sequence[Mapping[str, Any]]) -> HTTPError:
+    """Return an error whose message is one line, about the first field that is wrong."""
+    # what the protocol has and this server does not says more than what follows from it
+    first = next((error for error in errors if error["type"] == UNSUPPORTED), errors[0])
+    location = [part for part in first["loc"] if part != "body"]
     if first["type"] == "json_invalid":
-        return f"the request's body must be JSON: {first['ctx']['error']}", None
+        return HTTPError(400, f"the request's body must be JSON: {first['ctx']['error']}")
     if not location:
-        return f"the request's body: {_clean(first['msg'])}", None
-    field = location[0]
+        return HTTPError(400, f"the request's body: {_clean(first['msg'])}")
+    field, place = str(location[0]), _place(location)
     if first["type"] == "extra_forbidden":
-        return f"{field} is not a field of this request; leave it out", field
-    about_field = [error for error in errors if str(error["loc"][1]) == field]
+        return HTTPError(400, f"{place} is not a field of this request; leave it out", param=field)
+    if first["type"] == UNSUPPORTED:
+        return HTTPError(400, f"{place}: {first['msg']}", param=field, code=UNSUPPORTED)
+    about_place = [error for error in errors if _place(error["loc"][1:]) == place]
     # one error for each type of value that the field may have
-    reasons = list(dict.fromkeys(_clean(error["msg"]) for error in about_field))
-    return f"{field}: {'; or: '.join(reasons[:4])}{_shown(first.get('input'))}", field
+    reasons = list(dict.fromkeys(_clean(error["msg"]) for error in about_place))
+    message = f"{place}: {'; or: '.join(reasons[:4])}{_shown(first.get('input'))}"
+    return HTTPError(400, message, param=field)
+
+
+def _place(location: Sequence[int | str]) -> str:
+    """Return the place of an error: messages[0].content. Types that a value may have follow it."""
+    place = str(location[0]) if location else ""
+    for number, name in zip(location[1::2], location[2::2], strict=False):
+        if not isinstance(number, int) or not isinstance(name, str):
+            break
+        place += f"[{number}].{name}"
+    return place
 
 
 def _clean(message: str) -> str:

@@ -12,10 +12,11 @@ from knnlm.apps.engine.engine import ModelFacts
 from knnlm.apps.engine.jobs import Completion, Event, Overrides
 from knnlm.apps.engine.limits import Limits
 from knnlm.apps.engine.sampling import SamplingOptions
+from knnlm.apps.server.chat_schema import ChatRequest
 from knnlm.apps.server.http_errors import HTTPError
-from knnlm.apps.server.schema import CompletionRequest, ExplainRequest
+from knnlm.apps.server.schema import CompletionRequest, ExplainRequest, GenerationRequest
 from knnlm.apps.server.tokenizing import Tokenizing
-from knnlm.errors import InvalidArgumentError
+from knnlm.errors import InvalidArgumentError, KNNLMError
 from knnlm.retrieval.retriever import for_each
 
 _DEFAULT_MAX_TOKENS = 16  # the protocol's own
@@ -29,12 +30,15 @@ _TOKEN_BYTES, _ALTERNATIVE_BYTES, _SOURCE_BYTES, _PASSAGE_TOKEN_BYTES = 128, 32,
 class EncodedPrompt:
     """A prompt: the token ids that the model reads, and its text if `echo` returns it.
 
-    hidden: how many tokens at its start the client did not send.
+    hidden: how many tokens at its start the client did not send. max_tokens: how many may follow.
+    ends: tokens that end what follows, besides the model's own.
     """
 
     tokens: Sequence[int]
     hidden: int
     text: str
+    max_tokens: int
+    ends: frozenset[int] = frozenset()
 
 
 class RequestReader:
@@ -52,8 +56,35 @@ class RequestReader:
         """
         prompt = request.prompt
         given = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
-        self._check_numbers(request, len(given))
+        self._check_numbers(request, len(given), max_tokens=_max_tokens(request))
         encoded = [await self._encode(request, one) for one in given]
+        self._check_answer(request, encoded)
+        return encoded
+
+    async def conversation(self, request: ChatRequest) -> list[EncodedPrompt]:
+        """Tokenize the conversation of a request, with exactly the tokens of its template.
+
+        There is one prompt. Without a number of tokens the answer has what room there is.
+        """
+        asked, param = request.most_tokens, "max_completion_tokens"
+        if request.max_tokens is not None:
+            param = "max_tokens"
+        self._check_numbers(request, 1, **{param: 1 if asked is None else asked})
+        messages = [message.plain() for message in request.messages]
+        try:
+            tokens = await self._tokenizing.encode_chat(messages, self._window)
+            ends = await self._tokenizing.turn_ends()
+        except KNNLMError as error:
+            raise HTTPError(400, str(error), param="messages") from error
+        if tokens == []:
+            raise HTTPError(
+                400, "messages: the chat template makes no token of them", param="messages"
+            )
+        least = 1 if asked is None else asked
+        if tokens is None or len(tokens) + least > self._window:
+            raise self._too_long("messages", tokens, param, least)
+        most = min(self.limits.max_tokens, self._window - len(tokens)) if asked is None else asked
+        encoded = [EncodedPrompt(tokens, 0, "", most, ends)]
         self._check_answer(request, encoded)
         return encoded
 
@@ -61,38 +92,48 @@ class RequestReader:
         self, request: CompletionRequest, prompt: str | int | list[str] | list[int]
     ) -> EncodedPrompt:
         max_tokens = _max_tokens(request)
-        window = self._facts.max_window or self.limits.max_positions
+        tokens: list[int] | None
         if isinstance(prompt, str):
-            tokens = await self._tokenizing.encode(prompt, window)
-            count = None if tokens is None else 1 + len(tokens)
-            ids = [self._facts.start_token, *(tokens or ())]
+            encoded = await self._tokenizing.encode(prompt, self._window)
+            tokens = None if encoded is None else [self._facts.start_token, *encoded]
         else:
             assert isinstance(prompt, list)
-            ids = [token for token in prompt if isinstance(token, int)]
-            count = len(ids)
-        if count is None or count + max_tokens > window:
-            sent = f"more than {window}" if count is None else str(count)
-            raise HTTPError(
-                400,
-                f"prompt ({sent} tokens, the start token included) and max_tokens ({max_tokens}) "
-                f"must fit the model's {window} positions; shorten one of them",
-                param="prompt",
-                code="context_length_exceeded",
-            )
+            tokens = [token for token in prompt if isinstance(token, int)]
+        if tokens is None or len(tokens) + max_tokens > self._window:
+            raise self._too_long("prompt", tokens, "max_tokens", max_tokens)
         if isinstance(prompt, str):
-            return EncodedPrompt(ids, 1, prompt)
-        if max(ids) >= self._facts.vocab_size:
+            return EncodedPrompt(tokens, 1, prompt, max_tokens)
+        if max(tokens) >= self._facts.vocab_size:
             raise HTTPError(
                 400,
                 f"prompt: token ids must be below {self._facts.vocab_size}, the size of the "
-                f"vocabulary, got {max(ids)}",
+                f"vocabulary, got {max(tokens)}",
                 param="prompt",
             )
-        return EncodedPrompt(ids, 0, await self._tokenizing.decode(ids) if request.echo else "")
+        text = await self._tokenizing.decode(tokens) if request.echo else ""
+        return EncodedPrompt(tokens, 0, text, max_tokens)
+
+    @property
+    def _window(self) -> int:
+        return self._facts.max_window or self.limits.max_positions
+
+    def _too_long(
+        self, param: str, tokens: Sequence[int] | None, limit: str, max_tokens: int
+    ) -> HTTPError:
+        """Return the error for a prompt that is too long; tokens: None for too many to count."""
+        sent = f"more than {self._window}" if tokens is None else str(len(tokens))
+        what = f"{sent} tokens, the start token included" if param == "prompt" else f"{sent} tokens"
+        return HTTPError(
+            400,
+            f"{param} ({what}) and {limit} ({max_tokens}) must fit the model's {self._window} "
+            "positions; shorten one of them",
+            param=param,
+            code="context_length_exceeded",
+        )
 
     def completions(
         self,
-        request: CompletionRequest,
+        request: GenerationRequest,
         prompts: Sequence[EncodedPrompt],
         post: Callable[[int, Event], None],
     ) -> list[Completion]:
@@ -111,23 +152,23 @@ class RequestReader:
                 overrides=overrides,
                 prompt=prompt.tokens,
                 hidden=prompt.hidden,
-                max_tokens=_max_tokens(request),
+                max_tokens=prompt.max_tokens,
                 sampling=sampling,
-                samples=request.n or 1,
+                samples=request.samples,
                 stop=tuple(stop),
-                log_probs=request.logprobs,
-                score_prompt=bool(request.echo) and request.logprobs is not None,
+                ends=prompt.ends,
+                log_probs=request.likeliest,
+                score_prompt=request.echoes and request.likeliest is not None,
                 sources=_sources(request),
             )
             for number, prompt in enumerate(prompts)
         ]
 
-    def _check_numbers(self, request: CompletionRequest, prompts: int) -> None:
-        limits, samples = self.limits, request.n or 1
-        for param, number, most in [
-            ("max_tokens", _max_tokens(request), limits.max_tokens),
-            ("n", samples, limits.max_batch),
-        ]:
+    def _check_numbers(self, request: GenerationRequest, prompts: int, **max_tokens: int) -> None:
+        """Refuse numbers beyond the limits; max_tokens: by the name that the client used."""
+        limits, samples = self.limits, request.samples
+        for param, number in (max_tokens | {"n": samples}).items():
+            most = limits.max_batch if param == "n" else limits.max_tokens
             if number > most:
                 message = f"{param} must be at most {most} on this server, got {number}"
                 raise HTTPError(400, message, param=param)
@@ -147,15 +188,15 @@ class RequestReader:
                 param="prompt",
             )
 
-    def _check_answer(self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]) -> None:
-        samples = request.n or 1
-        generated = len(prompts) * samples * _max_tokens(request)
+    def _check_answer(self, request: GenerationRequest, prompts: Sequence[EncodedPrompt]) -> None:
+        samples = request.samples
+        generated = samples * sum(prompt.max_tokens for prompt in prompts)
         tokens = generated
-        if request.echo:
+        if request.echoes:
             tokens += samples * sum(len(prompt.tokens) for prompt in prompts)
         size = generated * _sources(request) * _source_bytes(_DEFAULT_PASSAGE)
-        if request.logprobs is not None:
-            size += tokens * (_TOKEN_BYTES + request.logprobs * _ALTERNATIVE_BYTES)
+        if request.likeliest is not None:
+            size += tokens * (_TOKEN_BYTES + request.likeliest * _ALTERNATIVE_BYTES)
         self._check_bytes(size, "fewer tokens, prompts, samples, logprobs or sources")
 
     def _check_bytes(self, size: int, remedy: str) -> None:
@@ -167,7 +208,7 @@ class RequestReader:
                 f"{size}: ask for {remedy}",
             )
 
-    def overrides(self, request: CompletionRequest | ExplainRequest) -> Overrides:
+    def overrides(self, request: GenerationRequest | ExplainRequest) -> Overrides:
         """Return the request's own k, λ and T."""
         try:  # checked here because only the protocol knows the name knn_temperature
             for_each("knn_temperature", request.knn_temperature, len(self._facts.entries))
@@ -207,11 +248,11 @@ def _max_tokens(request: CompletionRequest) -> int:
     return _DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
 
 
-def _logit_bias(request: CompletionRequest) -> dict[int, float]:
+def _logit_bias(request: GenerationRequest) -> dict[int, float]:
     return {int(token): bias for token, bias in (request.logit_bias or {}).items()}
 
 
-def _sources(request: CompletionRequest) -> int:
+def _sources(request: GenerationRequest) -> int:
     if isinstance(request.sources, bool) or request.sources is None:
         return _DEFAULT_SOURCES if request.sources else 0
     return request.sources

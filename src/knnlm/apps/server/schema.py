@@ -20,6 +20,8 @@ from knnlm.rules import (
     check_top_p,
 )
 
+UNSUPPORTED = "unsupported_parameter"
+"""The code of an error about something that the protocol has and this server does not."""
 Text = Annotated[str, Field(max_length=1 << 20)]
 TokenIds = Annotated[
     list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(min_length=1, fail_fast=True)
@@ -67,13 +69,9 @@ class StreamOptions(BaseModel):
     include_usage: bool = Field(False, description="End with a chunk that counts the tokens.")
 
 
-class CompletionRequest(_Request):
-    """A prompt, or several, and how to continue them."""
+class GenerationRequest(_Request):
+    """How tokens are generated, and what is told of them: the same after a prompt and in a chat."""
 
-    prompt: Prompt = Field(description="A text, token ids, or a list of texts or of token ids.")
-    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = Field(
-        None, description="The most tokens to generate; by default 16."
-    )
     temperature: SamplingTemperature | None = Field(
         None, description="Sampling temperature; 0 takes the likeliest token. By default 1."
     )
@@ -109,28 +107,66 @@ class CompletionRequest(_Request):
     seed: Annotated[int, AfterValidator(check_seed)] | None = Field(
         None, description="Makes sampling repeatable."
     )
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
-        None,
-        description="Log-probabilities, in nats, of the tokens and of this many of the likeliest.",
-    )
-    echo: bool | None = Field(None, description="Begin the text with the prompt.")
     stream: bool | None = Field(None, description="Send the text as it grows.")
     stream_options: StreamOptions | None = Field(None, description="With `stream` only.")
     user: str | None = Field(None, description="Ignored.")
     sources: bool | Annotated[int, Field(ge=0, le=64)] | None = Field(
         None, description="How many neighbors to name for each generated token; true for 3."
     )
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> "GenerationRequest":
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true")
+        return self
+
+    @property
+    def samples(self) -> int:
+        """How many continuations of each prompt."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens to report; None for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the text begins with the prompt."""
+        return False
+
+
+class CompletionRequest(GenerationRequest):
+    """A prompt, or several, and how to continue them."""
+
+    prompt: Prompt = Field(description="A text, token ids, or a list of texts or of token ids.")
+    max_tokens: Annotated[int, Field(ge=0, le=1 << 31)] | None = Field(
+        None, description="The most tokens to generate; by default 16."
+    )
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = Field(
+        None,
+        description="Log-probabilities, in nats, of the tokens and of this many of the likeliest.",
+    )
+    echo: bool | None = Field(None, description="Begin the text with the prompt.")
     # fields of the protocol that are accepted only where they change nothing
     best_of: Annotated[int, Field(ge=1, le=1024)] | None = Field(None, description="Not above n.")
     suffix: Literal[""] | None = Field(None, description="Not supported.")
 
     @model_validator(mode="after")
-    def _check_combinations(self) -> "CompletionRequest":
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options goes with stream: true")
-        if self.best_of is not None and self.best_of > (self.n or 1):
+    def _check_best_of(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of > self.samples:
             raise ValueError("best_of must be at most n: the best of more is not chosen")
         return self
+
+    @property
+    def likeliest(self) -> int | None:
+        """How many of the likeliest tokens to report; None for no log-probabilities."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """Whether the text begins with the prompt."""
+        return bool(self.echo)
 
 
 class ExplainRequest(_Request):

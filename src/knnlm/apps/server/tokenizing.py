@@ -5,11 +5,12 @@ Knows tokenizers; knows no model and no request.
 
 import asyncio
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
+from knnlm.model.chat import ChatTemplate, Message
 from knnlm.model.encoding import Encoder
 from knnlm.model.token_text import detokenize
 
@@ -22,14 +23,14 @@ class _OwnEncoder:
     """An encoder, which serves one thread at a time, and those who wait for it in order."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self._encoder = copy.deepcopy(encoder)
+        self._chat = ChatTemplate(copy.deepcopy(encoder))
         self._turn = asyncio.Lock()
 
-    async def run(self, function: Callable[[Encoder, Given], Value], given: Given) -> Value:
-        """Call a function in a thread that has the encoder to itself."""
+    async def run(self, function: Callable[[ChatTemplate, Given], Value], given: Given) -> Value:
+        """Call a function in a thread that has the encoder, and its chat template, to itself."""
         # who waits here takes no thread, and a client that leaves gives its turn up
         async with self._turn:
-            return await run_in_threadpool(function, self._encoder, given)
+            return await run_in_threadpool(function, self._chat, given)
 
 
 class Tokenizing:
@@ -50,16 +51,36 @@ class Tokenizing:
         """
         if len(text) <= _PIECE:
             return await self._short.run(self._tokens, text)
-        counted = 0
-        for start in range(0, len(text), _PIECE):
-            counted += len(await self._long.run(self._tokens, text[start : start + _PIECE]))
-            # the cuts between the pieces add a token or two each: far from as many again
-            if counted > 2 * most:
-                return None
+        if await self._is_too_long([text], most):
+            return None
         return await self._long.run(self._tokens, text)
 
-    def _tokens(self, encoder: Encoder, text: str) -> list[int]:
-        return encoder.encode([text], self._control_tokens)[0]
+    async def encode_chat(self, messages: Sequence[Message], most: int) -> list[int] | None:
+        """Do the same for a conversation that is to be answered; see `ChatTemplate.encode`."""
+        contents = [message["content"] for message in messages]
+        if sum(map(len, contents)) + len(contents) <= _PIECE:
+            return await self._short.run(ChatTemplate.encode, messages)
+        if len(messages) > most or await self._is_too_long(contents, most):
+            return None
+        return await self._long.run(ChatTemplate.encode, messages)
+
+    async def turn_ends(self) -> frozenset[int]:
+        """Return the tokens that end an answer; see `ChatTemplate.turn_ends`."""
+        return await self._short.run(_turn_ends, None)
+
+    async def _is_too_long(self, texts: Iterable[str], most: int) -> bool:
+        """Count the tokens of long texts in pieces, as far as need be."""
+        counted = 0
+        for text in texts:
+            for start in range(0, len(text), _PIECE):
+                counted += len(await self._long.run(self._tokens, text[start : start + _PIECE]))
+                # the cuts between the pieces add a token or two each: far from as many again
+                if counted > 2 * most:
+                    return True
+        return False
+
+    def _tokens(self, chat: ChatTemplate, text: str) -> list[int]:
+        return chat.encoder.encode([text], self._control_tokens)[0]
 
     async def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of tokens unchanged, special tokens and spaces included."""
@@ -67,5 +88,9 @@ class Tokenizing:
         return await own.run(_decode, tokens)
 
 
-def _decode(encoder: Encoder, tokens: Sequence[int]) -> str:
-    return detokenize(encoder.tokenizer, tokens)
+def _decode(chat: ChatTemplate, tokens: Sequence[int]) -> str:
+    return detokenize(chat.encoder.tokenizer, tokens)
+
+
+def _turn_ends(chat: ChatTemplate, _: None) -> frozenset[int]:
+    return chat.turn_ends
