@@ -22,6 +22,8 @@ COMMANDS = {
     "forget",
     "compact",
     "verify",
+    "import",
+    "export",
     "demo",
 }
 
