@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import peers
 import pytest
-import torch
 from conftest import PROSE, byte_tokenizer, refusal, tiny_llama
 from kills import PLACES, ends_by_kill
 from stores import assert_same, distinct_documents, stored_keys
@@ -168,8 +167,8 @@ def test_arguments_are_checked(tmp_path: Path, files: Path, llama_lm: LanguageMo
         import_(tmp_path, "tiny", unverified=True)
     with refusal(InvalidArgumentError, "key must be ffn_input"):
         import_(tmp_path, llama_lm, key="output")
-    with refusal(InvalidArgumentError, "cut_after must be a token that", "383 is not in it"):
-        import_(tmp_path, llama_lm, cut_after=383)
+    with refusal(InvalidArgumentError, "cut_after must be a token that", "1 is not in it"):
+        import_(tmp_path, llama_lm, cut_after=1)
     with refusal(InvalidArgumentError, "at least one whole window"):
         import_(tmp_path, llama_lm, max_entries=60)
     assert [path.name for path in tmp_path.iterdir()] == ["files"]
@@ -299,8 +298,5 @@ def test_leftovers_of_another_import_are_not_resumed(
 
     assert ends_by_kill(work)
     assert (tmp_path / "store.importing").exists()
-    assert torch.equal(
-        import_(tmp_path, llama_lm, max_entries=900).values[:3].cpu(),
-        Datastore(tmp_path / "store").values[:3],
-    )
-    assert Datastore(tmp_path / "store").rows == 900
+    assert import_(tmp_path, llama_lm, max_entries=900).rows == 900
+    assert not (tmp_path / "store.importing").exists()

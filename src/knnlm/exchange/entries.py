@@ -4,7 +4,7 @@ Knows tensors and our own datastores; no other tool's files, no models.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from knnlm.datastore.datastore import Datastore
 _BLOCK_BYTES = 1 << 26
 
 
+@runtime_checkable
 class Entries(Protocol):
     """Keys and values in the order of the text: key i precedes value i.
 

@@ -143,7 +143,13 @@ def _import(
     proof = None
     if model is not None:
         proof = prove(
-            entries, model, windowing, documents, first_block=first_block, progress=progress
+            entries,
+            model,
+            windowing,
+            documents,
+            rows=rows,
+            first_block=first_block,
+            progress=progress,
         )
         settings = _proved_settings(settings, model)
     origin = {
@@ -184,6 +190,7 @@ def prove_import(
         model,
         opened.windowing,
         documents,
+        rows=opened.rows,
         first_block=origin["first_block"],
         progress=progress,
     )

@@ -25,7 +25,7 @@ EXACT = 0.05
 ALIKE = 0.5
 """The distance of the same tokens' keys in windows that begin elsewhere."""
 _LEADING, _SPREAD = 4, 12  # windows
-_LEAST_ALIKE = 0.9
+_LEAST_ALIKE = 0.75
 _LEAST_EXACT = 2
 
 
@@ -52,15 +52,17 @@ def prove(
     windowing: Windowing,
     documents: Sequence[StoredDocument],
     *,
+    rows: int,
     first_block: int = 0,
     progress: Progress = SILENT,
 ) -> Proof:
     """Read a sample of windows again, and demand that the keys agree.
 
-    windowing: how the peer read. documents: by row; they count where each is read on its own.
+    rows: how many entries count. windowing: how the peer read. documents: by row; they count where
+    each is read on its own.
     first_block: in a stream, the first row at which a whole block of new positions begins.
 
-    At least two windows have to agree within rounding, and nine in ten nearly: some peers start
+    At least two windows have to agree within rounding, and three in four nearly: some peers start
     afresh at places that they do not record, so that later windows begin elsewhere. Raises
     DatastoreMismatchError if they do not, InvalidArgumentError for too few entries.
     """
@@ -68,19 +70,19 @@ def prove(
     if windowing.boundary == Boundary.document:
         sample = _of_documents(entries, documents, lm.start_token, windowing)
     else:
-        sample = _of_stream(entries, windowing, first_block)
-    rows, windows = [row for row, _ in sample], [window for _, window in sample]
+        sample = _of_stream(entries, rows, windowing, first_block)
+    firsts, windows = [row for row, _ in sample], [window for _, window in sample]
     if not windows:
         least = first_block + 2 * windowing.window
         raise InvalidArgumentError(
             f"an import must hold at least one whole window with its context to be proved, about "
-            f"{least} entries, got {entries.rows}: give the sizes with which it was read as window "
+            f"{least} entries, got {rows}: give the sizes with which it was read as window "
             "and context, or import it unproved"
         )
     stored, found = [], []
     with progress.task("prove", sum(window.new for window in windows), "tokens") as advance:
         for number, keys in read_keys(lm, windows):
-            row = rows[number]
+            row = firsts[number]
             stored.append(entries.keys(row, row + len(keys)).float())
             found.append(keys.float().cpu())
             advance(len(keys))
@@ -114,13 +116,13 @@ def _judge(
 
 
 def _of_stream(
-    entries: Entries, windowing: Windowing, first_block: int
+    entries: Entries, rows: int, windowing: Windowing, first_block: int
 ) -> list[tuple[int, Window]]:
     """Return windows, each with the row of its first new position, from blocks of a stream."""
     context, new = windowing.context, windowing.window - windowing.context
     # the first token that a window reads precedes its first position's value
     skipped = max(0, -(-(context + 1 - first_block) // new))
-    starts = range(first_block + skipped * new, entries.rows - new + 1, new)
+    starts = range(first_block + skipped * new, rows - new + 1, new)
     windows = []
     for number in _spread(len(starts)):
         row = starts[number]

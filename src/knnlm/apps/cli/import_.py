@@ -7,6 +7,7 @@ import typer
 
 from knnlm.apps.cli import options
 from knnlm.apps.cli.console import print_json
+from knnlm.apps.cli.opening import ModelOptions, load_model
 from knnlm.apps.cli.reports import print_store
 from knnlm.choices import ArrayFormat, Boundary, Key, KeyDtype, ModelDtype
 from knnlm.errors import InvalidArgumentError
@@ -118,34 +119,17 @@ def import_store(
     """
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
-    from knnlm.exchange.checking import check_new_folder
-    from knnlm.exchange.files import find_files
     from knnlm.index.report import describe_datastore
 
+    given = ModelOptions(model, dtype, device)
     if not files:
-        if model is None:
-            raise InvalidArgumentError(
-                "files must name what to import; to prove a datastore that was imported already, "
-                "give --model"
-            )
-        proved = knnlm.Datastore(store)
-        lm = proved.load_model(model, dtype=None if dtype == "auto" else dtype, device=device)
-        knnlm.prove_import(proved, lm, RichProgress())
+        _prove(store, given)
     else:
-        if source is None:
-            raise InvalidArgumentError(f"--from must be one of {', '.join(ArrayFormat)}")
-        lm_or_name: LanguageModel | str | None = model
-        if not unverified and model is not None:
-            check_new_folder(store)
-            find_files(files, source)
-            lm_or_name = knnlm.LanguageModel.load(
-                model, key=key or Key.ffn_input, dtype=dtype, device=device
-            )
         knnlm.import_datastore(
             store,
             files,
-            lm_or_name,
-            source=source,
+            model if unverified else _load(store, files, source, key, given),
+            source=source or "",
             key=key,
             dimension=dimension,
             max_entries=max_entries,
@@ -163,3 +147,38 @@ def import_store(
         print_json(facts)
     else:
         print_store(facts)
+
+
+def _prove(store: Path, given: ModelOptions) -> None:
+    """Prove a datastore that was imported unverified."""
+    import knnlm
+    from knnlm.apps.cli.progress_bar import RichProgress
+
+    if given.name is None:
+        raise InvalidArgumentError(
+            "files must name what to import; to prove a datastore that was imported already, give "
+            "--model"
+        )
+    opened = knnlm.Datastore(store)
+    knnlm.prove_import(opened, load_model(opened, given), RichProgress())
+
+
+def _load(
+    store: Path,
+    files: list[str],
+    source: ArrayFormat | None,
+    key: Key | None,
+    given: ModelOptions,
+) -> "LanguageModel | None":
+    """Load the model to prove an import with, if one was named; first refuse what needs none."""
+    import knnlm
+    from knnlm.exchange.checking import check_new_folder
+    from knnlm.exchange.files import find_files
+
+    if source is None or given.name is None:
+        return None
+    check_new_folder(store)
+    find_files(files, source)
+    return knnlm.LanguageModel.load(
+        given.name, key=key or Key.ffn_input, dtype=given.dtype, device=given.device
+    )
