@@ -103,9 +103,12 @@ def test_lists_of_documents_that_do_not_fit_are_refused(
         with refusal(knnlm.DatastoreCorruptError, "documents.jsonl", message):
             knnlm.import_datastore(tmp_path / "back", tmp_path / "arrays", llama_lm, source="npy")
     listed.unlink()
-    (tmp_path / "arrays" / "knnlm.json").write_text("{}")
-    with refusal(knnlm.DatastoreCorruptError, "knnlm.json"):
-        knnlm.import_datastore(tmp_path / "back", tmp_path / "arrays", llama_lm, source="npy")
+    manifest = tmp_path / "arrays" / "knnlm.json"
+    described = json.loads(manifest.read_text())
+    for text in ("{}", "no JSON", json.dumps(described | {"first_block": "31"})):
+        manifest.write_text(text)
+        with refusal(knnlm.DatastoreCorruptError, "knnlm.json"):
+            knnlm.import_datastore(tmp_path / "back", tmp_path / "arrays", llama_lm, source="npy")
 
 
 def test_arguments_are_checked(tmp_path: Path, llama_lm: LanguageModel) -> None:

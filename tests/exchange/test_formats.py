@@ -1,7 +1,7 @@
 """The files of other tools: what they hold is read from them, and what cannot be is refused."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,7 @@ def test_arrow(tmp_path: Path, footer: bool) -> None:
 def test_arrow_lists_of_any_length(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
 
-    def write(keys: list[list[float]]) -> list[Path]:
+    def write(keys: Sequence[Sequence[float]]) -> list[Path]:
         table = arrow.table(
             {
                 "keys": arrow.array(keys, type=arrow.list_(arrow.float32())),
@@ -93,7 +93,7 @@ def test_arrow_lists_of_any_length(tmp_path: Path) -> None:
 
     entries = find_files(write([[1, 2], [3, 4], [5, 6]]), ArrayFormat.arrow).open(None)
     assert entries.keys(1, 3).tolist() == [[3, 4], [5, 6]]
-    for ragged in ([[1, 2], [3]], [[1, 2], [3, 4], [5]]):
+    for ragged in ([[1.0, 2.0], [3.0]], [[1.0, 2.0], [3.0, 4.0], [5.0]]):
         with refusal(DatastoreCorruptError, "a.arrow", "one length"):
             find_files(write(ragged), ArrayFormat.arrow).open(None)
 
@@ -114,6 +114,11 @@ def raw(folder: Path, break_it: Callable[[Path], object]) -> None:
     break_it(next(folder.glob("*_keys.npy")))
 
 
+def save_npy(folder: Path, keys: np.ndarray) -> None:
+    np.save(folder / "keys.npy", keys, allow_pickle=True)
+    np.save(folder / "vals.npy", VALUES)
+
+
 IMPOSSIBLE: dict[str, tuple[ArrayFormat, Callable[[Path], object], str]] = {
     "cut keys": (ArrayFormat.knn_transformers, lambda f: raw(f, cut), "keys.npy must have"),
     "the name of another file": (
@@ -128,7 +133,7 @@ IMPOSSIBLE: dict[str, tuple[ArrayFormat, Callable[[Path], object], str]] = {
     ),
     "empty": (
         ArrayFormat.original,
-        lambda f: [(f / name).touch() for name in ("a_keys.npy", "a_vals.npy")],
+        lambda f: [(f / name).write_bytes(b"") for name in ("a_keys.npy", "a_vals.npy")],
         "a_keys.npy must hold entries, but it is empty",
     ),
     "knn-box shapes": (
@@ -138,15 +143,12 @@ IMPOSSIBLE: dict[str, tuple[ArrayFormat, Callable[[Path], object], str]] = {
     ),
     "npy shapes": (
         ArrayFormat.npy,
-        lambda f: [np.save(f / "keys.npy", KEYS[0]), np.save(f / "vals.npy", VALUES)],
+        lambda f: save_npy(f, KEYS[0]),
         "keys.npy must be float16 or float32 [rows, dimension]",
     ),
     "npy objects": (
         ArrayFormat.npy,
-        lambda f: [
-            np.save(f / "keys.npy", np.array([{}]), allow_pickle=True),
-            np.save(f / "vals.npy", VALUES),
-        ],
+        lambda f: save_npy(f, np.array([{}])),
         "keys.npy must be a .npy array",
     ),
     "no arrow": (

@@ -54,7 +54,7 @@ def imported(tmp_path: Path, files: Path, llama_lm: LanguageModel) -> Datastore:
 
 
 def import_(work: Path, lm: Any, **changes: Any) -> Datastore:
-    options = {"source": "knn-transformers", **SIZES} | changes
+    options: dict[str, Any] = {"source": "knn-transformers", **SIZES, **changes}
     return knnlm.import_datastore(work / "store", work / "files", lm, **options)
 
 

@@ -97,16 +97,11 @@ def _kind(arrow: Any, path: Path, schema: Any, batches: Sequence[Any]) -> tuple[
     """Return the dimension and the dtype of a file's keys."""
     dtypes = {arrow.float16(): torch.float16, arrow.float32(): torch.float32}
     names = set(schema.names)
-    keys = schema.field("keys").type if "keys" in names else None
-    values = schema.field("vals").type if "vals" in names else None
-    is_fixed = keys is not None and arrow.types.is_fixed_size_list(keys)
-    is_list = keys is not None and (is_fixed or arrow.types.is_list(keys))
-    if (
-        not is_list
-        or keys.value_type not in dtypes
-        or values is None
-        or not arrow.types.is_integer(values)
-    ):
+    keys = schema.field("keys").type if "keys" in names else arrow.null()
+    values = schema.field("vals").type if "vals" in names else arrow.null()
+    is_fixed = arrow.types.is_fixed_size_list(keys)
+    is_list = is_fixed or arrow.types.is_list(keys)
+    if not is_list or keys.value_type not in dtypes or not arrow.types.is_integer(values):
         raise DatastoreCorruptError(
             f"{path} must have a column keys, lists of float16 or float32 of one length, and a "
             f"column vals of whole numbers, but it has the columns "

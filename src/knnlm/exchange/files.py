@@ -49,7 +49,7 @@ class PeerFiles:
     def open(self, dimension: int | None) -> Entries:
         """Map the files; dimension: of a key, where neither name nor file says it."""
         if self.format is ArrayFormat.arrow:
-            entries = open_arrow(self.paths)
+            entries: Entries = open_arrow(self.paths)
         elif self.format is ArrayFormat.npy:
             entries = _open_npy(*self.paths)
         else:

@@ -230,7 +230,8 @@ def _model(
             f"key must be given for an unverified import, one of {', '.join(Key)}: ffn_input is "
             "the default of most tools"
         )
-    return str(given), None
+    local = Path(given).expanduser()
+    return str(local.absolute() if local.exists() else given), None
 
 
 def _sizes(said: dict[str, Any], request: _Request) -> dict[str, Any]:

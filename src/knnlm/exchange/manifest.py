@@ -38,7 +38,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         settings = manifest["settings"]
-        _ = [settings[name] for name in ("model", "key", "window", "context", "boundary")]
+        texts = [settings[name] for name in ("model", "key", "boundary")]
+        numbers = [settings["window"], settings["context"], manifest["first_block"]]
+        if {type(text) for text in texts} != {str} or {type(each) for each in numbers} != {int}:
+            raise TypeError("a text or a number is something else")
     except (ValueError, KeyError, TypeError) as error:
         raise DatastoreCorruptError(
             f'{path} must give the "settings" that an export wrote, but it does not ({error}); '
