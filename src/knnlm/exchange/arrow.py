@@ -84,7 +84,7 @@ def open_arrow(paths: Sequence[Path]) -> ArrowEntries:
             raise DatastoreCorruptError(f"{path} must be an Arrow file, but: {reason}") from error
         kinds.add(_kind(arrow, path, reader.schema, read))
         batches += [batch for batch in read if batch.num_rows]
-    if len(kinds) != 1 or not batches:
+    if len(kinds) != 1 or not batches or min(kinds, key=str)[0] < 1:
         raise DatastoreCorruptError(
             f"{paths[0]} must hold entries, and further files the same kind of them, but the kinds "
             f"are {sorted(map(str, kinds))} and the batches with rows {len(batches)}"
