@@ -20,6 +20,7 @@ from knnlm.index.policy import keep_index
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.rules import LARGEST, check_whole
+from knnlm.text.documents import check_utf8
 from knnlm.text.windows import Windowing, choose_windowing
 
 # how each tool reads by default; its last position of a block predicts nothing and is not counted
@@ -102,6 +103,8 @@ class _Request:
             check_whole("dimension", self.dimension)
         if self.max_entries is not None:
             check_whole("max_entries", self.max_entries, most=LARGEST)
+        if self.name is not None:
+            check_utf8(f"name {self.name!a}", self.name)
         if self.key_dtype is not None:
             parse_choice(KeyDtype, "key_dtype", self.key_dtype)
 
