@@ -42,6 +42,7 @@ def render() -> str:
         parts.append(f"| [`knnlm {name}`](#knnlm-{name}) | {_one_line(paragraphs[0])} |\n")
         inner = typer.Context(command, info_name=name, parent=context)
         usage = re.sub(r"{(\w+)}", _upper, command.get_usage(inner).removeprefix("Usage: "))
+        usage = re.sub(r"\[\w+\]", lambda match: match[0].upper(), usage)
         sections += [f"## knnlm {name}", *map(_paragraph, paragraphs), _code(usage)]
         records = [
             (parameter.param_type_name, record)

@@ -23,6 +23,8 @@ COMMANDS = {
     "forget",
     "compact",
     "verify",
+    "import",
+    "export",
     "demo",
 }
 

@@ -24,7 +24,7 @@ LAYERS = [
     ["index"],
     ["retrieval"],
     ["attachment", "evaluation"],
-    ["knn_lm", "maintenance"],
+    ["exchange", "knn_lm", "maintenance"],
     ["tuning"],
     ["__init__"],  # the public names, for the apps alone
     ["apps.engine"],

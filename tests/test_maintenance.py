@@ -184,6 +184,7 @@ def test_facts_are_those_of_the_open_datastore(store: Datastore, llama_lm: Langu
         "size_bytes": sum(f.stat().st_size for f in (store.path / "shards").iterdir()),
         "generation": store.generation,
         "settings": facts["settings"],
+        "origin": None,
         "parameters": {"k": 3, "lmbda": 0.25, "temperature": 1.0},
         "tuning": {"tokens": 12},
     }

@@ -33,6 +33,7 @@ from knnlm.errors import (
 if TYPE_CHECKING:
     from knnlm.attachment.attachment import Attachment as Attachment, attach as attach
     from knnlm.choices import (
+        ArrayFormat as ArrayFormat,
         Boundary as Boundary,
         IndexKind as IndexKind,
         Key as Key,
@@ -63,6 +64,15 @@ if TYPE_CHECKING:
         Seconds as Seconds,
     )
     from knnlm.evaluation.tally import FrequencyBucket as FrequencyBucket
+    from knnlm.exchange.exporting import (
+        Exported as Exported,
+        export_datastore as export_datastore,
+    )
+    from knnlm.exchange.importing import (
+        import_datastore as import_datastore,
+        prove_import as prove_import,
+    )
+    from knnlm.exchange.proof import Proof as Proof
     from knnlm.index.policy import (
         build_index as build_index,
         keep_index as keep_index,
@@ -90,8 +100,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "attachment.attachment": ("Attachment", "attach"),
     "choices": (
-        *("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "TextFormat"),
-        "Weights",
+        *("ArrayFormat", "Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity"),
+        *("TextFormat", "Weights"),
     ),
     "datastore.catalog": ("Settings",),
     "datastore.compaction": ("Compaction",),
@@ -104,6 +114,9 @@ _LAZY = {
     "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
     "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
     "evaluation.tally": ("FrequencyBucket",),
+    "exchange.exporting": ("Exported", "export_datastore"),
+    "exchange.importing": ("import_datastore", "prove_import"),
+    "exchange.proof": ("Proof",),
     "index.policy": ("build_index", "keep_index", "open_index"),
     "index.protocol": ("Index", "Neighbors"),
     "knn_lm": ("Generation", "KNNLM"),

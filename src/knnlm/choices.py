@@ -88,6 +88,20 @@ class TextFormat(StrEnum):
     parquet = "parquet"
 
 
+class ArrayFormat(StrEnum):
+    """The files in which a datastore is kept elsewhere: two arrays, or Arrow's tables.
+
+    original: of Khandelwal et al. 2020, like knn-transformers and knn-box raw arrays without a
+    header. arrow: columns keys and vals, as of Memory Decoder. npy: NumPy's own files.
+    """
+
+    original = "original"
+    knn_transformers = "knn-transformers"
+    knn_box = "knn-box"
+    arrow = "arrow"
+    npy = "npy"
+
+
 class Similarity(StrEnum):
     """How the continuous cache compares hidden states: −‖h − h_i‖², or the paper's h·h_i."""
 

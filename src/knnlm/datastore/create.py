@@ -33,6 +33,11 @@ def open_or_create(
         check_flag("control_tokens", control_tokens)
     if catalog_exists(path):
         store = Datastore(path)
+        if store.is_unverified:
+            raise DatastoreMismatchError(
+                f"{path} was imported unverified, so that nothing can be added to it; prove it "
+                f"first: knnlm import {path} --model MODEL"
+            )
         asked = {"window": window, "context": context, "boundary": boundary}
         _check_same(store, asked | {"control_tokens": control_tokens, "key_dtype": key_dtype})
         store.check_model(lm)

@@ -28,11 +28,13 @@ from knnlm.datastore.facts import (
 )
 from knnlm.datastore.files import writer_lock
 from knnlm.datastore.folder import remove_strays
+from knnlm.datastore.origin import is_unverified
+from knnlm.datastore.same_model import check_same_model
 from knnlm.datastore.shards import Shard, check_values, open_shard
 from knnlm.datastore.sources import Changes, find_named
 from knnlm.datastore.tables import StoredDocument
 from knnlm.datastore.unfit_keys import unfit_key
-from knnlm.errors import DatastoreCorruptError, DatastoreMismatchError, InvalidArgumentError
+from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
 from knnlm.model.keyed_model import KeyedModel
@@ -278,6 +280,11 @@ class Datastore:
         return TunedMixture.from_dict(stored)
 
     @property
+    def is_unverified(self) -> bool:
+        """Whether it was imported, and no model has proved yet that its keys are its own."""
+        return is_unverified(self.catalog)
+
+    @property
     def is_learned(self) -> bool:
         """Whether `tune` stored a gate that chooses the weights of each token."""
         return is_learned(self.catalog)
@@ -307,27 +314,7 @@ class Datastore:
         For a model without a tokenizer, tokens are not checked. Raises DatastoreMismatchError,
         naming both models.
         """
-        ours = self.settings
-        pairs: list[tuple[str, object, object]] = [
-            ("vocabulary size", ours.vocab_size, model.vocab_size),
-            ("key dimension", ours.dimension, model.dimension),
-            ("key", ours.key, model.key),
-        ]
-        if isinstance(model, LanguageModel):
-            pairs += [
-                ("tokenizer", ours.tokenizer_fingerprint[:12], model.tokenizer_fingerprint[:12]),
-                ("start token", ours.start_token, model.start_token),
-            ]
-        pairs.append(("weights", ours.weights_fingerprint[:12], model.weights_fingerprint[:12]))
-        for property_name, stored, given in pairs:
-            if stored != given:
-                remedy = "load that model"
-                if property_name == "weights":
-                    remedy = model.remedy_for_weights(ours.model_dtype)
-                raise DatastoreMismatchError(
-                    f"{self.path} was built with {ours.model} ({property_name} {stored}), not with "
-                    f"{model.name} ({property_name} {given}); {remedy} or build another datastore"
-                )
+        check_same_model(self.path, self.settings, model)
 
     def load_model(
         self, name: str | Path | None = None, *, dtype: str | None = None, device: str = "auto"

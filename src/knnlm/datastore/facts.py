@@ -13,6 +13,7 @@ from knnlm.datastore.catalog import (
     StoredShard,
 )
 from knnlm.datastore.files import check_file
+from knnlm.datastore.origin import read_origin
 from knnlm.datastore.tables import DocumentRecord, StoredDocument
 from knnlm.errors import DatastoreCorruptError
 
@@ -97,6 +98,7 @@ def check_size(folder: Path, file: ShardFile) -> None:
 def read_facts(path: str | Path, list_documents: bool = False) -> dict[str, Any]:
     """Return what `knnlm info --json` prints, except for the index.
 
+    origin: of imported entries, see `read_origin`; None where all were built from text.
     list_documents: add "document_list", the name, rows and completeness of each document, and its
     identity if that is another. Raises DatastoreNotFoundError and DatastoreCorruptError.
     """
@@ -116,6 +118,7 @@ def read_facts(path: str | Path, list_documents: bool = False) -> dict[str, Any]
             "size_bytes": sum(shard.file.size_bytes for shard in snapshot.shards),
             "generation": snapshot.generation,
             "settings": asdict(catalog.settings),
+            "origin": read_origin(catalog),
             "parameters": tuned_parameters(catalog),
             "tuning": catalog.get("tuning"),
         }

@@ -79,6 +79,7 @@ class PerplexityReport:
     errors draws, "documents", or, with fewer than ten, "blocks of 256 tokens", which do not
     generalize to other documents; None, like the errors, for a text of one block. frequencies: from
     tokens that the datastores lack to the most frequent. overlap: how much of the text is stored.
+    unverified: the datastores that were imported and not proved, whose keys may be another model's.
     """
 
     documents: int
@@ -98,6 +99,7 @@ class PerplexityReport:
     share_hurt: float
     frequencies: tuple[FrequencyBucket, ...]
     overlap: Overlap
+    unverified: tuple[str, ...]
     seconds: Seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -155,6 +157,7 @@ def evaluate(
         share_hurt=tally.share_hurt,
         frequencies=tally.frequencies(),
         overlap=find_overlap([r.store for r in mixer.retrievers], text.documents, text.targets),
+        unverified=mixer.unverified,
         seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),
     )
 

@@ -99,6 +99,12 @@ class Mixer:
         return Weights.distance if by_distance else Weights.fixed
 
     @property
+    def unverified(self) -> tuple[str, ...]:
+        """The datastores that were imported and not proved, whose keys may be another model's."""
+        stores = (retriever.store for retriever in self.retrievers)
+        return tuple(str(store.path) for store in stores if store.is_unverified)
+
+    @property
     def searched(self) -> tuple[Retriever, ...]:
         """The retrievers whose neighbors are needed: all with a gate, else those with weight."""
         if self.gate is not None:

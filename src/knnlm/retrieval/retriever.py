@@ -1,5 +1,6 @@
 """Retrievers: datastores as parts of a mixture, each with its index, k, λ and temperature."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.mixture.interpolation import Voters, Votes, vote
 from knnlm.mixture.parameters import Parameters
 from knnlm.model.keyed_model import KeyedModel
+
+_LOG = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 ForEach: TypeAlias = Value | Sequence[Value | None] | None
@@ -88,10 +91,18 @@ def open_retrievers(
     """Open the indexes of some datastores for a model, and choose their parameters.
 
     given: see `choose_parameters`. index: by default the datastore's own, on the model's device.
-    Raises DatastoreMismatchError for a datastore that was built with another model.
+    Raises DatastoreMismatchError for a datastore that was built with another model; warns of
+    unverified ones.
     """
     for store in stores:
         store.check_model(model)
+        if store.is_unverified:
+            _LOG.warning(
+                "%s is unverified: it was imported without reading it again with the model, so "
+                "that its keys may be another's; prove it: knnlm import %s --model MODEL",
+                store.path,
+                store.path,
+            )
     parameters = choose_parameters(stores, **given)
     indexes = [
         open_index(store, device=str(model.device)) if own is None else own

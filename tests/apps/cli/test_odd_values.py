@@ -60,6 +60,8 @@ RUNS = {  # a call of each command that works, and does little
     "forget": ["docs.store", "texts/0.txt"],
     "compact": ["docs.store"],
     "verify": ["docs.store"],
+    "import": ["new.store", "arrays", "--from", "npy"],
+    "export": ["docs.store", "new-arrays"],
     "demo": ["--folder", "demo", "--model", "./nowhere"],  # more takes minutes
 }
 VALUES_OF_EACH = 5
@@ -103,6 +105,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for store in ("docs.store", "other.store"):
             arguments = ["build", store, "texts", "--model", "tiny", "--window", "64"]
             assert runner.invoke(app, arguments).exit_code == 0
+        assert runner.invoke(app, ["export", "docs.store", "arrays"]).exit_code == 0
     finally:
         os.chdir(before)
     return work

@@ -94,8 +94,9 @@ def explain(
     first = len(explanations) - len(generated) if generated else 0
     shown = _check_at(at, len(explanations)) or _most_changed(explanations, first, tokens)
     if as_json:
+        unverified = {"unverified": list(opened.mixer.unverified)}
         value, text = (
-            _to_dict(explanations[first:]),
+            _to_dict(explanations[first:]) | unverified,
             "".join(one.text for one in explanations[first:]),
         )
         print_json(value | {"text": text} if generated else value)

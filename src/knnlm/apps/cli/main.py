@@ -18,7 +18,9 @@ from knnlm.apps.cli import (
     evaluate,
     explain,
     explore,
+    export,
     generate,
+    import_,
     index,
     serve,
     store,
@@ -126,6 +128,8 @@ app.command()(store.info)
 app.command()(store.forget)
 app.command()(store.compact)
 app.command()(store.verify)
+app.command("import")(import_.import_store)
+app.command()(export.export)
 app.command()(demo.demo)
 
 

@@ -169,6 +169,8 @@ def print_store(facts: dict[str, Any]) -> None:
         + (f"; {dropped} is built again by knnlm index, build or compact" if dropped else ""),
         "parameters": _parameters_line(facts["parameters"], facts["tuning"]),
     }
+    if facts["origin"] is not None:
+        rows["imported"] = _origin_line(facts["origin"])
     if facts["incomplete_documents"]:
         rows["incomplete"] = ", ".join(map(one_line, facts["incomplete_documents"][:3]))
     OUT.print(facts["path"], style="bold")
@@ -198,6 +200,18 @@ def print_changes(store: Path, changes: "Changes") -> None:
             f"forget {store} {one_line(folder)} forgets them",
             soft_wrap=True,
         )
+
+
+def _origin_line(origin: dict[str, Any]) -> str:
+    """Return where imported entries come from, and whether a model has proved them."""
+    line = f"{origin['entries']:,} entries, from {origin['format']}"
+    if not origin["verified"]:
+        return f"{line}; unverified: no model has proved that the keys are its own"
+    proof = origin["proof"]
+    return (
+        f"{line}; verified: of {proof['windows']} windows read again, {proof['exact']} agree "
+        f"exactly and {proof['alike']} nearly"
+    )
 
 
 def _index_line(index: dict[str, Any]) -> str:

@@ -259,6 +259,7 @@ def stores_to_dicts(retrievers: Sequence[Retriever]) -> list[dict[str, Any]]:
                 "parameters": asdict(retriever.parameters),
                 "is_tuned": store.parameters is not None,
                 "is_learned": store.is_learned,
+                "is_unverified": store.is_unverified,
                 "documents": len(documents),
                 "largest_documents": [
                     {"name": document.name, "entries": document.stop - document.start}

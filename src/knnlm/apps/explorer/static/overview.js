@@ -14,7 +14,7 @@ const Overview = (() => {
     const facts = {
       folder: store.path,
       model: `${store.model}; keys: ${store.key}`,
-      entries: `${store.entries.toLocaleString("en")}${store.forgotten_entries ? `, and ${store.forgotten_entries.toLocaleString("en")} forgotten` : ""}`,
+      entries: `${store.entries.toLocaleString("en")}${store.forgotten_entries ? `, and ${store.forgotten_entries.toLocaleString("en")} forgotten` : ""}${store.is_unverified ? "; unverified: imported without its model" : ""}`,
       "on disk": `${(store.size_bytes / 1e6).toFixed(1)} MB`,
       index,
       mixture: `k ${k}, λ ${lmbda}, T ${temperature}${store.is_tuned ? "" : ", not tuned: knnlm tune finds better ones"}${store.is_learned ? ", and learned weights" : ""}`,
