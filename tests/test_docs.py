@@ -18,6 +18,7 @@ COMMANDS = {
     "explain",
     "explore",
     "serve",
+    "cluster",
     "info",
     "forget",
     "compact",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from knnlm.errors import (
     AttachmentError as AttachmentError,
+    ClusterError as ClusterError,
     DatastoreChangedError as DatastoreChangedError,
     DatastoreCorruptError as DatastoreCorruptError,
     DatastoreLockedError as DatastoreLockedError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from knnlm.attachment.attachment import Attachment as Attachment, attach as attach
     from knnlm.choices import (
         Boundary as Boundary,
+        Coverage as Coverage,
         IndexKind as IndexKind,
         Key as Key,
         KeyDtype as KeyDtype,
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
     from knnlm.datastore.datastore import Datastore as Datastore, Passage as Passage
     from knnlm.datastore.overlap import Overlap as Overlap
     from knnlm.datastore.sources import Changes as Changes
+    from knnlm.datastore.stored_cluster import StoredCluster as StoredCluster
     from knnlm.datastore.tables import StoredDocument as StoredDocument
     from knnlm.datastore.verification import Verification as Verification
     from knnlm.evaluation.explain import explain as explain
@@ -62,6 +65,12 @@ if TYPE_CHECKING:
         Seconds as Seconds,
     )
     from knnlm.evaluation.tally import FrequencyBucket as FrequencyBucket
+    from knnlm.index.cluster.control import (
+        ActorReport as ActorReport,
+        cluster_status as cluster_status,
+        start_cluster as start_cluster,
+        stop_cluster as stop_cluster,
+    )
     from knnlm.index.policy import (
         build_index as build_index,
         keep_index as keep_index,
@@ -89,7 +98,16 @@ __version__ = "0.1.0"
 _LAZY = {
     "attachment.attachment": ("Attachment", "attach"),
     "choices": (
-        *("Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity", "TextFormat"),
+        *(
+            "Boundary",
+            "Coverage",
+            "IndexKind",
+            "Key",
+            "KeyDtype",
+            "ModelDtype",
+            "Similarity",
+            "TextFormat",
+        ),
         "Weights",
     ),
     "datastore.catalog": ("Settings",),
@@ -103,6 +121,8 @@ _LAZY = {
     "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
     "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
     "evaluation.tally": ("FrequencyBucket",),
+    "datastore.stored_cluster": ("StoredCluster",),
+    "index.cluster.control": ("ActorReport", "cluster_status", "start_cluster", "stop_cluster"),
     "index.policy": ("build_index", "keep_index", "open_index"),
     "index.protocol": ("Index", "Neighbors"),
     "knn_lm": ("Generation", "KNNLM"),

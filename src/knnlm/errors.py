@@ -60,6 +60,10 @@ class DatastoreChangedError(KNNLMError, RuntimeError):
     """The datastore was compacted since it was opened; open it again."""
 
 
+class ClusterError(KNNLMError, ConnectionError):
+    """A datastore's cluster cannot be reached, is late, or holds another state of the datastore."""
+
+
 class AttachmentError(KNNLMError, RuntimeError):
     """A datastore is attached to a model that already has one, or detached from one without."""
 

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from knnlm import __version__
 from knnlm.apps.cli import (
     build,
+    cluster,
     console,
     demo,
     evaluate,
@@ -120,6 +121,7 @@ app.command()(generate.generate)
 app.command()(explain.explain)
 app.command()(explore.explore)
 app.command()(serve.serve)
+app.command()(cluster.cluster)
 app.command()(store.info)
 app.command()(store.forget)
 app.command()(store.compact)

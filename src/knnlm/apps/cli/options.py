@@ -104,5 +104,12 @@ Weights = Annotated[
         "default learned if a gate was tuned and no k, λ or T is given, otherwise fixed."
     ),
 ]
+Coverage = Annotated[
+    choices.Coverage,
+    typer.Option(
+        help="With a cluster whose shares do not all answer in time. whole: that is an error; "
+        "partial: go on without the entries of the late ones, and say so."
+    ),
+]
 Port = Annotated[int, typer.Option(help="0 for any free port.", min=0, max=65535)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

@@ -169,6 +169,11 @@ def print_store(facts: dict[str, Any]) -> None:
         + (f"; {dropped} is built again by knnlm index, build or compact" if dropped else ""),
         "parameters": _parameters_line(facts["parameters"], facts["tuning"]),
     }
+    if facts["cluster"]:
+        cluster = facts["cluster"]
+        rows["cluster"] = (
+            f"{cluster['shares']} shares × {cluster['replicas']} replicas at {cluster['address']}"
+        )
     if facts["incomplete_documents"]:
         rows["incomplete"] = ", ".join(map(one_line, facts["incomplete_documents"][:3]))
     OUT.print(facts["path"], style="bold")

@@ -72,6 +72,7 @@ class ResponseBuilder:
                 "".join(piece.text for piece in pieces),
                 tuple(scored for piece in pieces for scored in piece.tokens),
                 pieces[-1].finish_reason,
+                min(piece.coverage for piece in pieces),
             )
             for index, pieces in enumerate(parts)
         ]
@@ -103,6 +104,7 @@ class ResponseBuilder:
                 "index": piece.sample,
                 "text": piece.text,
                 "finish_reason": piece.finish_reason,
+                "coverage": piece.coverage,
                 "logprobs": None if self.request.logprobs is None else _log_probs(piece.tokens),
                 "sources": [token_explanation(explanation) for explanation in explanations]
                 if self.request.sources
