@@ -78,7 +78,7 @@ class Question:
                 self._answers.asked_again += 1
                 self._send(share)
             until = min([deadline, *self._next.values()])
-            self._wait(until - now, one=is_first or self._answers.asked_again > 0)
+            self._wait(max(0.0, until - now), one=is_first or self._answers.asked_again > 0)
             if is_first and self._answers.by_share:
                 is_first = False
                 took = time.monotonic() - started
@@ -127,7 +127,9 @@ class Question:
             if isinstance(answer, Refusal):
                 self._refused[share] += 1
                 self._answers.refusals[share] = answer
-                self._next[share] = time.monotonic() + _AGAIN_SECONDS
+                self._next.pop(share, None)
+                if self._refused[share] < _REFUSALS:
+                    self._next[share] = time.monotonic() + _AGAIN_SECONDS
                 continue
             self._answers.by_share[share] = answer
             self._answers.refusals.pop(share, None)

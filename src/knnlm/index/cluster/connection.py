@@ -4,7 +4,6 @@ Knows what an actor is called; does not know what it is asked.
 """
 
 import logging
-import os
 import socket
 from typing import Any
 
@@ -25,7 +24,6 @@ def connect(address: str) -> Any:
     ClusterError if it cannot be reached, or if this process is connected to another one, and
     MissingDependencyError.
     """
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray warns without it
     ray = import_optional("ray", "searching on a cluster", "ray")
     if ray.is_initialized():
         connected = address_of(ray)
