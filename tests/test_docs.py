@@ -19,6 +19,7 @@ COMMANDS = {
     "explain",
     "explore",
     "serve",
+    "cluster",
     "info",
     "forget",
     "compact",

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from knnlm.errors import (
     AttachmentError as AttachmentError,
+    ClusterError as ClusterError,
     DatastoreChangedError as DatastoreChangedError,
     DatastoreCorruptError as DatastoreCorruptError,
     DatastoreLockedError as DatastoreLockedError,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from knnlm.choices import (
         ArrayFormat as ArrayFormat,
         Boundary as Boundary,
+        Coverage as Coverage,
         IndexKind as IndexKind,
         Key as Key,
         KeyDtype as KeyDtype,
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from knnlm.datastore.datastore import Datastore as Datastore, Passage as Passage
     from knnlm.datastore.overlap import Overlap as Overlap
     from knnlm.datastore.sources import Changes as Changes
+    from knnlm.datastore.stored_cluster import StoredCluster as StoredCluster
     from knnlm.datastore.tables import StoredDocument as StoredDocument
     from knnlm.datastore.verification import Verification as Verification
     from knnlm.evaluation.explain import explain as explain
@@ -73,6 +76,12 @@ if TYPE_CHECKING:
         prove_import as prove_import,
     )
     from knnlm.exchange.proof import Proof as Proof
+    from knnlm.index.cluster.control import (
+        ActorReport as ActorReport,
+        cluster_status as cluster_status,
+        start_cluster as start_cluster,
+        stop_cluster as stop_cluster,
+    )
     from knnlm.index.policy import (
         build_index as build_index,
         keep_index as keep_index,
@@ -100,8 +109,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "attachment.attachment": ("Attachment", "attach"),
     "choices": (
-        *("ArrayFormat", "Boundary", "IndexKind", "Key", "KeyDtype", "ModelDtype", "Similarity"),
-        *("TextFormat", "Weights"),
+        *("ArrayFormat", "Boundary", "Coverage", "IndexKind", "Key", "KeyDtype", "ModelDtype"),
+        *("Similarity", "TextFormat", "Weights"),
     ),
     "datastore.catalog": ("Settings",),
     "datastore.compaction": ("Compaction",),
@@ -117,6 +126,8 @@ _LAZY = {
     "exchange.exporting": ("Exported", "export_datastore"),
     "exchange.importing": ("import_datastore", "prove_import"),
     "exchange.proof": ("Proof",),
+    "datastore.stored_cluster": ("StoredCluster",),
+    "index.cluster.control": ("ActorReport", "cluster_status", "start_cluster", "stop_cluster"),
     "index.policy": ("build_index", "keep_index", "open_index"),
     "index.protocol": ("Index", "Neighbors"),
     "knn_lm": ("Generation", "KNNLM"),

@@ -76,6 +76,13 @@ class Weights(StrEnum):
     fixed = "fixed"
 
 
+class Coverage(StrEnum):
+    """What a search on a cluster may leave out: nothing, or the entries of shares that are late."""
+
+    whole = "whole"
+    partial = "partial"
+
+
 class TextFormat(StrEnum):
     """What a text file holds: one document as text, or rows; auto goes by the end of its name."""
 

@@ -18,7 +18,7 @@ from knnlm.evaluation.explain import explain
 from knnlm.evaluation.explanation import Explanation
 from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.policy import open_index
-from knnlm.index.protocol import Index
+from knnlm.index.protocol import Index, coverage_of
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.model.chat import Message
 from knnlm.model.encoding import check_text
@@ -47,12 +47,14 @@ _LOG = logging.getLogger(__name__)
 class Generation:
     """A continuation: its text, and its tokens with an end token if there was one.
 
-    prompt: what it continues; of a conversation, the last message.
+    prompt: what it continues; of a conversation, the last message. coverage: the least of the
+    searches; see `Neighbors`.
     """
 
     prompt: str
     text: str
     tokens: list[int]
+    coverage: float = 1.0
 
 
 class KNNLM:
@@ -131,7 +133,8 @@ class KNNLM:
         retrievers = []
         for retriever, store in pairs:
             store.check_model(self.lm)
-            index = open_index(store, device=str(self.lm.device))
+            allowed = coverage_of(retriever.index)
+            index = open_index(store, device=str(self.lm.device), coverage=allowed)
             retrievers.append(replace(retriever, store=store, index=index))
             if len(store) > 0:  # what cannot be read is to be noticed now
                 retrievers[-1].tokens(index.search(torch.zeros(1, self.lm.dimension), 1))
@@ -262,10 +265,10 @@ class KNNLM:
                 f"model's {lm.max_window} positions; shorten one of them"
             )
         options = lm.cache_options(len(tokens), len(tokens) + max_new_tokens) | options
-        with Attachment(lm, self.mixer):
+        with Attachment(lm, self.mixer) as attachment:
             new, ended = generate_tokens(lm, tokens, seed, max_new_tokens=max_new_tokens, **options)
         text = lm.decode(new[:-1] if ended else new, before=tokens[hidden:])
-        return Generation(prompt, text, new)
+        return Generation(prompt, text, new, attachment.coverage)
 
 
 _OPTION_RULES: dict[str, Callable[[object], float]] = {

@@ -13,6 +13,7 @@ MOST = 2**31 - 1
 """The greatest number of anything that may be asked for; tensors and FAISS hold it."""
 LARGEST = 2**63 - 1
 """The greatest number of tokens, rows or bytes: int64, as in tensors and in SQLite."""
+_DAY_SECONDS = 86_400
 LEAST_TEMPERATURE, GREATEST_TEMPERATURE = 1e-30, 1e30
 """Beyond these, distances divided by T do not fit float32."""
 
@@ -77,6 +78,16 @@ def _shown(whole: int) -> str:
 def check_k(k: object, name: str = "k") -> int:
     """Allow a number of neighbors: k ≥ 1."""
     return check_whole(name, k, remedy="ask for a neighbor")
+
+
+def check_positive_seconds(name: str, seconds: object) -> float:
+    """Allow a time above 0 s, and at most a day."""
+    number = check_real(name, seconds)
+    if not 0.0 < number <= _DAY_SECONDS:
+        raise InvalidArgumentError(
+            f"{name} must be above 0 and at most {_DAY_SECONDS} s, got {number}: try 5"
+        )
+    return number
 
 
 def check_lmbda(lmbda: object) -> float:

@@ -69,6 +69,8 @@ class Attachment:
         if keyed.is_compiled:
             forget_compiled_code()
             self._hooks.callback(forget_compiled_code)
+        self.coverage = 1.0
+        """The least coverage of the searches so far; see `Neighbors`."""
         self.attached = True
         _ATTACHED.add(self.model)
 
@@ -167,6 +169,7 @@ class Attachment:
         lm_log_probs = self._keyed.log_probs(logits)
         begun = self._pending.search
         retrieved = self.mixer.search(keys) if begun is None else begun.result()
+        self.coverage = min(self.coverage, retrieved.coverage)
         return self.mixer.mix(retrieved, cache_view, lm_log_probs).log_probs
 
 

@@ -32,6 +32,7 @@ class _Block(NamedTuple):
     squared_norms: Float[Tensor, " rows"]  # +inf where forgotten
 
 
+_StoredBlock = tuple[int, Float[Tensor, "rows dim"]]  # the first row of a block, and its keys
 _ScoredBlock = tuple[int, Float[Tensor, "query _"]]  # the first row of a block, and its scores
 
 
@@ -73,6 +74,7 @@ class ExactIndex:
     not `measurable`.
 
     device: where the arithmetic is done, "cpu" or a GPU. first_row: leave out the rows before it.
+    stop_row: leave out this one and those after it; None for no limit.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class ExactIndex:
         device: str = "cpu",
         resident_bytes: int = RESIDENT_BYTES,
         first_row: int = 0,
+        stop_row: int | None = None,
     ) -> None:
         self.store = store
         self.device = torch.device(device)
@@ -88,8 +91,25 @@ class ExactIndex:
         self._precise_device = torch.device("cpu" if self.device.type == "mps" else device)
         self.resident_bytes = resident_bytes
         self.first_row = first_row
+        self._stop_row = stop_row
         self._generation = -1
         self._resident: _Block | None = None
+
+    @property
+    def _rows(self) -> range:
+        stop = self.store.rows if self._stop_row is None else min(self._stop_row, self.store.rows)
+        return range(self.first_row, max(self.first_row, stop))
+
+    @property
+    def entries(self) -> int:
+        """How many live entries are searched."""
+        return int(self.store.alive[self._rows.start : self._rows.stop].sum())
+
+    def _key_blocks(self, max_rows: int) -> Iterator[_StoredBlock]:
+        for start, keys in self.store.key_blocks(max_rows, self.first_row):
+            if start >= self._rows.stop:
+                break
+            yield start, keys[: self._rows.stop - start]
 
     def _follow(self) -> None:
         if self._generation == self.store.generation:
@@ -97,15 +117,15 @@ class ExactIndex:
         store = self.store
         self._alive = store.alive.to(self.device)
         self._center = torch.zeros(store.settings.dimension, device=self.device)
-        for _, keys in store.key_blocks(1 << 15, self.first_row):
+        for _, keys in self._key_blocks(1 << 15):
             some = keys.float()
             self._center = some[measurable(some)].mean(dim=0).nan_to_num().to(self.device)
             break
         self._resident = None
-        rows, dimension = store.rows - self.first_row, store.settings.dimension
+        rows, dimension = len(self._rows), store.settings.dimension
         if 4 * rows * dimension <= self.resident_bytes:
             keys = torch.empty(rows, dimension, device=self.device)
-            for start, block in store.key_blocks(1 << 16, self.first_row):
+            for start, block in self._key_blocks(1 << 16):
                 first = start - self.first_row
                 keys[first : first + len(block)] = block.to(self.device)
             self._resident = self._block(self.first_row, keys.sub_(self._center))
@@ -131,7 +151,7 @@ class ExactIndex:
             rows = min(rows, _WIDENED_ROWS)
         device = self._device_of(dtype)
         center = self._center.to(device, dtype)
-        for start, keys in self.store.key_blocks(rows, self.first_row):
+        for start, keys in self._key_blocks(rows):
             yield self._block(start, keys.to(device, dtype) - center)
 
     def _device_of(self, dtype: torch.dtype) -> torch.device:
@@ -183,7 +203,7 @@ class ExactIndex:
             squared = (nearest + squared_norms[some, None]).clamp_min(0.0)
             return self._checked(queries[some], squared_norms[some], _Candidates(squared, rows), k)
 
-        if self.store.rows - self.first_row > rows_at_once:
+        if len(self._rows) > rows_at_once:
             return choose(slice(None), scored, k + spare)
         kept = list(scored)  # all scores fit, so that spare candidates cost no other product
         found = choose(slice(None), kept, k + spare)
@@ -257,7 +277,7 @@ class ExactIndex:
 
         scored = (
             (start, distances(keys).masked_fill_(dead[start : start + len(keys)], torch.inf))
-            for start, keys in self.store.key_blocks(_WIDENED_ROWS, self.first_row)
+            for start, keys in self._key_blocks(_WIDENED_ROWS)
         )
         nearest, rows = _least(scored, queries, k)
         return _Found(nearest, rows, torch.ones(len(queries), dtype=torch.bool, device=device))

@@ -6,9 +6,10 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.choices import IndexKind, parse_choice
+from knnlm.choices import Coverage, IndexKind, parse_choice
 from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.folder import remove_strays
+from knnlm.datastore.stored_cluster import stored_cluster
 from knnlm.datastore.stored_index import IndexFile, StoredIndex, store_index, stored_index
 from knnlm.errors import (
     DatastoreChangedError,
@@ -82,14 +83,23 @@ def build_index(
         return _build(store, chosen, asked, options)
 
 
-def open_index(store: Datastore | str | Path, device: str = "cpu") -> Index:
-    """Open the index that a datastore is searched with.
+def open_index(
+    store: Datastore | str | Path, device: str = "cpu", coverage: str = "whole"
+) -> Index:
+    """Open the index that a datastore is searched with, on its cluster where one was started.
 
-    Exact where none was built, and where a compaction has left it behind. Raises
-    DatastoreCorruptError, with the command that builds it again.
+    Exact where none was built, and where a compaction has left it behind. coverage: see `Coverage`;
+    without a cluster, searches leave out nothing. Raises DatastoreCorruptError, with the command
+    that builds it again, ClusterError, and InvalidArgumentError.
     """
     store, device = open_datastore(store), str(parse_device(device))
+    allowed = parse_choice(Coverage, "coverage", coverage)
     while True:
+        cluster = stored_cluster(store.catalog)
+        if cluster is not None:
+            from knnlm.index.cluster.index import ClusterIndex
+
+            return ClusterIndex(store, cluster, allowed)
         stored = stored_index(store.catalog)
         if stored.numbering != store.numbering:
             return ExactIndex(store, device)

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from knnlm.choices import Coverage
 from knnlm.errors import InvalidArgumentError
 from knnlm.rules import check_k
 
@@ -17,10 +18,13 @@ class Neighbors:
 
     squared_distances: float32, squared L2, ascending; +inf where absent.
     rows: int64 rows of the datastore; −1 where absent.
+    coverage: the share of the live entries that were searched; below 1 only where a part of a
+    cluster was late, and where that was allowed.
     """
 
     squared_distances: Float[Tensor, "query k"]
     rows: Int[Tensor, "query k"]
+    coverage: float = 1.0
 
     @property
     def present(self) -> Bool[Tensor, "query k"]:
@@ -40,6 +44,22 @@ class Index(Protocol):
         another dimension.
         """
         ...
+
+
+@runtime_checkable
+class PartialIndex(Index, Protocol):
+    """An index that can leave entries out: one on a cluster, whose shares may be late."""
+
+    coverage: Coverage
+
+    def with_coverage(self, coverage: str) -> Index:
+        """Return the same index with another coverage."""
+        ...
+
+
+def coverage_of(index: Index) -> Coverage:
+    """Return what an index may leave out."""
+    return index.coverage if isinstance(index, PartialIndex) else Coverage.whole
 
 
 def merge_neighbors(left: Neighbors, right: Neighbors, k: int) -> Neighbors:

@@ -11,6 +11,7 @@ from typing import Any
 from knnlm.choices import IndexKind
 from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.facts import read_facts
+from knnlm.datastore.stored_cluster import stored_cluster
 from knnlm.datastore.stored_index import stored_index
 
 
@@ -86,12 +87,14 @@ def describe_datastore(path: str | Path, list_documents: bool = False) -> dict[s
     """Return what `knnlm info --json` prints: the facts about a datastore and its index.
 
     See `read_facts`. dropped_index: the kind that a compaction or the conversion from an older
-    version dropped and that is not built again yet. Raises DatastoreNotFoundError and
-    DatastoreCorruptError.
+    version dropped and that is not built again yet. cluster: what searches the datastore, None for
+    the process that opens it. Raises DatastoreNotFoundError and DatastoreCorruptError.
     """
     facts = read_facts(path, list_documents)
     with closing(Catalog(Path(path))) as catalog:
         stored = stored_index(catalog)
         dropped = stored.report is None and stored.kind != IndexKind.exact
         facts["dropped_index"] = stored.kind if dropped else None
+        cluster = stored_cluster(catalog)
+        facts["cluster"] = None if cluster is None else asdict(cluster)
         return facts | {"index": describe_index(catalog)}

@@ -56,6 +56,11 @@ class Retrieved(NamedTuple):
     weighed: Sequence[Weighed] = ()
     sums: Sequence[TokenSums] = ()
 
+    @property
+    def coverage(self) -> float:
+        """The least coverage of the searches; see `Neighbors`."""
+        return min((nearest.coverage for nearest in self.neighbors), default=1.0)
+
 
 class Mixed:
     """The mixture's predictions after some positions. log_probs: log p of every token."""
@@ -120,6 +125,10 @@ class Mixer:
     def counts(self) -> bool:
         """Whether anything can change the model's predictions."""
         return self.uses_cache or any(len(retriever.store) > 0 for retriever in self.searched)
+
+    def searching_all(self) -> "Mixer":
+        """Return the mixer with indexes that leave nothing out, even where they may."""
+        return replace(self, retrievers=tuple(one.searching_all() for one in self.retrievers))
 
     def new_cache(
         self, keys: Float[Tensor, "batch time dim"], position: int = 0

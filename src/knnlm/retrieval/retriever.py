@@ -9,10 +9,11 @@ from typing import Any, TypeAlias, TypedDict, TypeVar, Unpack
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from knnlm.choices import Coverage
 from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.errors import InvalidArgumentError
 from knnlm.index.policy import open_index
-from knnlm.index.protocol import Index, Neighbors
+from knnlm.index.protocol import Index, Neighbors, PartialIndex
 from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.mixture.interpolation import Voters, Votes, vote
 from knnlm.mixture.parameters import Parameters
@@ -58,10 +59,20 @@ class Retriever:
         """Return the entries nearest to each key, `parameters.k` of them."""
         return self.index.search(keys.float(), self.parameters.k)
 
+    def searching_all(self) -> "Retriever":
+        """Return the retriever with an index that leaves nothing out, even where it may."""
+        if not isinstance(self.index, PartialIndex):
+            return self
+        return replace(self, index=self.index.with_coverage(Coverage.whole))
+
     def keep_nearest(self, neighbors: Neighbors) -> Neighbors:
         """Return only the k nearest, where more neighbors than that were searched for."""
         k = self.parameters.k
-        return Neighbors(neighbors.squared_distances[:, :k], neighbors.rows[:, :k])
+        return replace(
+            neighbors,
+            squared_distances=neighbors.squared_distances[:, :k],
+            rows=neighbors.rows[:, :k],
+        )
 
     def tokens(self, neighbors: Neighbors) -> Int[Tensor, "query k"]:
         """Return the token that each neighbor votes for, −1 where it is absent."""

@@ -5,9 +5,9 @@ from typing import Annotated, Any
 import typer
 
 from knnlm.apps.cli import options
-from knnlm.apps.cli.console import print_continuation, print_json
+from knnlm.apps.cli.console import ERR, print_continuation, print_json
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, open_model
-from knnlm.choices import ModelDtype
+from knnlm.choices import Coverage, ModelDtype
 from knnlm.rules import check_sampling_temperature, check_top_p
 
 _Prompt = Annotated[str, typer.Argument(help="The text to continue.")]
@@ -38,6 +38,7 @@ def generate(
     sampling_temperature: options.SamplingTemperature = 1.0,
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
+    coverage: options.Coverage = Coverage.whole,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -51,7 +52,7 @@ def generate(
     """
     check_sampling_temperature(sampling_temperature)
     check_top_p(top_p)
-    mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
+    mixture = MixtureOptions(k, lmbda, temperature, weights, cache, coverage)
     opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": sampling_temperature, "top_p": top_p, "top_k": 0}
@@ -68,6 +69,19 @@ def generate(
     else:
         generation = opened.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
     if as_json:
-        print_json({"prompt": prompt, "text": generation.text, "tokens": generation.tokens})
+        print_json(
+            {
+                "prompt": prompt,
+                "text": generation.text,
+                "tokens": generation.tokens,
+                "coverage": generation.coverage,
+            }
+        )
     else:
         print_continuation("" if chat else prompt, generation.text)
+    if generation.coverage < 1.0:
+        ERR.print(
+            f"warning: a part of the cluster was late: at least one search looked at only "
+            f"{generation.coverage:.1%} of the entries",
+            soft_wrap=True,
+        )

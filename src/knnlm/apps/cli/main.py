@@ -13,6 +13,7 @@ from knnlm import __version__
 from knnlm.apps.cli import (
     build,
     chat,
+    cluster,
     console,
     demo,
     evaluate,
@@ -124,6 +125,7 @@ app.command()(chat.chat)
 app.command()(explain.explain)
 app.command()(explore.explore)
 app.command()(serve.serve)
+app.command()(cluster.cluster)
 app.command()(store.info)
 app.command()(store.forget)
 app.command()(store.compact)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from knnlm.choices import Boundary, ModelDtype, Weights
+from knnlm.choices import Boundary, Coverage, ModelDtype, Weights
 from knnlm.errors import DatastoreWriteError, InvalidArgumentError, missing_dependency
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class ModelOptions:
 class MixtureOptions:
     """How to mix; k, lmbda and temperature: one value for all datastores, or one for each.
 
-    None or an empty list stands for the tuned values.
+    None or an empty list stands for the tuned values. coverage: what searches on a cluster may
+    leave out.
     """
 
     k: list[int] | None = None
@@ -38,6 +39,7 @@ class MixtureOptions:
     temperature: list[float] | None = None
     weights: Weights | None = None
     cache: bool = False
+    coverage: Coverage = Coverage.whole
 
 
 def load_model(store: "Datastore", model: ModelOptions) -> "LanguageModel":
@@ -52,6 +54,7 @@ def open_model(
     """Open datastores and language model; bad parameters are refused before the model is loaded."""
     from knnlm.apps.cli.reports import warn_of_poor_recall
     from knnlm.datastore.datastore import Datastore
+    from knnlm.index.policy import open_index
     from knnlm.index.report import describe_index
     from knnlm.knn_lm import KNNLM
     from knnlm.retrieval.retriever import choose_parameters
@@ -66,7 +69,10 @@ def open_model(
     for store in stores:
         warn_of_poor_recall(store.path, describe_index(store.catalog))
     lm = load_model(stores[0], model)
-    return KNNLM(lm, stores, **given, cache=mixture.cache, weights=mixture.weights)
+    for store in stores:
+        store.check_model(lm)
+    indexes = [open_index(store, str(lm.device), mixture.coverage) for store in stores]
+    return KNNLM(lm, stores, **given, index=indexes, cache=mixture.cache, weights=mixture.weights)
 
 
 def _single_or_list(values: list[Any] | None) -> Any:

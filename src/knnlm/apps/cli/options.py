@@ -112,5 +112,12 @@ SamplingTemperature = Annotated[
 ]
 TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.0, max=1.0)]
 Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
+Coverage = Annotated[
+    choices.Coverage,
+    typer.Option(
+        help="With a cluster whose shares do not all answer in time. whole: that is an error; "
+        "partial: go on without the entries of the late ones, and say so."
+    ),
+]
 Port = Annotated[int, typer.Option(help="0 for any free port.", min=0, max=65535)]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]

@@ -171,6 +171,11 @@ def print_store(facts: dict[str, Any]) -> None:
     }
     if facts["origin"] is not None:
         rows["imported"] = _origin_line(facts["origin"])
+    if facts["cluster"]:
+        cluster = facts["cluster"]
+        rows["cluster"] = (
+            f"{cluster['shares']} shares × {cluster['replicas']} replicas at {cluster['address']}"
+        )
     if facts["incomplete_documents"]:
         rows["incomplete"] = ", ".join(map(one_line, facts["incomplete_documents"][:3]))
     OUT.print(facts["path"], style="bold")

@@ -8,7 +8,7 @@ from knnlm.apps.cli import options
 from knnlm.apps.cli.console import OUT
 from knnlm.apps.cli.opening import MixtureOptions, ModelOptions, check_server_packages, open_model
 from knnlm.apps.cli.reports import weights_line
-from knnlm.choices import ModelDtype
+from knnlm.choices import Coverage, ModelDtype
 
 if TYPE_CHECKING:
     from knnlm.apps.engine.engine import ModelFacts
@@ -66,6 +66,7 @@ def serve(
     lmbda: options.Lmbda = None,
     temperature: options.Temperature = None,
     weights: options.Weights = None,
+    coverage: options.Coverage = Coverage.whole,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
 ) -> None:
@@ -89,7 +90,7 @@ def serve(
     )
     check_exposure(host, api_key)
     served = name or store.resolve().name
-    mixture = MixtureOptions(k, lmbda, temperature, weights)
+    mixture = MixtureOptions(k, lmbda, temperature, weights, coverage=coverage)
     service = Service(
         lambda: open_model(store, also, ModelOptions(model, dtype, device), mixture),
         name=served,

@@ -232,7 +232,7 @@ class Engine:
         for job in left:
             if not job.cancelled:
                 job.cancel()
-                job.post(Failed(message, stopping=self._failure is None))
+                job.post(Failed(message, unavailable=self._failure is None))
         self._metrics.waiting.set(0)
         self._metrics.running.set(0)
 

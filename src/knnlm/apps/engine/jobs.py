@@ -63,13 +63,15 @@ class PromptRead:
 class Grown:
     """New text of one sample; offsets count from the end of the prompt.
 
-    finish_reason: "stop" or "length" in the last event of a sample.
+    finish_reason: "stop" or "length" in the last event of a sample. coverage: the least of the
+    sample's searches so far, its prompt's among them; see `Neighbors`.
     """
 
     sample: int
     text: str
     tokens: tuple[ScoredToken, ...]
     finish_reason: str | None
+    coverage: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +85,13 @@ class Returned:
 class Failed:
     """The last event of a job that cannot be done.
 
-    invalid: the job itself was wrong, as the message says. stopping: the engine was closed.
+    invalid: the job itself was wrong, as the message says. unavailable: it may be done later, or by
+    another engine: this one was closed, or a cluster was late.
     """
 
     message: str
     invalid: bool = False
-    stopping: bool = False
+    unavailable: bool = False
 
 
 Event = PromptRead | Grown | Returned | Failed

@@ -41,6 +41,17 @@ class Metrics:
         self.search_seconds = Counter(
             "knnlm_search_seconds", "Spent in search for neighbors.", registry=self._registry
         )
+        self.partial_searches = Counter(
+            "knnlm_partial_searches",
+            "Searches that left out entries, because a part of a cluster was late.",
+            registry=self._registry,
+        )
+        self.coverage = Gauge(
+            "knnlm_coverage",
+            "Share of the entries that the last search looked at.",
+            registry=self._registry,
+        )
+        self.coverage.set(1.0)
         self.failures = Counter(
             "knnlm_failures", "Completions that failed in the server.", registry=self._registry
         )

@@ -25,6 +25,7 @@ class MixedStep:
     """The mixture after each position of a step, in nats, and what it was made from.
 
     retrievers: those that were searched. neighbors: of each position, in each of them.
+    coverage: the least of these searches.
     """
 
     mixed: Mixed
@@ -32,6 +33,7 @@ class MixedStep:
     retrievers: tuple[Retriever, ...]
     neighbors: tuple[Neighbors, ...]
     search_seconds: float
+    coverage: float
 
     @property
     def log_probs(self) -> Float[Tensor, "position vocab"]:
@@ -69,4 +71,4 @@ def mix_step(mixer: Mixer, step: Step) -> MixedStep:
     seconds = time.perf_counter() - started
     mixed = mixer.mix(retrieved, None, step.log_probs)
     neighbors = tuple(retrieved.neighbors)
-    return MixedStep(mixed, step.log_probs, mixer.searched, neighbors, seconds)
+    return MixedStep(mixed, step.log_probs, mixer.searched, neighbors, seconds, retrieved.coverage)

@@ -34,7 +34,7 @@ from knnlm.apps.engine.sampling import Sampler
 from knnlm.apps.engine.scored_tokens import score_token, with_texts
 from knnlm.apps.engine.steps import MixedStep, mix_step
 from knnlm.apps.engine.text_stream import TextStream
-from knnlm.errors import InvalidArgumentError
+from knnlm.errors import ClusterError, InvalidArgumentError
 from knnlm.knn_lm import KNNLM
 from knnlm.retrieval.mixer import Mixer
 
@@ -53,6 +53,7 @@ class _Prompt:
     read: int = 0
     cached: CachedSequences | None = None
     scored: list[ScoredToken] = field(default_factory=list)
+    coverage: float = 1.0  # the least of the searches
 
     @property
     def left(self) -> int:
@@ -73,6 +74,7 @@ class _Sample:
     tokens: int = 0
     shown: int = 0  # characters posted
     held: list[ScoredToken] = field(default_factory=list)  # not posted yet
+    coverage: float = 1.0  # the least of the searches
 
 
 @dataclass(eq=False, slots=True)
@@ -140,6 +142,7 @@ class Worker:
                 stream = TextStream(self._lm.token_texts)
                 self._prompts.append(_Prompt(job, mixer, stream))
             elif isinstance(job, ModelCall):
+                model.mixer = mixer.searching_all()  # its answers do not tell of less
                 self._calls.begin(job, job.function(model))
         except Exception as error:
             self._fail(job, error)
@@ -151,8 +154,13 @@ class Worker:
         if isinstance(error, InvalidArgumentError):
             job.post(Failed(str(error), invalid=True))
             return
-        _LOG.error("a request failed: %r", error, exc_info=error)
         self._metrics.failures.inc()
+        if isinstance(error, ClusterError):
+            _LOG.error("a request failed: %s", error)
+            message = "a part of the datastore was not searched in time; try again in a moment"
+            job.post(Failed(message, unavailable=True))
+            return
+        _LOG.error("a request failed: %r", error, exc_info=error)
         job.post(Failed("the server failed at this request; its log says more"))
 
     def turn(self) -> None:
@@ -230,6 +238,7 @@ class Worker:
         if not job.score_prompt and not is_last:
             return size
         mixed = self._mix(prompt.mixer, step)
+        prompt.coverage = min(prompt.coverage, mixed.coverage)
         if job.score_prompt:
             self._score(prompt, mixed, prompt.read - size)
         if is_last:
@@ -242,6 +251,9 @@ class Worker:
     def _mix(self, mixer: Mixer, step: Step) -> MixedStep:
         mixed = mix_step(mixer, step)
         self._metrics.search_seconds.inc(mixed.search_seconds)
+        self._metrics.coverage.set(mixed.coverage)
+        if mixed.coverage < 1.0:
+            self._metrics.partial_searches.inc()
         return mixed
 
     def _score(self, prompt: _Prompt, mixed: MixedStep, first: int) -> None:
@@ -276,9 +288,10 @@ class Worker:
                 prompt.mixer,
                 Sampler(job.sampling, number, job.prompt),
                 TextStream(self._lm.token_texts, job.prompt[job.hidden :], job.stop),
+                coverage=prompt.coverage,
             )
             if job.max_tokens == 0:
-                job.post(Grown(number, "", (), "length"))
+                job.post(Grown(number, "", (), "length", prompt.coverage))
             elif self._grow(sample, mixed, len(mixed.log_probs) - 1):
                 samples.append(sample)
         if job.max_tokens > 0:
@@ -329,6 +342,7 @@ class Worker:
         Returns whether the sample goes on.
         """
         job = sample.job
+        sample.coverage = min(sample.coverage, mixed.coverage)
         self._lm.check_numbers(mixed.log_probs[position])
         token = sample.sampler.next_token(mixed.log_probs[position])
         reason = None
@@ -363,8 +377,8 @@ class Worker:
         ready = [scored for scored in certain if is_whole or scored.offset < len(text)]
         sample.held = sample.held[len(ready) :]
         if ready or reason is not None or len(text) > sample.shown:
-            grown = Grown(sample.number, text[sample.shown :], tuple(ready), reason)
-            sample.job.post(grown)
+            new_text = text[sample.shown :]
+            sample.job.post(Grown(sample.number, new_text, tuple(ready), reason, sample.coverage))
             sample.shown = len(text)
 
 

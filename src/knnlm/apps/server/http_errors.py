@@ -62,7 +62,7 @@ class HTTPError(Exception):
 
 def job_error(failed: Failed) -> HTTPError:
     """Return the error for a request whose job has failed."""
-    return HTTPError(400 if failed.invalid else 503 if failed.stopping else 500, failed.message)
+    return HTTPError(400 if failed.invalid else 503 if failed.unavailable else 500, failed.message)
 
 
 def add_to(app: FastAPI) -> None:

@@ -89,6 +89,7 @@ class ResponseBuilder(ABC):
                 "".join(piece.text for piece in pieces),
                 tuple(scored for piece in pieces for scored in piece.tokens),
                 pieces[-1].finish_reason,
+                min(piece.coverage for piece in pieces),
             )
             for index, pieces in enumerate(parts)
         ]
@@ -143,6 +144,7 @@ class CompletionBuilder(ResponseBuilder):
                 "index": piece.sample,
                 "text": piece.text,
                 "finish_reason": piece.finish_reason,
+                "coverage": piece.coverage,
                 "logprobs": None if self.request.likeliest is None else _log_probs(piece.tokens),
                 "sources": self.sources(piece),
             }

@@ -210,13 +210,18 @@ class TokenExplanation(BaseModel):
 
 
 class Choice(BaseModel):
-    """One continuation, or the next piece of it in a stream."""
+    """One continuation, or the next piece of it in a stream.
+
+    coverage: the share of the datastores' entries that were searched for it so far; below 1 only
+    where the server was started with partial coverage and a part of a cluster was late.
+    """
 
     index: int
     text: str
     logprobs: LogProbs | None = None
     finish_reason: Literal["stop", "length"] | None = None
     sources: list[TokenExplanation] | None = None
+    coverage: float = 1.0
 
 
 class Usage(BaseModel):

@@ -31,6 +31,7 @@ from knnlm.index.ivf.search_tensors import rescore, search_tensors
 from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search
 from knnlm.index.report import IndexReport, Measured
+from knnlm.index.share import Share
 from knnlm.progress import SILENT, Progress
 from knnlm.rules import check_whole
 from knnlm.threads import workers
@@ -60,12 +61,14 @@ class IVFIndex:
 
     After a compaction that `store` has seen, search is exact until the index is opened again.
 
-    device: where searches compute, "cpu" or a GPU. Raises DatastoreNotFoundError if there is no
-    such index, DatastoreCorruptError, and DatastoreChangedError if the datastore was compacted
-    after the index was built.
+    device: where searches compute, "cpu" or a GPU. share: look only into the lists of one share;
+    then `store` must not be refreshed. Raises DatastoreNotFoundError if there is no such index,
+    DatastoreCorruptError, and DatastoreChangedError if the datastore was compacted after the index
+    was built.
     """
 
-    def __init__(self, store: Datastore, device: str = "cpu") -> None:
+    def __init__(self, store: Datastore, device: str = "cpu", share: Share | None = None) -> None:
+        self._share = share
         stored, report = recorded_index(store, *_CODE_SHAPES)
         self.kind = IndexKind(stored.kind)
         self._open(store, stored.files[0], report, device)
@@ -138,6 +141,7 @@ class IVFIndex:
             writer.write_header(metadata)
             index = cls.__new__(cls)
             index.kind = kind
+            index._share = None
             aside = f"{FOLDER}/{writer.aside.name}"
             size_bytes = writer.aside.stat().st_size
             file = IndexFile(aside, 0, store.rows, size_bytes, sha256="")
@@ -175,10 +179,28 @@ class IVFIndex:
         if self._generation == store.generation:
             return
         if store.numbering == self.report.numbering:
-            self._arrange([self._base, *self._appended()])
+            self._arrange(self._own([self._base, *self._appended()]))
         elif self._behind is None:
             self._behind = ExactIndex(store, str(self.device))
         self._generation = store.generation
+
+    def _own(self, parts: list[Part]) -> list[Part]:
+        """Return of all parts the lists of the index's share, about as long in each share."""
+        if self._share is None:
+            return parts
+        edges = torch.tensor(self._share.edges(len(self._base.rows)))
+        first, stop = torch.searchsorted(self._base.starts, edges).tolist()
+        if self._share.is_last:
+            stop = self.nlist  # with the empty lists at the end, which appended rows may be in
+        return [part.of_lists(range(first, stop)) for part in parts]
+
+    @property
+    def entries(self) -> int:
+        """How many live entries are searched: all of the datastore's, or those of the share."""
+        self._follow()
+        if self._behind is not None:
+            return self._behind.entries
+        return sum(int(part.half_norms.isfinite().sum()) for part in self._parts)
 
     def _arrange(self, parts: list[Part]) -> None:
         """Prepare the search of some parts, whose rows may go beyond those of `store`."""

@@ -60,6 +60,12 @@ class Part:
         """Return the part on a device."""
         return Part(**{name: array.to(device) for name, array in self.arrays().items()})
 
+    def of_lists(self, lists: range) -> "Part":
+        """Return the part with the members of some lists only; the others are empty."""
+        first, stop = int(self.starts[lists.start]), int(self.starts[lists.stop])
+        members = {name: array[first:stop] for name, array in self.arrays().items()}
+        return Part(**members | {"starts": self.starts.clamp(first, stop) - first})
+
     def masked(self, alive: Bool[Tensor, " rows"]) -> "Part":
         """Return the part with forgotten entries infinitely far away."""
         live = alive[self.rows]

@@ -1,0 +1,1 @@
+"""Searching a datastore on many machines: Ray actors that each search a share of its entries."""

@@ -1,0 +1,219 @@
+"""Starting, showing and stopping the actors that search a datastore."""
+
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from knnlm.datastore.datastore import Datastore, open_datastore
+from knnlm.datastore.stored_cluster import StoredCluster, store_cluster, stored_cluster
+from knnlm.errors import ClusterError, InvalidArgumentError
+from knnlm.index.cluster.actor import ActorSettings
+from knnlm.index.cluster.connection import STATES, address_of, connect, find_actor, start_actor
+from knnlm.index.cluster.searcher import Held
+from knnlm.index.cluster.states import state_of
+from knnlm.progress import SILENT, Progress
+from knnlm.rules import check_positive_seconds, check_whole
+
+_DESCRIBE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class ActorReport:
+    """An actor, as `knnlm cluster status` shows it.
+
+    host, process: where it runs. entries: live ones in its share. generation: of the datastore's
+    state that it opened last. searches: since it was started last. resident_bytes: of the
+    process's memory, mapped files included. All are None where it does not answer, entries and
+    generation also before it has opened a state.
+    """
+
+    share: int
+    replica: int
+    host: str | None = None
+    process: int | None = None
+    entries: int | None = None
+    generation: int | None = None
+    searches: int | None = None
+    resident_bytes: int | None = None
+
+    @property
+    def answers(self) -> bool:
+        """Whether the actor answered."""
+        return self.process is not None
+
+
+def start_cluster(
+    store: Datastore | str | Path,
+    *,
+    address: str = "auto",
+    shares: int | None = None,
+    replicas: int = 1,
+    deadline_seconds: float = 5.0,
+    threads: int | None = None,
+    copy_to: str | Path | None = None,
+    progress: Progress = SILENT,
+) -> StoredCluster:
+    """Have a datastore searched by actors on the machines of a Ray cluster from now on.
+
+    Each share of the entries is opened by as many actors as there are replicas, on different
+    machines as far as there are enough. The datastore's folder must have the same path on every
+    machine. When all actors have opened their shares, the cluster is recorded in the catalog, and
+    `open_index` uses it.
+
+    address: "auto" for the Ray cluster of this machine, HOST:PORT, or ray://HOST:PORT. shares: by
+    default one for each machine. deadline_seconds: in which a request of up to 16 queries must be
+    answered; a larger one has proportionally more. threads: of each actor; by default a machine's
+    cores, divided among its actors. copy_to: a folder on each machine, for a copy of the datastore
+    that its actors read instead, and that follows the original.
+
+    Raises InvalidArgumentError, ClusterError, MissingDependencyError, DatastoreLockedError,
+    DatastoreWriteError, and what opening the datastore and its index does.
+    """
+    store = open_datastore(store)
+    deadline_seconds = check_positive_seconds("deadline_seconds", deadline_seconds)
+    threads = None if threads is None else check_whole("threads", threads)
+    if stored_cluster(store.catalog) is not None:
+        raise _has_cluster(store)
+    ray = connect(address)
+    nodes = sorted((node for node in ray.nodes() if node["Alive"]), key=lambda node: node["NodeID"])
+    cluster = StoredCluster(
+        address if address.startswith("ray://") else address_of(ray),
+        f"knnlm-{uuid.uuid4().hex}",
+        len(nodes) if shares is None else check_whole("shares", shares),
+        check_whole("replicas", replicas),
+        deadline_seconds,
+    )
+    copied = None if copy_to is None else str(Path(copy_to).resolve())
+    settings = ActorSettings(str(store.path.resolve()), 0, cluster.shares, threads or 0, copied)
+    actors: list[Any] = []
+    try:
+        for started in _start_actors(ray, cluster, nodes, settings):
+            actors.append(started)
+        _wait_until_open(ray, store, actors, progress)
+        with store.writer() as catalog:
+            if stored_cluster(catalog) is not None:
+                raise _has_cluster(store)
+            with catalog.transaction(entries_change=False):
+                store_cluster(catalog, cluster)
+    except BaseException:
+        for actor in actors:
+            ray.kill(actor)
+        raise
+    return cluster
+
+
+def _has_cluster(store: Datastore) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"{store.path} has a cluster already: knnlm cluster stop {store.path} ends it"
+    )
+
+
+def _start_actors(
+    ray: Any, cluster: StoredCluster, nodes: Sequence[dict[str, Any]], settings: ActorSettings
+) -> Iterator[Any]:
+    """Start all actors, on the nodes in turn, so that replicas of a share are on different ones.
+
+    settings: of all actors; threads: 0 for a node's cores divided among its actors.
+    """
+    per_node = -(-len(cluster.actors) // len(nodes))
+    for share, replica in cluster.actors:
+        node = nodes[(share + replica) % len(nodes)]
+        cores = int(node["Resources"].get("CPU", 1))
+        threads = settings.threads or max(1, cores // per_node)
+        own = settings._replace(share=share, threads=threads)
+        yield start_actor(ray, cluster, replica, node["NodeID"], own)
+
+
+def _wait_until_open(ray: Any, store: Datastore, actors: Sequence[Any], progress: Progress) -> None:
+    state = state_of(store)
+    opening = {
+        actor.hold.options(concurrency_group=STATES).remote(state): actor for actor in actors
+    }
+    with progress.task("open the shares", len(actors), "actors") as advance:
+        while opening:
+            for future in ray.wait([*opening], timeout=1.0)[0]:
+                held = _opened(ray, future)
+                if held.state != state:
+                    raise ClusterError(
+                        f"{store.path} was changed meanwhile, or is another datastore on an "
+                        "actor's machine: start the cluster again"
+                    )
+                del opening[future]
+                advance(1)
+
+
+def _opened(ray: Any, future: Any) -> Held:
+    try:
+        held: Held = ray.get(future)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, Exception):
+            raise cause from error
+        raise ClusterError(f"an actor could not be started: {error}") from error
+    return held
+
+
+def cluster_status(store: Datastore | str | Path) -> tuple[StoredCluster, list[ActorReport]]:
+    """Return the cluster that searches a datastore, and what each actor says of itself.
+
+    Raises InvalidArgumentError where there is none, ClusterError and MissingDependencyError.
+    """
+    cluster = _recorded(open_datastore(store))
+    ray = connect(cluster.address)
+    asked = {}
+    for share, replica in cluster.actors:
+        actor = find_actor(ray, cluster, share, replica)
+        if actor is not None:
+            describe = actor.describe.options(concurrency_group=STATES)
+            asked[share, replica] = describe.remote()
+    ready = set(_ready(ray, [*asked.values()], _DESCRIBE_SECONDS))
+    reports = []
+    for place in cluster.actors:
+        facts: dict[str, Any] = {}
+        if asked.get(place) in ready:
+            try:
+                facts = ray.get(asked[place])
+            except ray.exceptions.RayError:  # it has just died
+                facts = {}
+        reports.append(ActorReport(*place, **facts))
+    return cluster, reports
+
+
+def _ready(ray: Any, futures: Sequence[Any], seconds: float) -> Sequence[Any]:
+    if not futures:
+        return []
+    ready: Sequence[Any] = ray.wait(futures, num_returns=len(futures), timeout=seconds)[0]
+    return ready
+
+
+def stop_cluster(store: Datastore | str | Path) -> int:
+    """End a datastore's actors; from now on it is searched in the process that opens it.
+
+    Returns how many actors were ended. The record goes even where the Ray cluster cannot be
+    reached, because it is gone. Raises InvalidArgumentError where there is no cluster,
+    DatastoreLockedError and DatastoreWriteError.
+    """
+    store = open_datastore(store)
+    cluster = _recorded(store)
+    with store.writer() as catalog, catalog.transaction(entries_change=False):
+        store_cluster(catalog, None)
+    try:
+        ray = connect(cluster.address)
+    except ClusterError:
+        return 0
+    actors = [find_actor(ray, cluster, *place) for place in cluster.actors]
+    running = [actor for actor in actors if actor is not None]
+    for actor in running:
+        ray.kill(actor)
+    return len(running)
+
+
+def _recorded(store: Datastore) -> StoredCluster:
+    cluster = stored_cluster(store.catalog)
+    if cluster is None:
+        raise InvalidArgumentError(
+            f"{store.path} has no cluster: knnlm cluster start {store.path} starts one"
+        )
+    return cluster
