@@ -23,8 +23,9 @@ LAYERS = [
     ["index"],
     ["retrieval"],
     ["attachment", "evaluation"],
-    ["knn_lm", "maintenance"],
+    ["knn_lm"],
     ["tuning"],
+    ["maintenance"],
     ["__init__"],  # the public names, for the apps alone
     ["apps.engine"],
     ["apps.explorer"],

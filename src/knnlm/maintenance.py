@@ -16,6 +16,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.text.documents import Document
 from knnlm.text.sources import as_documents
+from knnlm.tuning.upkeep import keep_tuned
 
 
 def build(
@@ -31,6 +32,7 @@ def build(
     max_entries: int | None = None,
     index: str | None = None,
     sync: bool = False,
+    tune: bool = False,
     progress: Progress = SILENT,
 ) -> Datastore:
     """Store every token of `documents` with the key that preceded it, and build the index.
@@ -50,6 +52,7 @@ def build(
     index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
         factory: see `build_index`.
     sync: forget documents that are gone from the given folders; rows gone from a file always are.
+    tune: tune it on its own text, if it is time to; see `keep_tuned`.
 
     With boundary "stream" and context > 0 the first block, which has no context, is read but not
     stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,
@@ -77,6 +80,8 @@ def build(
             _renew_index(Datastore(path), index, model, progress)
         raise
     _renew_index(store, index, model, progress)
+    if tune:
+        keep_tuned(store, model, progress)
     return store
 
 

@@ -64,6 +64,14 @@ _Sync = Annotated[
         "in which something cannot be read.",
     ),
 ]
+_Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune/--no-tune",
+        help="Whether to tune a new datastore on its own text, as knnlm tune does, and again when "
+        "it has grown by a quarter since.",
+    ),
+]
 _Dtype = Annotated[
     ModelDtype,
     typer.Option(
@@ -87,6 +95,7 @@ def build(
     max_entries: _MaxEntries = None,
     index: _Index = None,
     sync: _Sync = False,
+    tune: _Tune = True,
     text_column: options.TextColumn = "text",
     id_column: options.IdColumn = None,
     encoding: options.Encoding = "utf-8",
@@ -102,8 +111,9 @@ def build(
     document whose text has changed replaces its old version. Rows that are gone from their file are
     forgotten, files that are gone from their folder with --sync. After a folder was moved, build it
     from its new place: texts that are stored under a path where nothing is left are not read again.
-    A new datastore reads 1,024 positions at once, 256 of them context. A build may be interrupted
-    at any time; rerun the same command to resume.
+    A new datastore reads 1,024 positions at once, 256 of them context. At the end, the mixture is
+    tuned on the stored text, unless it was tuned on other text. A build may be interrupted at any
+    time; rerun the same command to resume.
 
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """
@@ -129,6 +139,8 @@ def build(
             progress=RichProgress(),
         )
         seconds = time.perf_counter() - started
+        if tune:
+            knnlm.keep_tuned(built, lm, RichProgress())
         _print_built(built, built.rows - rows_before, seconds, as_json)
 
 
