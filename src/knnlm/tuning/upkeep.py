@@ -34,7 +34,7 @@ def keep_tuned(
     before = _entries_when_tuned(store)
     if len(store) < max(GROWTH * before, 1):
         return None
-    tokens = min(max((len(store) - before) // _PART, _LEAST_TOKENS), DEFAULT_TOKENS)
+    tokens = tokens_to_tune_on(len(store) - before)
     try:
         tuning = tune(KNNLM(lm, store), max_tokens=tokens, progress=progress)
         tuning.save(store)
@@ -42,6 +42,11 @@ def keep_tuned(
         _LOG.warning("%s is built, but could not be tuned: %s", store.path, error)
         return None
     return tuning
+
+
+def tokens_to_tune_on(new_entries: int) -> int:
+    """Return how many stored tokens a build reads again at its end."""
+    return min(max(new_entries // _PART, _LEAST_TOKENS), DEFAULT_TOKENS)
 
 
 def _entries_when_tuned(store: Datastore) -> int:
