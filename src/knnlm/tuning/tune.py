@@ -55,7 +55,7 @@ class Tuning:
         stores = as_stores(stores)
         for store, parameters in zip(stores, self.parameters, strict=True):
             others = [str(other.path) for other in stores if other is not store]
-            origin = {
+            origin: dict[str, Any] = {
                 "text": list(text),
                 "stored": None if self.stored is None else asdict(self.stored),
                 "entries": len(store),

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 _Texts = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Held-out text, given like the texts of knnlm build; by default the datastore's own."
+        metavar="TEXT",
+        help="Held-out text, given like the texts of knnlm build; by default the datastore's own.",
     ),
 ]
 _Stored = Annotated[
