@@ -29,11 +29,15 @@ EXPERIMENTS = [
     "other_domain",
     "quantized_distances",
     "rare_and_factual",
+    "self_tuning",
     "stranger",
     "sweep",
     "temperature",
 ]
-OPTIONS = {"more_data": ["--tuned-on", "300", "--entries", "900"]}
+OPTIONS = {
+    "more_data": ["--tuned-on", "300", "--entries", "900"],
+    "self_tuning": ["--entries", "900"],
+}
 SHARED = {"experiment", "measuring", "reference", "texts", "training"}
 
 Run = Callable[..., dict[str, Any]]

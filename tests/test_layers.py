@@ -24,8 +24,9 @@ LAYERS = [
     ["index"],
     ["retrieval"],
     ["attachment", "evaluation"],
-    ["exchange", "knn_lm", "maintenance"],
+    ["exchange", "knn_lm"],
     ["tuning"],
+    ["maintenance"],
     ["__init__"],  # the public names, for the apps alone
     ["apps.engine"],
     ["apps.explorer"],

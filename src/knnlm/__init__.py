@@ -100,8 +100,10 @@ if TYPE_CHECKING:
     from knnlm.text.sources import read_documents as read_documents
     from knnlm.text.windows import Windowing as Windowing
     from knnlm.tuning.fitting import Fit as Fit
+    from knnlm.tuning.stored_text import StoredSample as StoredSample
     from knnlm.tuning.sweep import Sweep as Sweep, Trial as Trial
     from knnlm.tuning.tune import Tuning as Tuning, tune as tune
+    from knnlm.tuning.upkeep import keep_tuned as keep_tuned
 
 __version__ = "0.1.0"
 
@@ -142,8 +144,10 @@ _LAZY = {
     "text.sources": ("read_documents",),
     "text.windows": ("Windowing",),
     "tuning.fitting": ("Fit",),
+    "tuning.stored_text": ("StoredSample",),
     "tuning.sweep": ("Sweep", "Trial"),
     "tuning.tune": ("Tuning", "tune"),
+    "tuning.upkeep": ("keep_tuned",),
 }
 _MODULES = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -62,6 +62,8 @@ class DatastoreChangedError(KNNLMError, RuntimeError):
 
 class WorkerError(KNNLMError, RuntimeError):
     """The workers of a build cannot go on: none starts, or they end again and again."""
+
+
 class ClusterError(KNNLMError, ConnectionError):
     """A datastore's cluster cannot be reached, is late, or holds another state of the datastore."""
 

@@ -17,6 +17,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.text.documents import Document
 from knnlm.text.sources import as_documents
+from knnlm.tuning.upkeep import keep_tuned
 from knnlm.workers.opening import open_makers
 from knnlm.workers.pool import LEASE_SECONDS
 
@@ -34,6 +35,7 @@ def build(
     max_entries: int | None = None,
     index: str | None = None,
     sync: bool = False,
+    tune: bool = False,
     workers: int | None = None,
     ray: str | None = None,
     lease: float = LEASE_SECONDS,
@@ -54,6 +56,7 @@ def build(
     max_entries: stop at the last whole window that leaves the datastore at most this many rows.
     index: see `IndexKind`; by default as before, at first "auto". "faiss": see `build_index`.
     sync: forget documents that are gone from the given folders; rows gone from a file always are.
+    tune: tune it on its own text, if it is time to; see `keep_tuned`.
     workers, ray, lease: how many processes read the keys, on the Ray cluster of this address, or
         None: here; a worker that is silent for `lease` seconds loses its work. docs/scaling.md
 
@@ -80,6 +83,8 @@ def build(
                 progress=progress,
             )
         renew(store)
+    if tune:
+        keep_tuned(store, model, progress)
     return store
 
 

@@ -483,7 +483,7 @@ def test_the_bootstrap_agrees_with_the_spread_of_documents() -> None:
     nats = torch.rand(400, generator=generator)
     for number, of_document in enumerate(nats):
         window = Window(np.array([0, 1], dtype=np.int32), 0, (Span(number, 1),))
-        scores = Scores([window], torch.tensor([1]), -of_document[None], ())
+        scores = Scores([window], torch.tensor([1]), torch.zeros(1, 2), -of_document[None], ())
         tally.add(scores, -0.5 * of_document[None])
     errors = tally.errors()
     assert errors is not None
@@ -507,7 +507,8 @@ def test_few_documents_are_drawn_in_blocks_of_256_tokens() -> None:
             window = Window(inputs, 0, (Span(number, count),))
             own = nats[start : start + count]
             start += count
-            tally.add(Scores([window], torch.ones(count, dtype=torch.int64), -own, ()), -own / 2)
+            targets, keys = torch.ones(count, dtype=torch.int64), torch.zeros(count, 2)
+            tally.add(Scores([window], targets, keys, -own, ()), -own / 2)
     assert tally.nats[0] == pytest.approx(float(nats.double().sum()))
     errors = tally.errors()
     assert errors is not None

@@ -61,7 +61,7 @@ def find_overlap(
 
 def _copied(tokens: Int32[np.ndarray, " token"], stores: Sequence[Datastore]) -> int:
     """Return how many tokens belong to a run that is stored too."""
-    runs, places = np.unique(_hashes(tokens), return_inverse=True)
+    runs, places = np.unique(run_hashes(tokens), return_inverse=True)
     if len(runs) == 0:
         return 0
     is_stored = np.zeros(len(runs), bool)
@@ -70,7 +70,7 @@ def _copied(tokens: Int32[np.ndarray, " token"], stores: Sequence[Datastore]) ->
     for store in stores:
         values, alive = store.values.numpy(), store.alive.numpy()
         for start in range(0, len(values), _ROWS_AT_ONCE):
-            stored = _hashes(values[start : start + _ROWS_AT_ONCE + RUN - 1])
+            stored = run_hashes(values[start : start + _ROWS_AT_ONCE + RUN - 1])
             stored = stored[alive[start : start + len(stored)] & marks[_mark(stored)]]
             nearest = np.searchsorted(runs, stored).clip(max=len(runs) - 1)
             is_stored[nearest[runs[nearest] == stored]] = True
@@ -86,8 +86,11 @@ def _mark(hashes: UInt64[np.ndarray, " run"]) -> UInt64[np.ndarray, " run"]:
     return marks
 
 
-def _hashes(tokens: Int32[np.ndarray, " token"]) -> UInt64[np.ndarray, " run"]:
-    """Return a hash of the RUN tokens that begin at each token: a polynomial modulo 2⁶⁴."""
+def run_hashes(tokens: Int32[np.ndarray, " token"]) -> UInt64[np.ndarray, " run"]:
+    """Return a hash of the RUN tokens that begin at each token: a polynomial modulo 2⁶⁴.
+
+    Fewer than RUN tokens have none.
+    """
     hashes = tokens.astype(np.uint64) + np.uint64(1)
     length = 1
     while length < RUN:

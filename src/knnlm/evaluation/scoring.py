@@ -81,14 +81,15 @@ class ScoreRequest:
 class Scores:
     """What was computed for each new token (target) of some windows, in order.
 
-    lm_log_probs: log p_LM of the token. neighbors: of the key before it, from each retriever that
-    was searched. cache_neighbors: from the continuous cache, for each size. lm, likeliest: of the
-    model's distribution, if requested. lm_seconds, search_seconds: how long it took; the continuous
-    cache counts as search.
+    keys: of the position before it. lm_log_probs: log p_LM of the token. neighbors: of the key,
+    from each retriever that was searched. cache_neighbors: from the continuous cache, for each
+    size. lm, likeliest: of the model's distribution, if requested. lm_seconds, search_seconds: how
+    long it took; the continuous cache counts as search.
     """
 
     windows: list[Window]
     targets: Int[Tensor, " token"]
+    keys: Float[Tensor, "token dim"]
     lm_log_probs: Float[Tensor, " token"]
     neighbors: tuple[Neighbors, ...]
     cache_neighbors: tuple[CacheNeighbors, ...] = ()
@@ -218,6 +219,7 @@ class _Scorer:
         return Scores(
             windows,
             targets,
+            queries,
             log_probs,
             neighbors,
             cache_neighbors,

@@ -140,6 +140,25 @@ class ContinuousCache:
         real: False where a position is padding, on a sequence's left; it is not remembered. A
         position's own key is no pair yet: its value is the token to predict.
         """
+        self.remember(inputs, keys, real)
+        start, stop = self._used - inputs.shape[1], self._used
+        width = min(self.size, stop)
+        blocks = [
+            self._compare(first, min(first + _BLOCK, stop), width)
+            for first in range(start, stop, _BLOCK)
+        ]
+        similarities, values = (
+            torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*blocks, strict=True)
+        )
+        return CacheView(similarities, values)
+
+    def remember(
+        self,
+        inputs: Int[Tensor, "batch time"],
+        keys: Float[Tensor, "batch time dim"],
+        real: Bool[Tensor, "batch time"] | None = None,
+    ) -> None:
+        """Read the next positions without comparing them with the pairs before; see `read`."""
         time = inputs.shape[1]
         real = torch.ones_like(inputs, dtype=torch.bool) if real is None else real
         self._make_room(time)
@@ -152,15 +171,6 @@ class ContinuousCache:
         self._real[:, start:stop] = real
         self._used = stop
         self.position += time
-        width = min(self.size, stop)
-        blocks = [
-            self._compare(first, min(first + _BLOCK, stop), width)
-            for first in range(start, stop, _BLOCK)
-        ]
-        similarities, values = (
-            torch.cat(parts, dim=1).flatten(0, 1) for parts in zip(*blocks, strict=True)
-        )
-        return CacheView(similarities, values)
 
     def reorder(self, rows: Int[Tensor, " batch"]) -> None:
         """Continue sequence rows[i] as sequence i, as a beam search does."""

@@ -1,6 +1,6 @@
 """Held-out text, read and searched once: everything that a fit needs, without the model."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.lm_summary import LMSummary
 from knnlm.mixture.rows import join
 from knnlm.progress import SILENT, Progress
+from knnlm.retrieval.retriever import Retriever
 from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 
@@ -76,6 +77,13 @@ class HeldOutText:
         )
 
 
+def at_most(k: int, retrievers: Sequence[Retriever]) -> tuple[Retriever, ...]:
+    """Return retrievers that search for k entries, or for all where a datastore has fewer."""
+    return tuple(
+        replace(r, parameters=replace(r.parameters, k=min(k, len(r.store)))) for r in retrievers
+    )
+
+
 def read_held_out(
     model: KNNLM,
     documents: Iterable[Document],
@@ -90,10 +98,7 @@ def read_held_out(
     A datastore with fewer than k entries gives all of them. Takes 8·k bytes for each token and
     datastore. Returns None for a text without tokens.
     """
-    retrievers = tuple(
-        replace(r, parameters=replace(r.parameters, k=min(k, len(r.store))))
-        for r in model.retrievers
-    )
+    retrievers = at_most(k, model.retrievers)
     cache = CacheRequest(CACHE_SIZES, CACHE_K, boundary=windowing.boundary)
     text = score_documents(
         model.lm,

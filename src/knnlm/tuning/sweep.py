@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 import torch
 
@@ -11,7 +11,6 @@ from knnlm.evaluation.tally import perplexity_of
 from knnlm.mixture.parameters import Parameters
 from knnlm.progress import SILENT, Progress
 from knnlm.tuning.held_out import TargetNeighbors
-from knnlm.tuning.weights import log_gains
 
 _COARSE_TEMPERATURES = tuple(m * 10.0**e for e in range(-1, 4) for m in (1, 2, 5))
 _FURTHER = 24  # doublings or halvings beyond them, while the best lies at the edge
@@ -47,7 +46,13 @@ class Sweep:
     by_temperature: tuple[Trial, ...]
 
 
-_Gains: TypeAlias = dict[Parameters, float]
+class _Setting(NamedTuple):
+    k: int
+    lmbda: float
+    temperature: float
+
+
+_Gains: TypeAlias = dict[_Setting, float]
 """For each setting, the mean of log p − log p_LM over the tokens, in nats."""
 
 
@@ -58,18 +63,18 @@ def sweep(neighbors: TargetNeighbors, progress: Progress = SILENT) -> Sweep:
     best = max(gains, key=gains.__getitem__)
 
     def best_by(name: str) -> tuple[Trial, ...]:
-        winners: dict[float, Parameters] = {}
+        winners: dict[float, _Setting] = {}
         for setting, gain in gains.items():
             value = getattr(setting, name)
             if value not in winners or gain > gains[winners[value]]:
                 winners[value] = setting
         return tuple(
-            Trial(**asdict(setting), perplexity=perplexity_of(lm_nats - gains[setting]))
+            Trial(*setting, perplexity=perplexity_of(lm_nats - gains[setting]))
             for _, setting in sorted(winners.items())
         )
 
     return Sweep(
-        parameters=best if gains[best] > 0 else replace(best, lmbda=0.0),
+        parameters=Parameters(*(best if gains[best] > 0 else best._replace(lmbda=0.0))),
         tokens=len(neighbors.lm_log_probs),
         lm_perplexity=perplexity_of(lm_nats),
         knn_perplexity=perplexity_of(lm_nats - max(gains[best], 0.0)),
@@ -130,7 +135,8 @@ def _try_temperature(
         start = k
         ratios = true_votes / all_votes.clamp_min(1e-300) / lm_probs.clamp_min(1e-300)
         ratios = torch.where(present, ratios, torch.ones_like(ratios))
-        for lmbda in lmbdas:
-            gain = log_gains(ratios[:, None], lmbda).mean()
-            gains[Parameters(k, lmbda, temperature)] = float(gain)
+        some_lmbdas = torch.tensor(lmbdas, dtype=torch.float64)
+        means = ((ratios[:, None] - 1) * some_lmbdas).log1p().mean(dim=0)
+        for lmbda, gain in zip(lmbdas, means.tolist(), strict=True):
+            gains[_Setting(k, lmbda, temperature)] = gain
     return gains

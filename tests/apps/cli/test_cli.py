@@ -79,7 +79,12 @@ def work(built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def ok(*arguments: str) -> str:
-    """Run a command that must succeed and say nothing but its progress on stderr."""
+    """Run a command that must succeed and say nothing but its progress on stderr.
+
+    A build tunes only where that is asked for: it takes seconds.
+    """
+    if arguments[:1] == ("build",) and "--tune" not in arguments:
+        arguments += ("--no-tune",)
     result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     for line in result.stderr.splitlines():
@@ -215,6 +220,32 @@ def test_several_datastores_in_every_command_that_predicts(work: Path, models: P
         work,
         ("eval", both[0], "held.txt", *both[1:], "--lmbda", "0.7"),
         "(λ) of several datastores must add up to at most 1, got 0.7 + 0.7 = 1.4",
+    )
+
+
+def test_a_build_ends_with_tuning_on_its_own_text(work: Path, models: Path) -> None:
+    out = ok("build", "new.store", "texts", "--model", str(models / "tiny"), "--tune")
+    assert "not tuned" not in out
+    facts = ok_json("info", "new.store")
+    stored = facts["tuning"]["stored"]
+    assert stored["tokens"] == facts["tuning"]["tokens"] == facts["entries"]
+    assert "each without its own votes" in " ".join(out.replace("│", " ").split())
+    report = ok_json("eval", "new.store", "held.txt")
+    assert report["knn"]["perplexity"] <= report["lm"]["perplexity"]
+
+
+def test_tune_without_a_text_reads_the_stored_one(work: Path) -> None:
+    out = ok("tune", "docs.store", "--max-k", "4", "--max-tokens", "100", "--seed", "5")
+    assert "100 of them stored" in out
+    assert "each without its own votes" in out
+    tuned = ok_json("tune", "docs.store", "--max-k", "4")
+    assert tuned["stored"]["tokens"] == tuned["tokens"]
+    assert tuned["overlap"] is None
+    both = ok_json("tune", "docs.store", "held.txt", "--stored", "--max-k", "4")
+    assert both["tokens"] > both["stored"]["tokens"] == tuned["tokens"]
+    assert ok_json("info", "docs.store")["tuning"]["text"] == ["held.txt"]
+    assert_refused(
+        work, ("tune", "docs.store", "--window", "32"), "window, context and boundary must go with"
     )
 
 
@@ -751,7 +782,7 @@ def lines_of(*arguments: str) -> tuple[int, list[str], list[str]]:
 
 def test_a_real_process_prints_nothing_but_results_and_progress(work: Path, models: Path) -> None:
     for arguments in [
-        ("build", "new.store", "texts", "--model", str(models / "tiny"), "--json"),
+        ("build", "new.store", "texts", "--model", str(models / "tiny"), "--no-tune", "--json"),
         ("tune", "new.store", "held.txt", "--max-tokens", "20", "--json"),
         ("generate", "new.store", "The", "--sample", "--max-new-tokens", "5", "--json"),
     ]:

@@ -48,7 +48,7 @@ TEXTS = [
     *("127.0.0.1", "::1", "localhost:80", "a..b", HUGE),
 ]
 RUNS = {  # a call of each command that works, and does little
-    "build": ["new.store", "texts", "--model", "tiny"],
+    "build": ["new.store", "texts", "--model", "tiny", "--no-tune"],
     "index": ["docs.store", "--k", "5"],
     "tune": ["docs.store", "held.txt", "--max-k", "4", "--max-tokens", "20"],
     "eval": ["docs.store", "held.txt", "--k", "4", "--max-tokens", "20"],
@@ -103,7 +103,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.chdir(work)
     try:
         for store in ("docs.store", "other.store"):
-            arguments = ["build", store, "texts", "--model", "tiny", "--window", "64"]
+            arguments = ["build", store, "texts", "--model", "tiny", "--window", "64", "--no-tune"]
             assert runner.invoke(app, arguments).exit_code == 0
         assert runner.invoke(app, ["export", "docs.store", "arrays"]).exit_code == 0
     finally:

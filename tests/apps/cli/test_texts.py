@@ -35,8 +35,8 @@ BAD: dict[str, bytes] = {  # by the end of its name; what each is refused for
     "caf\udce9.txt": b"a name that UTF-8 cannot hold",
 }
 COMMANDS = {
-    "new": ["build", "new.store", "corpus", "--model", "model"],
-    "build": ["build", "docs.store", "corpus"],
+    "new": ["build", "new.store", "corpus", "--model", "model", "--no-tune"],
+    "build": ["build", "docs.store", "corpus", "--no-tune"],
     "eval": ["eval", "docs.store", "corpus", "--k", "4"],
     "tune": ["tune", "docs.store", "corpus", "--max-k", "4"],
     "index": ["index", "docs.store", "--queries", "corpus", "--k", "4"],
@@ -51,7 +51,8 @@ def work(tmp_path: Path, llama_lm: LanguageModel, monkeypatch: pytest.MonkeyPatc
     for number in range(3):
         Path(f"corpus/{number}5.txt").write_text(f"{number}. {PROSE}")
     llama_lm.save(tmp_path / "model")
-    result = runner.invoke(app, ["build", "docs.store", "corpus/05.txt", "--model", "model"])
+    arguments = ["build", "docs.store", "corpus/05.txt", "--model", "model", "--no-tune"]
+    result = runner.invoke(app, arguments)
     assert result.exit_code == 0, result.output
     return tmp_path
 
@@ -100,7 +101,7 @@ def test_skipped_files_are_named_at_the_end(command: str, work: Path) -> None:
 def test_texts_from_the_standard_input(work: Path) -> None:
     text = "What followed there is a guess at what follows here.\n"
     for arguments in (
-        ["build", "docs.store", "-"],
+        ["build", "docs.store", "-", "--no-tune"],
         ["eval", "docs.store", "/dev/stdin", "--k", "4"],
         ["explain", "docs.store", "-", "--k", "4"],
         ["index", "docs.store", "--queries", "-", "--k", "4"],

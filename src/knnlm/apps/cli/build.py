@@ -64,6 +64,14 @@ _Sync = Annotated[
         "in which something cannot be read.",
     ),
 ]
+_Tune = Annotated[
+    bool,
+    typer.Option(
+        "--tune/--no-tune",
+        help="Whether to tune a new datastore on its own text, as knnlm tune does, and again when "
+        "it has grown by a quarter since.",
+    ),
+]
 _Dtype = Annotated[
     ModelDtype,
     typer.Option(
@@ -110,6 +118,7 @@ def build(
     max_entries: _MaxEntries = None,
     index: _Index = None,
     sync: _Sync = False,
+    tune: _Tune = True,
     text_column: options.TextColumn = "text",
     id_column: options.IdColumn = None,
     encoding: options.Encoding = "utf-8",
@@ -127,7 +136,8 @@ def build(
     Documents already stored with the same text are skipped, however their path is spelled; a
     document whose text has changed replaces its old version. Rows that are gone from their file are
     forgotten, files that are gone from their folder with --sync. A new datastore reads 1,024
-    positions at once, 256 of them context. An interrupted build goes on when it is run again.
+    positions at once, 256 of them context. At the end, the mixture is tuned on the stored text,
+    unless it was tuned on other text. An interrupted build goes on when it is run again.
 
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """
@@ -155,7 +165,10 @@ def build(
             lease=lease,
             progress=RichProgress(),
         )
-        _print_built(built, rows_before, time.perf_counter() - started, as_json)
+        seconds = time.perf_counter() - started
+        if tune:
+            knnlm.keep_tuned(built, lm, RichProgress())
+        _print_built(built, rows_before, seconds, as_json)
 
 
 def _print_built(built: "Datastore", rows_before: int, seconds: float, as_json: bool) -> None:

@@ -1,7 +1,7 @@
 """The command `demo`: a real model gets better at a real library by remembering it, untrained.
 
-The text is the source code of Python's `asyncio`, which every Python installation has. Its files
-in alphabetical order: 0-2 are for evaluation, 3-5 for tuning, the others go into the datastore.
+The text is the source code of Python's `asyncio`, which every Python installation has. The first
+three files in alphabetical order are for evaluation, the others go into the datastore.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ import typer
 
 from knnlm.apps.cli.console import OUT
 from knnlm.apps.cli.explain_report import print_explanations
-from knnlm.apps.cli.reports import print_perplexity, print_tuning
+from knnlm.apps.cli.reports import print_perplexity
 from knnlm.errors import MissingDependencyError
 
 if TYPE_CHECKING:
@@ -35,43 +35,36 @@ _Model = Annotated[
 def demo(*, folder: _Folder = Path("knnlm-demo"), model: _Model = None) -> None:
     """Watch a small model get better at a library by remembering its code, in a few minutes.
 
-    Stores the source code of Python's own asyncio except for six files: three to tune on, three to
-    evaluate on. Works offline. May be interrupted at any time; run it again to resume.
+    Stores the source code of Python's own asyncio except for three files, which it evaluates on.
+    Works offline. May be interrupted at any time; run it again to resume.
     """
     import asyncio
 
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
-    from knnlm.tuning.plot import plot_tuning
 
     progress = RichProgress()
     sources = sorted(Path(asyncio.__file__).parent.glob("*.py"))
     documents = [knnlm.Document(f"asyncio/{path.name}", path) for path in sources]
-    test, held_out, stored = documents[:3], documents[3:6], documents[6:]
+    test, stored = documents[:3], documents[3:]
 
     _print_step(1, "loading a language model")
     lm = knnlm.LanguageModel.load(model or _bundled_model(folder), dtype="float32", device="cpu")
     OUT.print(f"{lm.name}: keys of dimension {lm.dimension}, vocabulary of {lm.vocab_size:,}")
 
     _print_step(2, f"storing {len(stored)} files of Python's asyncio, one entry per token")
-    store = knnlm.build(folder / "asyncio.store", lm, stored, progress=progress)
+    store = knnlm.build(folder / "asyncio.store", lm, stored, tune=True, progress=progress)
     OUT.print(f"{len(store):,} entries in {store.path}")
 
-    _print_step(3, f"tuning on {len(held_out)} files that are not stored")
-    tuning = knnlm.tune(knnlm.KNNLM(lm, store), held_out, progress=progress)
-    plot_tuning(tuning, store.path / "tuning.png")
-    tuning.save([store], [document.name for document in held_out])
-    print_tuning(tuning)
-
-    _print_step(4, f"evaluating on {len(test)} other files that are not stored")
+    _print_step(3, f"evaluating on {len(test)} other files that are not stored")
     knn_lm = knnlm.KNNLM(lm, store)
     print_perplexity(knn_lm.perplexity(test, progress=progress))
 
-    _print_step(5, "generating, without and with the datastore")
+    _print_step(4, "generating, without and with the datastore")
     _print_generation("LM alone", knnlm.KNNLM(lm, store, lmbda=0.0))
     generated = _print_generation("kNN-LM", knn_lm)
 
-    _print_step(6, "explaining: the passages behind the generated tokens")
+    _print_step(5, "explaining: the passages behind the generated tokens")
     _print_sources(knn_lm, generated)
     store.close()
     _print_next_steps(folder, sources[2])
@@ -137,6 +130,6 @@ def _print_next_steps(folder: Path, test_file: Path) -> None:
         ("explain any text", f'{program} explain {store} "loop.call_soon("'),
         ("add your own files", f"{program} build {store} YOUR_FOLDER"),
         ("forget a file", f"{program} forget {store} asyncio/tasks.py"),
-        ("see how k, λ, T were chosen", str(store / "tuning.png")),
+        ("see how k, λ, T are chosen", f"{program} tune {store}"),
     ]:
         OUT.print(f"  {purpose:<28} {command}", soft_wrap=True)

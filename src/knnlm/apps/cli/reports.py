@@ -1,6 +1,7 @@
 """Results as tables and lines on the standard output, and the warning about a poor index."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,6 +86,8 @@ def weights_line(weights: str, parameters: "Sequence[Parameters]") -> str:
 def print_tuning(tuning: "Tuning") -> None:
     """Print perplexity by k and by the kind of mixture, and the mixture that was stored."""
     OUT.print(f"{tuning.tokens:,} tokens to tune on")
+    if tuning.stored is not None:
+        OUT.print(_stored_text_line(asdict(tuning.stored)), soft_wrap=True)
     for number, (sweep, chosen) in enumerate(zip(tuning.sweeps, tuning.parameters, strict=True), 1):
         title = f"datastore {number} alone" if len(tuning.sweeps) > 1 else None
         _print_sweep(sweep, chosen, tuning.lm_perplexity, title)
@@ -98,6 +101,24 @@ def print_tuning(tuning: "Tuning") -> None:
         )
     OUT.print(table)
     _print_stored(tuning)
+
+
+def _stored_text_line(stored: dict[str, Any]) -> str:
+    """Return what stored text was tuned on, and what had no vote for it."""
+    line = (
+        f"{stored['tokens']:,} of them stored, from {stored['documents']:,} documents, each "
+        "without its own votes"
+    )
+    if stored["copies"]:
+        line += f" or those of its copies ({stored['copies']:,} documents)"
+    if stored["large"]:
+        line += (
+            f"; {stored['large']:,} in documents of more than a fifth of the datastore, where only "
+            "the text around each token is left out"
+        )
+    if stored["alone"]:
+        line += f"; {stored['alone']:,} with no neighbor left"
+    return line
 
 
 def _print_sweep(
@@ -246,4 +267,6 @@ def _parameters_line(parameters: dict[str, Any] | None, tuning: dict[str, Any] |
     learned = perplexities.get("learned weights")
     if learned is not None and learned < perplexities["fixed weights"]:  # else not stored
         line += f"; learned weights {learned:.3f}"
+    if tuning.get("stored"):
+        line += f"; {_stored_text_line(tuning['stored'])}"
     return line

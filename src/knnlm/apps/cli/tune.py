@@ -1,7 +1,8 @@
-"""The command `tune`: find the mixture that predicts a held-out text best."""
+"""The command `tune`: find the mixture that predicts a text best, the stored text or another."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,8 +19,32 @@ from knnlm.apps.cli.opening import (
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.apps.cli.texts import TextOptions, checked_texts
 from knnlm.choices import ModelDtype, TextFormat
+from knnlm.errors import InvalidArgumentError
 from knnlm.rules import check_k
 
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from knnlm.text.documents import Documents
+
+_Texts = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="TEXT",
+        help="Held-out text, given like the texts of knnlm build; by default the datastore's own.",
+    ),
+]
+_Stored = Annotated[
+    bool, typer.Option("--stored", help="Tune on the datastore's own text too, beside TEXT.")
+]
+_Seed = Annotated[int, typer.Option(help="Chooses the part of the stored text that is read.")]
+_MaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Stop after this many tokens of TEXT, and of the stored text; by default all of TEXT, "
+        "32,768 of the stored text."
+    ),
+]
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
 _Plot = Annotated[
     Path | None,
@@ -29,12 +54,14 @@ _Plot = Annotated[
 
 def tune(
     store: options.Store,
-    text: options.Texts,
+    text: _Texts = None,
     *,
+    stored: _Stored = False,
+    seed: _Seed = 0,
     also: options.Also = None,
     model: options.Model = None,
     max_k: _MaxK = 1024,
-    max_tokens: options.MaxTokens = None,
+    max_tokens: _MaxTokens = None,
     window: options.Window = None,
     context: options.Context = None,
     boundary: options.Boundary = None,
@@ -48,11 +75,15 @@ def tune(
     device: options.Device = "auto",
     as_json: options.Json = False,
 ) -> None:
-    """Find the best mixture on held-out text and store it as the default.
+    """Find the best mixture for new text and store it as the default.
 
-    Searches once, then tries k, λ and temperature on the neighbors found, fits a continuous cache
-    (which --cache uses) and, given at least 2,048 tokens, trains a gate that chooses the weights
-    for each token. Use text that is neither in the datastore nor in the text you evaluate on.
+    Without TEXT, reads parts from all over the stored text; a document has no vote for its own
+    tokens, nor have copies of it. knnlm build does that by itself. TEXT must be neither in the
+    datastore nor in the text you evaluate on. Searches once, then tries k, λ and temperature on the
+    neighbors found, fits a continuous cache (which --cache uses) and, given at least 2,048 tokens,
+    trains a gate that chooses the weights for each token.
+
+        knnlm tune docs.store
 
         knnlm tune docs.store held-out/tune
     """
@@ -61,8 +92,16 @@ def tune(
     from knnlm.tuning.plot import plot_tuning
 
     check_k(max_k, "max_k")
-    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
-    with checked_texts(text, reading) as documents:
+    texts: AbstractContextManager[Documents | None] = nullcontext()
+    if text:
+        reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+        texts = checked_texts(text, reading)
+    elif (window, context, boundary) != (None, None, None):
+        raise InvalidArgumentError(
+            "window, context and boundary must go with a TEXT, got none: stored text is read as it "
+            "was when the datastore was built"
+        )
+    with texts as documents:
         opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
         picture = plot or store / "tuning.png"
         check_writable(store)
@@ -70,13 +109,15 @@ def tune(
         tuning = knnlm.tune(
             opened,
             documents,
+            stored=stored or not text,
             max_k=max_k,
-            windowing=choose_windowing(opened, window, context, boundary),
+            windowing=choose_windowing(opened, window, context, boundary) if text else None,
             max_tokens=max_tokens,
+            seed=seed,
             progress=RichProgress(),
         )
         plot_tuning(tuning, picture)
-        tuning.save([retriever.store for retriever in opened.retrievers], text)
+        tuning.save([retriever.store for retriever in opened.retrievers], text or [])
         if as_json:
             print_json(tuning.to_dict() | {"plot": str(picture)})
             return
