@@ -7,7 +7,7 @@ import time
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
@@ -92,9 +92,22 @@ def _sample(
     if queries is not None:
         chosen = torch.randperm(len(queries), generator=generator)[:_TIMED_QUERIES]
         return torch.full_like(chosen, -1), queries[chosen].float().cpu()
-    live = store.alive.nonzero()[:, 0]
-    rows = live[torch.randperm(len(live), generator=generator)[:_TIMED_QUERIES]]
+    rows = _live_rows(store.alive, _TIMED_QUERIES, generator)
     return rows, store.keys_at(rows).float()
+
+
+def _live_rows(
+    alive: Bool[Tensor, " rows"], count: int, generator: torch.Generator
+) -> Int[Tensor, " n"]:
+    """Return `count` different live rows at random, or all of them."""
+    live = int(alive.sum())
+    if live <= 2 * count:
+        return alive.nonzero()[:, 0][torch.randperm(live, generator=generator)[:count]]
+    chosen: dict[int, None] = {}  # in the order in which they were drawn
+    while len(chosen) < count:
+        drawn = torch.randint(len(alive), (count,), generator=generator)
+        chosen |= dict.fromkeys(drawn[alive[drawn]].tolist())
+    return torch.tensor(list(chosen)[:count])
 
 
 def _without(neighbors: Neighbors, own_rows: Int[Tensor, " query"]) -> Neighbors:
