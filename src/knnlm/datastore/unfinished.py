@@ -31,9 +31,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Record durably what an unfinished index is of, the `entries_state` included, and how far it is.
+    """Record durably what an unfinished index is of, and how far it is.
 
-    Raises DatastoreWriteError.
+    manifest: holds the `entries_state`. Raises DatastoreWriteError.
     """
     path = unfinished_folder(folder) / _MANIFEST
     aside = path.with_name(path.name + ASIDE)

@@ -45,8 +45,8 @@ def write_run(
 ) -> tuple[IndexFile, ...]:
     """Write the rows that no file holds yet, together with the last runs where those are short.
 
-    files: the index's own and those of appended rows. memory: see `IndexOptions`. Returns the files that hold all rows. Raises
-    DatastoreWriteError.
+    files: the index's own and those of appended rows. memory: see `IndexOptions`. Returns
+    the files that hold all rows. Raises DatastoreWriteError.
     """
     base, *runs = files
     start = files[-1].stop
