@@ -43,8 +43,8 @@ class Begun:
         self.folder = unfinished_folder(store.path)
         self.learned: dict[str, Tensor] = {}
         manifest = read_manifest(store.path)
-        if manifest is not None and is_current(store.path, store.catalog):
-            self.learned = self._read_learned() if manifest.get("options") == options else {}
+        if manifest is not None and self._fits(store, manifest, options):
+            self.learned = self._read_learned()
         if manifest is None or not self.learned:
             discard_unfinished(store.path)
             manifest = {"rows": 0, "sizes": [], "counts": [], "placed": 0}
@@ -53,6 +53,11 @@ class Begun:
         self._manifest = manifest | {"options": options} | entries_state(store.catalog)
         self._thread = ThreadPoolExecutor(1, "knnlm-index")
         self._saving: Future[None] | None = None
+
+    def _fits(self, store: Datastore, manifest: dict[str, Any], options: dict[str, Any]) -> bool:
+        if not is_current(store.path, store.catalog) or manifest["options"] != options:
+            return False
+        return self.written.exists() or not manifest["placed"]
 
     def __enter__(self) -> "Begun":
         return self
@@ -66,6 +71,11 @@ class Begun:
         self._thread.shutdown()
         if error is None:
             discard_unfinished(self._store_folder)
+
+    @property
+    def written(self) -> Path:
+        """The index's file, until it is whole."""
+        return self.folder / "index.safetensors"
 
     @property
     def rows(self) -> int:

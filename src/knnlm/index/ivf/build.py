@@ -31,7 +31,7 @@ IN_MEMORY_BYTES = 1 << 30
 _LEAST_BUCKET_BYTES = 256 << 20
 _BUCKETS = 64
 _MOST_BUCKETS = 512  # that many files are open
-_EDGES, _WRITTEN = "bucket_edges", "index.safetensors"
+_EDGES = "bucket_edges"
 _FORMAT = 1  # of what an unfinished build leaves
 
 
@@ -123,4 +123,4 @@ def _records_in_lists(
         recorder = Recorder(store, lists, first, work.memory // 2)
         waiting = OnDisk(recorder, begun, edges, work.seed, work.memory // 6)
         waiting.fill(work.progress)
-        yield lists, waiting, begun.folder / _WRITTEN
+        yield lists, waiting, begun.written

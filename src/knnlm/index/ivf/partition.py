@@ -91,7 +91,7 @@ class OnDisk:
     def fill(self, progress: Progress) -> None:
         """Append the records of all keys that are in no bucket yet. Raises DatastoreWriteError."""
         begun, total = self._begun, self._recorder.store.rows
-        row = begun.rows
+        row = max(begun.rows, self._recorder.first)
         if row == total:
             return
         sizes = begun.sizes or [0] * (len(self._edges) - 1)
