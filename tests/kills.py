@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from knnlm.datastore import catalog as catalog_module, tables, upgrade
@@ -114,3 +115,40 @@ PLACES: dict[str, Callable[[int], None]] = {
     "before commit": lambda n: kill_before(Catalog, "set", n, set_generation),
     "after commit": kill_after_commit,
 }
+
+
+class Killed(KeyboardInterrupt):
+    """The process is no more."""
+
+
+@contextmanager
+def killed_at(event: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Raise Killed at the event-th change of a file and at all later ones: no clean-up runs."""
+    passed = [0]
+
+    def passing() -> None:
+        passed[0] += 1
+        if passed[0] >= event:
+            raise Killed
+
+    def after_passing(original: Callable[..., object]) -> Callable[..., object]:
+        def change(*arguments: Any, **named: Any) -> object:
+            passing()
+            return original(*arguments, **named)
+
+        return change
+
+    transaction = Catalog.transaction
+
+    @contextmanager
+    def interrupted(self: Catalog, **named: Any) -> Iterator[None]:
+        with transaction(self, **named):
+            yield
+            passing()
+        passing()
+
+    with monkeypatch.context() as patched:
+        for name in ("fsync", "rename", "unlink"):
+            patched.setattr(os, name, after_passing(getattr(os, name)))
+        patched.setattr(Catalog, "transaction", interrupted)
+        yield passed

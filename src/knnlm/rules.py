@@ -5,6 +5,7 @@ are none) and raises InvalidArgumentError.
 """
 
 import math
+import re
 from numbers import Integral, Real
 
 from knnlm.errors import InvalidArgumentError
@@ -122,6 +123,36 @@ def check_recall(recall: object) -> float:
 def check_lease(lease: object) -> float:
     """Allow 1 to 1e9 seconds."""
     return check_between("lease", lease, 1.0, 1e9, meaning="seconds that a worker may be silent")
+
+
+def check_memory(memory: object) -> int:
+    """Allow a number of bytes, or a text such as 8GiB, 500 MB or 1.5g, from 1 MiB on."""
+    if isinstance(memory, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kmgt]?)(i?)b?\s*", memory.lower())
+        if match is None:
+            raise InvalidArgumentError(
+                f"memory must be a number of bytes such as 8GiB or 500MB, got {memory!r}"
+            )
+        number, prefix, binary = match.groups()
+        base = 1024 if binary else 1000
+        memory = int(float(number) * base ** " kmgt".index(prefix or " "))
+    return check_whole("memory", memory, least=1 << 20, most=LARGEST, remedy="give more bytes")
+
+
+def shown_bytes(number: float) -> str:
+    """Return a number of bytes as people read it, as `check_memory` does."""
+    for prefix in ("k", "M", "G"):
+        number /= 1000
+        if number < 1000:
+            return f"{number:.3g} {prefix}B"
+    return f"{number / 1000:.3g} TB"
+
+
+def shown_seconds(seconds: float) -> str:
+    """Return a time as people read it."""
+    if seconds < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 100 * 60 else f"{seconds / 3600:.1f} h"
 
 
 def check_seed(seed: object) -> int:

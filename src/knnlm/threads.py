@@ -9,7 +9,8 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TypeVar
@@ -41,6 +42,22 @@ class Workers:
     def map(self, function: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
         """Apply a function to each item; results in the order of the items."""
         return list(self._pool.map(function, items))
+
+    def in_turn(
+        self, function: Callable[[Item], Result], items: Iterable[Item], ahead: int | None = None
+    ) -> Iterator[Result]:
+        """Yield what a function returns for each item, in the order of the items.
+
+        ahead: how many items are begun before their results are asked for; None: one more than
+        there are threads.
+        """
+        waiting: deque[Future[Result]] = deque()
+        for item in items:
+            waiting.append(self._pool.submit(function, item))
+            if len(waiting) > (self.threads + 1 if ahead is None else ahead):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
     def submit(self, function: Callable[[], Result]) -> Future[Result]:
         """Begin a piece of work."""

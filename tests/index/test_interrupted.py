@@ -1,9 +1,7 @@
 """Interrupted at every change of a file: the old state or the new, and nothing is left behind."""
 
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,10 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_llama
 from index_contract import append, assert_neighbors, clustered, store_of
+from kills import Killed, killed_at
 from stores import distinct_documents, stored_keys
 
 from knnlm import maintenance
-from knnlm.datastore.catalog import Catalog
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.verification import verify
 from knnlm.index.policy import build_index, index_kind, keep_index, open_index
@@ -66,43 +64,6 @@ WORK: dict[str, tuple[Callable[[Datastore], None], Callable[[Datastore], object]
     "compact ivf": (indexed("ivf", grow_and_forget), maintenance.compact),
     "compact faiss": (indexed("faiss", grow_and_forget), maintenance.compact),
 }
-
-
-class Killed(KeyboardInterrupt):
-    """The process is no more."""
-
-
-@contextmanager
-def killed_at(event: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Raise Killed at the event-th change of a file and at all later ones: no clean-up runs."""
-    passed = [0]
-
-    def passing() -> None:
-        passed[0] += 1
-        if passed[0] >= event:
-            raise Killed
-
-    def after_passing(original: Callable[..., object]) -> Callable[..., object]:
-        def change(*arguments: Any, **named: Any) -> object:
-            passing()
-            return original(*arguments, **named)
-
-        return change
-
-    transaction = Catalog.transaction
-
-    @contextmanager
-    def interrupted(self: Catalog, **named: Any) -> Iterator[None]:
-        with transaction(self, **named):
-            yield
-            passing()
-        passing()
-
-    with monkeypatch.context() as patched:
-        for name in ("fsync", "rename", "unlink"):
-            patched.setattr(os, name, after_passing(getattr(os, name)))
-        patched.setattr(Catalog, "transaction", interrupted)
-        yield passed
 
 
 def state(store: Datastore) -> list[Any]:

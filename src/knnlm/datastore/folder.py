@@ -1,7 +1,8 @@
 """The folder of a datastore: which files belong to it, and what becomes of those that do not.
 
 The only owner of that question, for shards and for indexes of every kind. A file belongs if the
-catalog names it; whatever a killed writer, a compaction or another kind of index left does not.
+catalog names it, or if it is of an index that was begun and can be gone on with; whatever else a
+killed writer, a compaction or another kind of index left does not.
 """
 
 from pathlib import Path
@@ -11,6 +12,7 @@ from knnlm.datastore.facts import check_size
 from knnlm.datastore.files import LOCK_NAME, writer_lock, writing
 from knnlm.datastore.stored_index import FOLDER, stored_index
 from knnlm.datastore.tables import FILE_NAME
+from knnlm.datastore.unfinished import discard_unfinished, is_current, unfinished_folder
 from knnlm.errors import DatastoreLockedError, DatastoreWriteError
 
 _JOURNALS = [FILE_NAME + suffix for suffix in ("-journal", "-wal", "-shm")]  # SQLite's
@@ -18,7 +20,7 @@ _BESIDE = {FILE_NAME, *_JOURNALS, LOCK_NAME, "tuning.png"}
 
 
 def remove_strays(folder: Path, catalog: Catalog) -> None:
-    """Delete all files among the shards and the indexes that the catalog does not name.
+    """Delete all files among the shards and the indexes that do not belong.
 
     For the one writer. Raises DatastoreWriteError, and DatastoreCorruptError, deleting nothing, if
     a shard is missing: then the catalog may name the wrong one.
@@ -28,6 +30,8 @@ def remove_strays(folder: Path, catalog: Catalog) -> None:
     with writing(folder):
         for path in _unnamed(folder, catalog):
             path.unlink(missing_ok=True)
+        if not is_current(folder, catalog):
+            discard_unfinished(folder)  # its folder
 
 
 def stray_problems(folder: Path, catalog: Catalog) -> list[str]:
@@ -60,6 +64,9 @@ def _all_strays(folder: Path, catalog: Catalog) -> list[Path]:
 def _unnamed(folder: Path, catalog: Catalog) -> list[Path]:
     named = {folder / SHARDS / shard.file.name for shard in catalog.shards()}
     named |= {folder / file.name for file in stored_index(catalog).files}
+    begun = unfinished_folder(folder)
+    if is_current(folder, catalog):
+        named |= set(begun.rglob("*"))
     return [
         path
         for part in (SHARDS, FOLDER)

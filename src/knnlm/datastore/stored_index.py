@@ -44,7 +44,8 @@ class StoredIndex:
     kind: which was built. asked: which was asked for, perhaps "auto". factory: FAISS's. report: the
     facts about it, as in `IndexReport`, with the numbering, generation and rows that it is of; None
     where nothing is built, and all search is exact. files: the first holds the index as built, the
-    others the rows appended since, ascending and without gaps.
+    others the rows appended since, ascending and without gaps. memory: what building it again may
+    use, in bytes, as it was asked for.
     """
 
     kind: str = IndexKind.exact
@@ -52,6 +53,7 @@ class StoredIndex:
     factory: str | None = None
     report: dict[str, Any] | None = None
     files: tuple[IndexFile, ...] = ()
+    memory: int | None = None
 
     @property
     def numbering(self) -> int | None:

@@ -27,9 +27,26 @@ def memory_bytes(proc: Path = _CONTROL_GROUPS, mounted: Path = Path("/sys/fs/cgr
     return min(limits)
 
 
+def default_memory() -> int:
+    """Return how much of the memory building an index uses unless told: half of it."""
+    return memory_bytes() // 2
+
+
 def _limit(file: Path) -> list[int]:
     try:
         text = file.read_text(encoding="ascii").strip()
     except OSError:
         return []
     return [int(text)] if text.isdigit() else []  # "max" is none
+
+
+def own_memory_bytes(status: Path = Path("/proc/self/status")) -> int:
+    """Return the memory that is this process's alone, without the files that it has mapped.
+
+    0 where the system does not say.
+    """
+    try:
+        lines = status.read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))

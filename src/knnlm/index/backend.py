@@ -19,7 +19,7 @@ from knnlm.errors import DatastoreChangedError, DatastoreNotFoundError
 from knnlm.index.protocol import Index
 from knnlm.index.report import IndexReport
 from knnlm.progress import SILENT, Progress
-from knnlm.rules import check_k, check_recall, check_seed, check_whole
+from knnlm.rules import check_k, check_memory, check_recall, check_seed, check_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class IndexOptions:
 
     factory: FAISS's factory string. nprobe: how many lists a query looks into; None: the fewest
     that reach `recall` of the k true nearest. queries: real ones to measure recall with; None:
-    stored keys. device: where searches compute, "cpu" or a GPU.
+    stored keys. device: where searches compute, "cpu" or a GPU. memory: how many bytes this process
+    may use of its own, without mapped files; None: half of the memory.
 
     Raises InvalidArgumentError for a recall outside (0, 1], for k or nprobe below 1 and for a seed
     beyond int64.
@@ -42,11 +43,14 @@ class IndexOptions:
     seed: int = 0
     device: str = "cpu"
     progress: Progress = SILENT
+    memory: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "recall", check_recall(self.recall))
         object.__setattr__(self, "k", check_k(self.k))
         object.__setattr__(self, "seed", check_seed(self.seed))
+        if self.memory is not None:
+            object.__setattr__(self, "memory", check_memory(self.memory))
         if self.nprobe is not None:
             object.__setattr__(self, "nprobe", check_whole("nprobe", self.nprobe))
 

@@ -21,6 +21,7 @@ TOLERANCE = 1e-4
 _SCORES = 1 << 25  # distances held at once
 _RESIDENT_QUERIES = 256
 _STREAMED_QUERIES = 4096  # many, so that the disk is read rarely
+_STREAMED_NUMBERS = 1 << 25  # of keys that are read at once
 _WIDENED_ROWS = 1 << 14  # keys converted at once
 _PAIRED_NUMBERS = 1 << 23  # of keys that are gathered at once
 _SPARE = 16  # candidates beyond k, among which a query's true neighbors may be
@@ -147,6 +148,7 @@ class ExactIndex:
                 stop = start + rows
                 yield _Block(first + start, keys[start:stop], squared_norms[start:stop])
             return
+        rows = min(rows, max(1, _STREAMED_NUMBERS // max(1, len(self._center))))
         if dtype == torch.float64:
             rows = min(rows, _WIDENED_ROWS)
         device = self._device_of(dtype)

@@ -4,10 +4,10 @@ Knows no kind of index; exact search over all keys is the truth.
 """
 
 import time
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
@@ -18,6 +18,7 @@ from knnlm.index.report import Measured
 
 _QUERIES = 256
 _TIMED_QUERIES = 1024
+_OWN_TEXT = 32  # the share of a datastore, to each side, that counts as a key's own text at most
 _ENTRIES_PER_NEIGHBOR = 8  # at least: k is measured as smaller in a small datastore
 
 
@@ -40,14 +41,41 @@ class Probing(Protocol):
         ...
 
 
+class _Sample(NamedTuple):
+    """Queries, and the rows that are not counted as neighbors of each: those of its own text.
+
+    own: first and stop, for stored keys; empty spans for others.
+    """
+
+    vectors: Float[Tensor, "query dim"]
+    own: Int[Tensor, "query 2"]
+
+    def others(self, neighbors: Neighbors, k: int) -> Neighbors:
+        """Return the k nearest that are not of a query's own text."""
+        rows, (first, stop) = neighbors.rows, self.own.T[:, :, None]
+        of_others = neighbors.present & ~((rows >= first) & (rows < stop))
+        order = (~of_others).int().argsort(dim=1, stable=True)[:, :k]
+        distances = neighbors.squared_distances.masked_fill(~of_others, torch.inf)
+        rows = rows.masked_fill(~of_others, -1)
+        return Neighbors(distances.gather(1, order), rows.gather(1, order))
+
+    def wanted(self, neighbors: Neighbors, k: int) -> int:
+        """Return how many neighbors must be searched for, so that k are of other texts."""
+        rows, (first, stop) = neighbors.rows, self.own.T[:, :, None]
+        own = neighbors.present & (rows >= first) & (rows < stop)
+        counted = (~own).cumsum(dim=1)
+        return int((counted < k).sum(dim=1).amax()) + 1
+
+
 def choose_nprobe(
     index: Probing, store: Datastore, options: IndexOptions, nlist: int | None
 ) -> Measured:
     """Set the smallest nprobe that reaches the recall asked for, and measure the index.
 
     nlist: the largest nprobe; None to leave the index's own. Where distances are those of codes,
-    the recall asked for is a share of what is found with all lists. Stored keys that serve as
-    queries are not counted as their own neighbors.
+    the recall asked for is a share of what is found with all lists. Where stored keys serve as
+    queries, the entries of the same document do not count as neighbors: held-out text has none of
+    these, and they are the easiest to find.
     """
     k = min(options.k, len(store) // _ENTRIES_PER_NEIGHBOR)
     if k < 1:
@@ -56,19 +84,19 @@ def choose_nprobe(
     if nlist is not None:
         steps = nprobe_steps(index.least_nprobe(k), nlist)
     with options.progress.task("measure", len(steps) + 1, "settings") as advance:
-        own_rows, sample = _sample(store, options.queries, options.seed)
-        measured, own_rows = sample[:_QUERIES], own_rows[:_QUERIES]
-        wanted = k + int(options.queries is None)
-        truth = ExactIndex(store, resident_bytes=0).search(measured, wanted)
-        truth = _without(truth, own_rows)
+        timed = _sample(store, options.queries, options.seed)
+        sample = _Sample(timed.vectors[:_QUERIES], timed.own[:_QUERIES])
+        most = min(2 * k, len(store)) if options.queries is None else k
+        nearest = ExactIndex(store, resident_bytes=0).search(sample.vectors, most)
+        truth, wanted = sample.others(nearest, k), min(most, sample.wanted(nearest, k))
         advance(1)
 
         def measured_recall(nprobe: int) -> float:
             index.nprobe = nprobe
-            neighbors = _without(index.search(measured, wanted), own_rows)
+            neighbors = index.search(sample.vectors, wanted)
             if not index.exact_distances:
-                neighbors = _with_exact_distances(store, measured, neighbors)
-            return _recall(neighbors, truth)
+                neighbors = _with_exact_distances(store, sample.vectors, neighbors)
+            return _recall(sample.others(neighbors, k), truth)
 
         recall, enough = 0.0, options.recall
         if nlist is not None and not index.exact_distances:
@@ -79,10 +107,10 @@ def choose_nprobe(
             if recall >= enough:
                 break
         started = time.perf_counter()
-        index.search(sample, min(options.k, store.rows))
+        index.search(timed.vectors, min(options.k, store.rows))
         seconds = time.perf_counter() - started
-    milliseconds = seconds * 1e3 / len(sample)
-    return Measured(options.k, options.recall, recall, len(measured), milliseconds)
+    milliseconds = seconds * 1e3 / len(timed.vectors)
+    return Measured(options.k, options.recall, recall, len(sample.vectors), milliseconds)
 
 
 def nprobe_steps(least: int, most: int) -> list[int]:
@@ -91,22 +119,33 @@ def nprobe_steps(least: int, most: int) -> list[int]:
     return sorted({least, most, *(step for step in steps if least < step < most)})
 
 
-def _sample(
-    store: Datastore, queries: Float[Tensor, "query dim"] | None, seed: int
-) -> tuple[Int[Tensor, " n"], Float[Tensor, "n dim"]]:
-    """Return the row of each query, −1 where it is not stored, and the queries."""
+def _sample(store: Datastore, queries: Float[Tensor, "query dim"] | None, seed: int) -> _Sample:
+    """Return some of the queries, or stored keys with the rows of each one's document."""
     generator = torch.Generator().manual_seed(seed)
     if queries is not None:
         chosen = torch.randperm(len(queries), generator=generator)[:_TIMED_QUERIES]
-        return torch.full_like(chosen, -1), queries[chosen].float().cpu()
-    live = store.alive.nonzero()[:, 0]
-    rows = live[torch.randperm(len(live), generator=generator)[:_TIMED_QUERIES]]
-    return rows, store.keys_at(rows).float()
+        return _Sample(queries[chosen].float().cpu(), torch.zeros(len(chosen), 2).long())
+    rows = _live_rows(store.alive, _TIMED_QUERIES, generator)
+    reach = max(1, store.rows // _OWN_TEXT)  # where one document is the whole datastore
+    own = []
+    for row in rows.tolist():
+        document = store.document_at(row)
+        own.append((max(document.start, row - reach), min(document.stop, row + reach + 1)))
+    return _Sample(store.keys_at(rows).float(), torch.tensor(own))
 
 
-def _without(neighbors: Neighbors, own_rows: Int[Tensor, " query"]) -> Neighbors:
-    rows = neighbors.rows.masked_fill(neighbors.rows == own_rows[:, None], -1)
-    return Neighbors(neighbors.squared_distances, rows)
+def _live_rows(
+    alive: Bool[Tensor, " rows"], count: int, generator: torch.Generator
+) -> Int[Tensor, " n"]:
+    """Return `count` different live rows at random, or all of them."""
+    live = int(alive.sum())
+    if live <= 2 * count:
+        return alive.nonzero()[:, 0][torch.randperm(live, generator=generator)[:count]]
+    chosen: dict[int, None] = {}  # in the order in which they were drawn
+    while len(chosen) < count:
+        drawn = torch.randint(len(alive), (count,), generator=generator)
+        chosen |= dict.fromkeys(drawn[alive[drawn]].tolist())
+    return torch.tensor(list(chosen)[:count])
 
 
 def _with_exact_distances(

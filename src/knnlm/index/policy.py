@@ -11,6 +11,7 @@ from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.folder import remove_strays
 from knnlm.datastore.stored_cluster import stored_cluster
 from knnlm.datastore.stored_index import IndexFile, StoredIndex, store_index, stored_index
+from knnlm.datastore.unfinished import discard_unfinished
 from knnlm.errors import (
     DatastoreChangedError,
     DatastoreCorruptError,
@@ -25,6 +26,7 @@ from knnlm.index.ivf.backend import IVFBackend
 from knnlm.index.protocol import Index
 from knnlm.model.device import parse_device
 from knnlm.progress import SILENT, Progress
+from knnlm.rules import check_memory
 
 BACKENDS: dict[IndexKind, Backend] = {
     IndexKind.exact: ExactBackend(),
@@ -36,17 +38,19 @@ BACKENDS: dict[IndexKind, Backend] = {
 EXACT_UP_TO = 50_000  # entries: below, exact search costs less than the model
 
 
-def choose_kind(store: Datastore) -> IndexKind:
+def choose_kind(store: Datastore, memory: int | None = None) -> IndexKind:
     """Return what "auto" means for a datastore.
 
     "exact" up to 50,000 entries; above, "ivf", which copies the keys list by list; "compressed",
     which keeps codes only and reads the datastore's own keys, where that copy would fill more than
-    half of the memory: the machine's, or the part that a control group leaves to this process.
+    `memory` bytes; None: than half of the memory, the machine's or the part that a control group
+    leaves to this process.
     """
     if len(store) <= EXACT_UP_TO:
         return IndexKind.exact
     copy_bytes = store.rows * store.settings.dimension * store.key_dtype.itemsize
-    return IndexKind.ivf if copy_bytes <= memory_bytes() / 2 else IndexKind.compressed
+    most = memory_bytes() / 2 if memory is None else memory
+    return IndexKind.ivf if copy_bytes <= most else IndexKind.compressed
 
 
 def build_index(
@@ -61,20 +65,32 @@ def build_index(
     seed: int = 0,
     device: str = "cpu",
     progress: Progress = SILENT,
+    memory: int | str | None = None,
 ) -> Index:
     """Build the index that a datastore is searched with from now on.
 
     store: a datastore or its folder's path. kind: see `IndexKind`, and `choose_kind` for "auto".
-    The rest: see `IndexOptions`.
+    memory: how much this process may use of its own, without mapped files: bytes, or a text such as
+    "8GiB"; None: half of the memory. The rest: see `IndexOptions`.
 
-    Raises InvalidArgumentError, DatastoreLockedError, DatastoreWriteError.
+    A large ivf or compressed index that was begun with the same options, and of the same entries,
+    is gone on with. Raises InvalidArgumentError, also where the memory cannot suffice,
+    DatastoreLockedError and DatastoreWriteError, also where the disk cannot.
     """
     store, asked = open_datastore(store), parse_choice(IndexKind, "kind", kind)
     options = IndexOptions(
-        factory, nprobe, recall, k, queries, seed, str(parse_device(device)), progress
+        factory,
+        nprobe,
+        recall,
+        k,
+        queries,
+        seed,
+        str(parse_device(device)),
+        progress,
+        None if memory is None else check_memory(memory),
     )
     with store.writer():
-        chosen = _chosen(store, asked)
+        chosen = _chosen(store, asked, options.memory)
         if (factory is not None) != BACKENDS[chosen].takes_factory:
             raise InvalidArgumentError(
                 f"factory goes with kind faiss and only with it, got kind {kind!r} and factory "
@@ -130,8 +146,10 @@ def keep_index(
     store = open_datastore(store)
     with store.writer() as catalog:
         stored = stored_index(catalog)
-        kind = _chosen(store, stored.asked)
-        options = IndexOptions(stored.factory, device=device, progress=progress)
+        kind = _chosen(store, stored.asked, stored.memory)
+        options = IndexOptions(
+            stored.factory, device=device, progress=progress, memory=stored.memory
+        )
         files = _kept_files(store, stored, kind, options)
         if files is None:
             _build(store, kind, stored.asked, options)
@@ -139,8 +157,8 @@ def keep_index(
             _commit(store, replace(stored, files=files))
 
 
-def _chosen(store: Datastore, asked: str) -> IndexKind:
-    return choose_kind(store) if asked == IndexKind.auto else IndexKind(asked)
+def _chosen(store: Datastore, asked: str, memory: int | None) -> IndexKind:
+    return choose_kind(store, memory) if asked == IndexKind.auto else IndexKind(asked)
 
 
 def _kept_files(
@@ -160,7 +178,8 @@ def _kept_files(
 def _build(store: Datastore, kind: IndexKind, asked: str, options: IndexOptions) -> Index:
     built = BACKENDS[kind].build(store, options)
     report = None if built.report is None else built.report.to_dict()
-    _commit(store, StoredIndex(kind, asked, options.factory, report, built.files))
+    _commit(store, StoredIndex(kind, asked, options.factory, report, built.files, options.memory))
+    discard_unfinished(store.path)  # of another kind, or with other options
     return built.index
 
 

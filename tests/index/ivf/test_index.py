@@ -23,7 +23,7 @@ from knnlm.errors import (
 )
 from knnlm.index.backend import IndexOptions
 from knnlm.index.exact import ExactIndex
-from knnlm.index.ivf import index as ivf_index, lists as ivf_lists
+from knnlm.index.ivf import build as ivf_build, forecast, lists as ivf_lists
 from knnlm.index.ivf.candidates import Candidates, nearest_of
 from knnlm.index.ivf.codes import Coder, CodeShape
 from knnlm.index.ivf.index import FILE_NAME, IVFIndex
@@ -187,16 +187,21 @@ def test_a_build_that_fails_leaves_the_old_index(
     def die(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ivf_index, "write_part", die)
+    monkeypatch.setattr(ivf_build, "write_part", die)
     with pytest.raises(KeyboardInterrupt):
         IVFIndex.build(store, IndexOptions(nprobe=2))
     assert [path.name for path in (store.path / FOLDER).iterdir()] == [FILE_NAME]
     assert (store.path / FOLDER / FILE_NAME).read_bytes() == before
 
 
-def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with small_disk(tmp_path / "disk", 800) as disk:
         store = store_of(disk.path / "store", clustered(6000).half())
+        with pytest.raises(DatastoreWriteError, match="the disk is too full for an index of about"):
+            IVFIndex.build(store, IndexOptions(nprobe=4))
+        assert not (store.path / FOLDER).exists()
+        # another process may fill it meanwhile
+        monkeypatch.setattr(forecast, "_check_disk", lambda store, work: None)
         with pytest.raises(DatastoreWriteError, match="the disk is full"):
             IVFIndex.build(store, IndexOptions(nprobe=4))
         assert list((store.path / FOLDER).iterdir()) == []

@@ -29,6 +29,13 @@ _Nprobe = Annotated[
     typer.Option(help="Lists searched for each query; by default the fewest that reach --recall."),
 ]
 _K = Annotated[int, typer.Option(help="The number of neighbors for which recall is measured.")]
+_Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="How much memory this process may use of its own, such as 8GiB; by default half of "
+        "the memory. auto keeps it too."
+    ),
+]
 _Queries = Annotated[
     list[str] | None,
     typer.Option(
@@ -47,6 +54,7 @@ def index(
     nprobe: _Nprobe = None,
     k: _K = 1024,
     queries: _Queries = None,
+    memory: _Memory = None,
     model: options.Model = None,
     text_column: options.TextColumn = "text",
     id_column: options.IdColumn = None,
@@ -62,9 +70,12 @@ def index(
     exact compares each query with every key. ivf groups the keys into lists and searches only the
     nearest ones, in its own copy of the keys; compressed keeps 4-bit codes instead of that copy
     and reads the keys of the candidates from the datastore; codes has longer ones and reads no
-    keys: its distances are estimates. auto is exact up to 50,000 entries,
-    above that ivf, or compressed if the copy would fill more than half of the memory. knnlm build
+    keys: its distances are estimates. auto is exact up to 50,000 entries, above that ivf, or
+    compressed if the copy would fill more than --memory, or half of the memory. knnlm build
     already builds the auto index; use this command to choose another.
+
+    It says what it will take before it begins. A large index that was begun goes on when the same
+    command is run again.
 
         knnlm index docs.store --kind ivf --recall 0.98 --queries held-out/tune
     """
@@ -88,6 +99,7 @@ def index(
         queries=keys,
         device=device,
         progress=RichProgress(),
+        memory=memory,
     )
     facts = describe_datastore(store)
     if as_json:

@@ -141,6 +141,7 @@ def main() -> None:
     logging.basicConfig(
         format="%(levelname)s: %(message)s", level=logging.WARNING, handlers=[console.LogHandler()]
     )
+    logging.getLogger("knnlm.index").setLevel(logging.INFO)  # what building an index will take
     try:
         app()
     except OSError as error:  # from typer, which prints the help itself

@@ -35,4 +35,4 @@ class IVFBackend:
         """
         if store.rows > _GROWN * stored.files[0].stop:
             return None
-        return IVFIndex.keep_appended(store, stored.files, options.progress)
+        return IVFIndex.keep_appended(store, stored.files, options.progress, options.memory)

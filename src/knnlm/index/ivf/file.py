@@ -34,12 +34,14 @@ _SAFETENSORS_NAMES = {
 class ArrayWriter:
     """Writes the arrays of one file a run of rows at a time; published whole, or not at all.
 
-    arrays: their names, dtypes and shapes; the contents are ignored.
+    arrays: their names, dtypes and shapes; the contents are ignored. kept: the file to write, which
+    stays when writing is interrupted, and is gone on with where it is there; None: one beside
+    `path`, which does not stay.
     """
 
-    def __init__(self, path: Path, arrays: dict[str, Tensor]) -> None:
-        self._path = path
-        self.aside = path.with_name(path.name + ASIDE)
+    def __init__(self, path: Path, arrays: dict[str, Tensor], kept: Path | None = None) -> None:
+        self._path, self._stays = path, kept is not None
+        self.aside = kept or path.with_name(path.name + ASIDE)
         self._entries: dict[str, Any] = {}
         self._row_bytes: dict[str, int] = {}
         end = 0
@@ -56,7 +58,8 @@ class ArrayWriter:
     def __enter__(self) -> "ArrayWriter":
         with writing(self._path.parent):
             self._path.parent.mkdir(exist_ok=True)
-            self._file: BinaryIO = self.aside.open("wb")
+            goes_on = self._stays and self.aside.exists()
+            self._file: BinaryIO = self.aside.open("r+b" if goes_on else "wb")
         return self
 
     def __exit__(
@@ -69,9 +72,15 @@ class ArrayWriter:
             with writing(self._path.parent):
                 self._file.close()
             return
-        with suppress(OSError):  # the file is discarded
+        with suppress(OSError):  # the file is discarded, or what is not in it is written again
             self._file.close()
-        self.aside.unlink(missing_ok=True)
+        if not self._stays:
+            self.aside.unlink(missing_ok=True)
+
+    def flush(self) -> None:
+        """Hand what was written to the system. Raises DatastoreWriteError."""
+        with writing(self._path.parent):
+            self._file.flush()
 
     def write(self, name: str, values: Tensor, first: int = 0) -> None:
         """Write the rows of an array from `first` on. Raises DatastoreWriteError."""

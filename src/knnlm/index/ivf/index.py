@@ -20,14 +20,16 @@ from knnlm.index.available_memory import memory_bytes
 from knnlm.index.backend import IndexOptions, live_rows, recorded_index
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf.appended import Run, read_runs, write_run
+from knnlm.index.ivf.build import Learned, coded_file
 from knnlm.index.ivf.calibration import Calibration, calibrated
 from knnlm.index.ivf.codes import CodeShape
-from knnlm.index.ivf.file import ArrayWriter
-from knnlm.index.ivf.lists import ProbingQueries, default_nlist, place_rows, train_lists
-from knnlm.index.ivf.parts import Part, planned_part, write_part
+from knnlm.index.ivf.forecast import planned_work
+from knnlm.index.ivf.lists import ProbingQueries, default_nlist
+from knnlm.index.ivf.parts import Part
 from knnlm.index.ivf.products import LARGEST_EXACT_CODE_DIM
 from knnlm.index.ivf.reading import identity, read_base
 from knnlm.index.ivf.search_tensors import rescore, search_tensors
+from knnlm.index.ivf.training import learn_lists
 from knnlm.index.measure import choose_nprobe
 from knnlm.index.protocol import Neighbors, check_search
 from knnlm.index.report import IndexReport, Measured
@@ -118,10 +120,13 @@ class IVFIndex:
         """
         nlist = default_nlist(store.rows) if nlist is None else nlist
         _check_build(store, options.nprobe, nlist, code_dim)
-        progress, seed = options.progress, options.seed
-        lists = train_lists(store, nlist, _code_shape(store, kind, code_dim), seed, progress)
-        lists = replace(lists, key_dtype=_copy_dtype(store) if kind is IndexKind.ivf else None)
-        placement = place_rows(store, lists, 0, progress, seed=seed)
+        key_dtype = _copy_dtype(store) if kind is IndexKind.ivf else None
+        wanted = _code_shape(store, kind, code_dim)
+        shape, work = planned_work(store, options, nlist, wanted, key_dtype)
+
+        def learn() -> Learned:
+            return learn_lists(store, nlist, shape, work)
+
         report = IndexReport(
             rows=store.rows,
             generation=store.generation,
@@ -131,18 +136,13 @@ class IVFIndex:
             measured=Measured(options.k, options.recall, 0.0, 0, 0.0),
         )
         name = unused_name(store.path, f"{FOLDER}/{FILE_NAME}")
-        list_arrays = lists.arrays()
-        arrays = list_arrays | planned_part(store.rows, store.rows, lists).arrays()
-        with ArrayWriter(store.path / name, arrays) as writer:
-            for array_name, array in list_arrays.items():
-                writer.write(array_name, array)
-            write_part(writer, store, lists, placement, progress)
-            metadata = {"identity": identity(lists, placement.starts)}
+        with coded_file(store, store.path / name, 0, learn, work) as (writer, lists, starts):
+            metadata = {"identity": identity(lists, starts)}
             writer.write_header(metadata)
             index = cls.__new__(cls)
             index.kind = kind
             index._share = None
-            aside = f"{FOLDER}/{writer.aside.name}"
+            aside = str(writer.aside.relative_to(store.path))
             size_bytes = writer.aside.stat().st_size
             file = IndexFile(aside, 0, store.rows, size_bytes, sha256="")
             index._open(store, file, report, options.device)
@@ -157,13 +157,17 @@ class IVFIndex:
                 measured=measured,
             )
             writer.write_header(metadata | {"report": index.report.to_dict()})
+            file = IndexFile.written(store.path, aside, 0, store.rows)
             writer.publish()
-        index.file = IndexFile.written(store.path, name, 0, store.rows)
+        index.file = replace(file, name=name)
         return index
 
     @staticmethod
     def keep_appended(
-        store: Datastore, files: Sequence[IndexFile], progress: Progress = SILENT
+        store: Datastore,
+        files: Sequence[IndexFile],
+        progress: Progress = SILENT,
+        memory: int | None = None,
     ) -> tuple[IndexFile, ...]:
         """Write the rows appended since the build to a file, so that opening codes none of them.
 
@@ -172,7 +176,7 @@ class IVFIndex:
         """
         _, lists = read_base(store, files[0])
         read_runs(store, files[1:], lists)
-        return write_run(store, files, lists, progress)
+        return write_run(store, files, lists, memory, progress)
 
     def _follow(self) -> None:
         store = self.store
@@ -239,8 +243,7 @@ class IVFIndex:
         self._runs = self._read_runs()
         covered = self._runs[-1].stop if self._runs else first
         if covered < rows and (self._tail is None or self._tail[:2] != (covered, rows)):
-            placement = place_rows(self.store, self._lists, covered, SILENT)
-            self._tail = covered, rows, Part.in_memory(self.store, self._lists, placement)
+            self._tail = covered, rows, Part.in_memory(self.store, self._lists, covered)
         tail = [self._tail[2]] if covered < rows and self._tail is not None else []
         return [*(run.part for run in self._runs), *tail]
 

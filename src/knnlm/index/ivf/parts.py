@@ -4,22 +4,24 @@ An index is one part as built and one for each run of rows appended since. The a
 have the same names in memory and in its file: those of the fields of `Part`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int8, UInt8
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.index.ivf.codes import Codes
 from knnlm.index.ivf.file import ArrayWriter
-from knnlm.index.ivf.lists import Lists, Placement
+from knnlm.index.ivf.lists import Lists
+from knnlm.index.ivf.partition import InMemory, OnDisk
+from knnlm.index.ivf.records import Recorder, Records, record_dtype
 from knnlm.progress import SILENT, Progress
 from knnlm.threads import workers
 
-_BLOCK_ROWS = 8192
-_GATHERED_BYTES = 1 << 30
+_WRITTEN_BYTES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +39,12 @@ class Part:
     keys: Float[Tensor, "n dim"] | None = None
 
     @classmethod
-    def in_memory(cls, store: Datastore, lists: Lists, placement: Placement) -> "Part":
-        """Code some rows without a file: for the few that were appended since the last build."""
-        placed = [(codes, keys) for _, keys, codes in _placed_keys(store, lists, placement, SILENT)]
-        return cls(
-            placement.starts,
-            placement.rows.to(row_dtype(store.rows)),
-            torch.cat([codes.codes for codes, _ in placed]),
-            torch.cat([codes.steps for codes, _ in placed]),
-            torch.cat([codes.half_norms for codes, _ in placed]),
-            torch.cat([keys.to(lists.key_dtype) for _, keys in placed])
-            if lists.key_dtype is not None
-            else None,
-        )
+    def in_memory(cls, store: Datastore, lists: Lists, first: int) -> "Part":
+        """Code the rows from `first` on without a file: the few appended since the last build."""
+        waiting = InMemory(Recorder(store, lists, first), 0, SILENT)
+        (placed,) = waiting.sorted()
+        arrays = _arrays(placed.records[placed.order])
+        return cls(starts=waiting.starts, **arrays)
 
     def arrays(self) -> dict[str, Tensor]:
         """Return the part's arrays by name."""
@@ -74,62 +69,48 @@ class Part:
         return replace(self, half_norms=self.half_norms.masked_fill(~live, torch.inf))
 
 
-def row_dtype(stop: int) -> torch.dtype:
-    """Return the dtype in which an index keeps the rows before `stop`."""
-    return torch.int32 if stop <= 1 << 31 else torch.int64
-
-
 def planned_part(rows: int, stop: int, lists: Lists) -> Part:
     """Return a part's dtypes and shapes, without contents, to lay out its file.
 
     rows: how many. stop: all of them are before it.
     """
-    nlist, dim = lists.centroids.shape
+    record = _arrays(np.empty(1, record_dtype(lists, stop)))
     with torch.device("meta"):
-        return Part(
-            torch.empty(nlist + 1, dtype=torch.int64),
-            torch.empty(rows, dtype=row_dtype(stop)),
-            lists.coder.no_codes(rows),
-            torch.empty(rows),
-            torch.empty(rows),
-            None if lists.key_dtype is None else torch.empty(rows, dim, dtype=lists.key_dtype),
-        )
+        arrays = {
+            name: torch.empty(rows, *array.shape[1:], dtype=array.dtype)
+            for name, array in record.items()
+        }
+        return Part(starts=torch.empty(len(lists.centroids) + 1, dtype=torch.int64), **arrays)
 
 
 def write_part(
     writer: ArrayWriter,
-    store: Datastore,
-    lists: Lists,
-    placement: Placement,
+    waiting: InMemory | OnDisk,
     progress: Progress,
+    placed: Callable[[], None] = lambda: None,
 ) -> None:
     """Write all arrays of a part, a bounded number of keys at a time.
 
-    Raises DatastoreWriteError.
+    placed: called when all records of some whole lists are written. Raises DatastoreWriteError.
     """
-    writer.write("starts", placement.starts)
-    writer.write("rows", placement.rows.to(row_dtype(store.rows)))
-    for first, keys, codes in _placed_keys(store, lists, placement, progress):
-        for field in fields(codes):
-            writer.write(field.name, getattr(codes, field.name), first)
-        if lists.key_dtype is not None:
-            writer.write("keys", keys.to(lists.key_dtype), first)
+    writer.write("starts", waiting.starts)
+    with progress.task("write the index", int(waiting.starts[-1]), "keys") as advance:
+        for ordered in waiting.sorted():
+
+            def pick(
+                run: tuple[int, NDArray[np.int64]], records: Records = ordered.records
+            ) -> tuple[int, dict[str, Tensor]]:
+                return run[0], _arrays(records[run[1]])
+
+            for first, arrays in workers().in_turn(pick, ordered.runs(_WRITTEN_BYTES)):
+                for name, array in arrays.items():
+                    writer.write(name, array, first)
+                advance(len(arrays["rows"]))
+            writer.flush()
+            placed()
 
 
-def _placed_keys(
-    store: Datastore, lists: Lists, placement: Placement, progress: Progress
-) -> Iterator[tuple[int, Float[Tensor, "n dim"], Codes]]:
-    """Yield (first position, keys, codes) over a placement, a bounded number of keys at a time."""
-    rows = placement.rows
-    size = max(1, _GATHERED_BYTES // (store.key_dtype.itemsize * store.settings.dimension))
-    with progress.task("write the index", len(rows), "keys") as advance:
-        for start in range(0, len(rows), size):
-            keys = store.keys_at(rows[start : start + size])
-            chunks = workers().chunks(len(keys), _BLOCK_ROWS)
-
-            def encode(chunk: range, keys: Tensor = keys) -> Codes:
-                return lists.coder.encode_keys(keys[chunk.start : chunk.stop].float())
-
-            for chunk, codes in zip(chunks, workers().map(encode, chunks), strict=True):
-                yield start + chunk.start, keys[chunk.start : chunk.stop], codes
-                advance(len(chunk))
+def _arrays(records: Records) -> dict[str, Tensor]:
+    """Return the arrays of a part that records hold, in their order."""
+    names = [name for name in records.dtype.names or () if name != "list"]
+    return {name: torch.from_numpy(np.ascontiguousarray(records[name])) for name in names}

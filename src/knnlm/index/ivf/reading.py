@@ -23,6 +23,8 @@ from knnlm.index.ivf.file import read_arrays
 from knnlm.index.ivf.lists import Lists
 from knnlm.index.ivf.parts import Part, planned_part
 
+_CHECKED_AT_ONCE = 1 << 22
+
 
 def identity(lists: Lists, starts: Int[Tensor, " lists_plus_1"]) -> str:
     """Return a digest of the lists that a file is coded for, and of where they start in it."""
@@ -112,13 +114,15 @@ def _problem(part: Part, file: IndexFile, lists: Lists, metadata: dict[str, Any]
     starts = part.starts
     if int(starts[0]) != 0 or int(starts[-1]) != len(part.rows) or bool((starts.diff() < 0).any()):
         return "the bounds of its lists cannot be right"
-    places = part.rows - file.first
-    seen = torch.zeros(len(places), dtype=torch.bool)
-    if bool(((places < 0) | (places >= len(places))).any()):
-        return "a row is out of range"
-    seen[places] = True
+    seen = torch.zeros(len(part.rows), dtype=torch.bool)
+    for rows in part.rows.split(_CHECKED_AT_ONCE):
+        places = rows - file.first
+        if bool(((places < 0) | (places >= len(seen))).any()):
+            return "a row is out of range"
+        seen[places] = True
     if not bool(seen.all()):
         return "a row is there twice"
-    if not bool(part.steps.isfinite().all() & part.half_norms.isfinite().all()):
-        return "a norm is not finite"
+    for norms in (*part.steps.split(_CHECKED_AT_ONCE), *part.half_norms.split(_CHECKED_AT_ONCE)):
+        if not bool(norms.isfinite().all()):
+            return "a norm is not finite"
     return None
