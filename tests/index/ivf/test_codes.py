@@ -135,7 +135,7 @@ def test_estimates_are_corrected_by_a_line_without_bias(store: Datastore) -> Non
         each - each.mean(dim=1, keepdim=True) for each in (exact, found.squared_distances.double())
     )
     slope = (centered * estimates).sum() / estimates.square().sum()
-    assert slope == pytest.approx(1.0, abs=0.25)
+    assert slope == pytest.approx(1.0, abs=0.3)
 
 
 def test_recall_asked_for_is_a_share_of_what_codes_can_find(store: Datastore) -> None:
