@@ -137,7 +137,8 @@ def test_a_backend_builds_reports_opens_and_keeps(store: Datastore, kind: IndexK
     assert isinstance(built, Index)
     report = describe_index(store.catalog)
     assert json.loads(json.dumps(report)) == report, "plain values"
-    assert 0.95 <= report["recall"] <= 1.0
+    exact = kind is not IndexKind.codes
+    assert (0.95 if exact else 0.85) <= report["recall"] <= 1.0
     expected = built.search(queries, 16)
     opened = backend.open(Datastore(store.path), "cpu").search(queries, 16)
     assert torch.equal(opened.rows, expected.rows)
@@ -147,7 +148,8 @@ def test_a_backend_builds_reports_opens_and_keeps(store: Datastore, kind: IndexK
         store.refresh()
         policy.keep_index(store)
         index = backend.open(Datastore(store.path), "cpu")
-        assert_neighbors(store, queries, 16, index.search(queries, 16), 0.9)
+        found, recall = index.search(queries, 16), 0.9 if exact else 0.8
+        assert_neighbors(store, queries, 16, found, recall, exact_distances=exact)
         return describe_index(store.catalog)
 
     assert keep() == report, "nothing had changed"
