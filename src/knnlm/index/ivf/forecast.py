@@ -71,9 +71,11 @@ def preview(
 ) -> Forecast:
     """Code a sample of the keys, with lists that were not learned, and take the time."""
     sample = sample_keys(store, _SAMPLE_KEYS, seed)
+    if len(sample) == 0:
+        sample = torch.zeros(1, store.settings.dimension)
     coder = fit_coder(sample, code_dim, seed)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(max(1, len(sample)), (nlist,), generator=generator)
+    chosen = torch.randint(len(sample), (nlist,), generator=generator)
     lists = Lists.around(sample[chosen], coder, key_dtype)
     recorder = Recorder(store, lists, 0)
     groups = Groups(lists.centroids, store.rows, seed)
@@ -172,7 +174,7 @@ def _seconds_a_key(function: Callable[[range], None], chunks: list[range]) -> fl
     workers().map(function, chunks[: workers().threads])  # compiles
     started = time.perf_counter()
     workers().map(function, chunks)
-    return (time.perf_counter() - started) / max(1, sum(len(chunk) for chunk in chunks))
+    return (time.perf_counter() - started) / sum(len(chunk) for chunk in chunks)
 
 
 def _seconds_a_product(sample: Float[Tensor, "n dim"]) -> float:
@@ -180,7 +182,7 @@ def _seconds_a_product(sample: Float[Tensor, "n dim"]) -> float:
     some = sample[:_MEASURING_QUERIES]
     started = time.perf_counter()
     (some @ sample.T).amin()
-    return (time.perf_counter() - started) / max(1, len(sample))
+    return (time.perf_counter() - started) / len(sample)
 
 
 def _written_bytes_a_second(folder: Path, size_bytes: int) -> float:

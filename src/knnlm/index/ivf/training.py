@@ -3,6 +3,7 @@
 Reads the datastore in its order, a few keys here and a few there; writes nothing.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -88,8 +89,9 @@ def learn_lists(store: Datastore, nlist: int, code_dim: int, work: Work) -> Lear
         sample = sample_keys(store, count, seed)
         coder = fit_coder(sample, code_dim, seed)
         centroids = coder.center[None].clone()
-        if nlist > 1:
-            centroids = kmeans(sample, nlist, seed, rounds=ROUNDS, advance=advance)
+        if nlist == 1:
+            return Learned(Lists.around(centroids, coder, work.key_dtype), np.ones(1, np.int64))
+        centroids = kmeans(sample, nlist, seed, rounds=ROUNDS, advance=advance)
         some = sample[:: max(1, len(sample) // (_SIZED_BY * nlist))]
         groups = Groups(centroids, len(some), seed)
         chunks = workers().chunks(len(some), _SIZED_AT_ONCE)
