@@ -37,7 +37,7 @@ _UNMEASURED_BYTES_A_SECOND = 1e9
 _HASHED_BYTES_A_SECOND = 1e9
 _MEASURING_QUERIES = 256
 _MEASURING_BYTES = 512 << 20  # what exact search and the index's own hold for them
-_OPENED_BYTES = 6  # a row: which rows are live, and were seen
+_OPENED_BYTES = 8  # a row: which are live, and were seen; norms where some are forgotten
 _LEAST_BUFFERS = 192 << 20
 _SMALL_BYTES = 64 << 20  # of records: so few are indexed in whatever memory there is
 
