@@ -4,8 +4,8 @@
 
 For each size a datastore is made, indexed with `build_index(store, "auto")` and searched. Up to
 the number of keys, its entries are a random subset; beyond that, copies with added noise, whose
-length is on average `--noise` times the median distance from a key to its nearest other key. All
-sizes have the same queries.
+length is on average `--noise` times the median distance from a key to its nearest other key. Every
+2,048 keys are a document, which its copies belong to. All sizes have the same queries.
 
 With `--limit-gib`, a control group limits the memory of every process (this needs root). Cached
 file pages count as well as allocations, so files are evicted from the cache beforehand.
@@ -41,25 +41,41 @@ from knnlm.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 SHARD_ROWS = 222_000
+DOCUMENT_ROWS = 2_048
 NEAREST_OF = 1000
 TRUTH_QUERIES = 256
 TRUTH, FOUND = "truth.npy", "found.npy"
 
 
-def made_keys(keys: NDArray[np.float16], size: int, noise: float) -> Iterator[NDArray[np.float16]]:
-    """Yield `size` keys in blocks. noise: the standard deviation in every dimension."""
+def made_keys(
+    keys: NDArray[np.float16], size: int, noise: float, documents: list[int]
+) -> Iterator[NDArray[np.float16]]:
+    """Yield `size` keys in blocks. noise: the standard deviation in every dimension.
+
+    documents: the rows of each document are appended to it. Copies of a document follow it and
+    belong to it, because held-out text, to which stored keys are compared, has no copies.
+    """
     generator = np.random.default_rng(size)
     if size <= len(keys):
         chosen = np.sort(generator.permutation(len(keys))[:size])
-        for start in range(0, size, SHARD_ROWS):
-            yield keys[chosen[start : start + SHARD_ROWS]]
-        return
-    for start in range(0, size, SHARD_ROWS):
-        rows = np.arange(start, min(size, start + SHARD_ROWS))
-        block = keys[rows % len(keys)].astype(np.float32)
-        moved = rows >= len(keys)  # the first copy is the keys themselves
-        deviations = generator.standard_normal(block.shape, dtype=np.float32) * np.float32(noise)
-        yield (block + deviations * moved[:, None]).astype(np.float16)
+    else:
+        chosen = np.arange(len(keys))
+    copies = -(-size // len(keys))
+    block: list[NDArray[np.float16]] = []
+    for first in range(0, len(keys), DOCUMENT_ROWS):
+        rows = chosen[(chosen >= first) & (chosen < first + DOCUMENT_ROWS)]
+        made = [keys[rows]]
+        for copy in range(1, copies):
+            part = keys[rows[copy * len(keys) + rows < size]].astype(np.float32)
+            deviations = generator.standard_normal(part.shape, dtype=np.float32)
+            made.append((part + deviations * np.float32(noise)).astype(np.float16))
+        documents.append(sum(len(part) for part in made))
+        block += made
+        if sum(len(part) for part in block) >= SHARD_ROWS:
+            yield np.concatenate(block)
+            block = []
+    if block:
+        yield np.concatenate(block)
 
 
 def nearest_distance(keys: NDArray[np.float16]) -> float:
@@ -220,8 +236,9 @@ def main() -> None:
         try:
             print(f"{size:,} entries", file=sys.stderr)
             if not there:
-                made = made_keys(keys, size, noise)
-                make_store(folder / "store", keys.shape[1], made).close()
+                documents: list[int] = []
+                made = made_keys(keys, size, noise, documents)
+                make_store(folder / "store", keys.shape[1], made, documents).close()
             sizes.append({"entries": size, **measured(arguments, folder / "store")})
         finally:
             if not there:

@@ -1,6 +1,6 @@
 """Make datastores from given keys, for benchmarks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +14,16 @@ from knnlm.datastore.shards import write_shard
 
 
 def write_store(
-    folder: Path, settings: Settings, shards: Iterable[tuple[Tensor, Tensor]]
+    folder: Path,
+    settings: Settings,
+    shards: Iterable[tuple[Tensor, Tensor]],
+    documents: Sequence[int] = (),
 ) -> Datastore:
-    """Make a datastore from shards of keys and values, as one document."""
+    """Make a datastore from shards of keys and values.
+
+    documents: the rows of each, one after the other; read when the shards are written. What is left
+    is one more.
+    """
     (folder / SHARDS).mkdir(parents=True)
     catalog = Catalog.create(folder, settings)
     rows = 0
@@ -26,14 +33,27 @@ def write_store(
             catalog.add_shard(StoredShard(rows, file))
         rows += len(keys)
     with catalog.transaction():
-        document = catalog.add_document("made", "keys", "", 0)
-        catalog.extend_document(document, rows, rows, True)
+        start = 0
+        for number, length in enumerate((*documents, rows - sum(documents))):
+            if length:
+                name = f"made-{number}"
+                document = catalog.add_document(name, name, "", start)
+                start += length
+                catalog.extend_document(document, start, length, True)
     catalog.close()
     return Datastore(folder)
 
 
-def make_store(folder: Path, dimension: int, blocks: Iterable[NDArray[np.float16]]) -> Datastore:
-    """Make a datastore from blocks of keys, one shard each; its values are all 0."""
+def make_store(
+    folder: Path,
+    dimension: int,
+    blocks: Iterable[NDArray[np.float16]],
+    documents: Sequence[int] = (),
+) -> Datastore:
+    """Make a datastore from blocks of keys, one shard each; its values are all 0.
+
+    documents: see `write_store`.
+    """
     settings = Settings(
         "given keys", None, "float32", "", "", 1, 0, "ffn_input", dimension, "float16", 1, 0,
         "document",
@@ -42,4 +62,4 @@ def make_store(folder: Path, dimension: int, blocks: Iterable[NDArray[np.float16
         (torch.from_numpy(np.array(block)), torch.zeros(len(block), dtype=torch.int32))
         for block in blocks
     )
-    return write_store(folder, settings, shards)
+    return write_store(folder, settings, shards, documents)

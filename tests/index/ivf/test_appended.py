@@ -14,8 +14,8 @@ from knnlm.datastore.stored_index import FOLDER, stored_index
 from knnlm.datastore.verification import verify
 from knnlm.errors import DatastoreCorruptError, DatastoreWriteError
 from knnlm.index import policy
-from knnlm.index.ivf import parts as ivf_parts
 from knnlm.index.ivf.index import FILE_NAME, IVFIndex
+from knnlm.index.ivf.records import Recorder
 from knnlm.index.policy import build_index, keep_index
 
 QUERIES = clustered(60, seed=1)
@@ -47,7 +47,7 @@ def refuse_coding(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def fail(*arguments: object) -> None:
             raise AssertionError("rows were coded")
 
-        monkeypatch.setattr(ivf_parts, "_placed_keys", fail)
+        monkeypatch.setattr(Recorder, "records", fail)
 
     return refuse
 

@@ -1,6 +1,9 @@
 """Building an inverted file beyond memory: the same file, wherever the build was interrupted."""
 
 import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,18 @@ from knnlm.datastore.stored_index import FOLDER
 from knnlm.datastore.unfinished import read_manifest, unfinished_folder
 from knnlm.datastore.verification import verify
 from knnlm.errors import InvalidArgumentError
+from knnlm.index import exact, measure
+from knnlm.index.available_memory import own_memory_bytes
 from knnlm.index.backend import IndexOptions
-from knnlm.index.ivf import build as ivf_build, forecast, groups, partition, records, training
+from knnlm.index.ivf import (
+    build as ivf_build,
+    forecast,
+    groups,
+    partition,
+    parts,
+    records,
+    training,
+)
 from knnlm.index.ivf.groups import Groups, nearest
 from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.policy import build_index, keep_index, open_index
@@ -175,6 +188,49 @@ def test_too_little_memory_is_refused_at_once(
     with pytest.raises(InvalidArgumentError, match=message):
         build_index(store, "ivf", memory=memory)
     assert not (store.path / FOLDER).exists()
+
+
+def test_memory_is_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if own_memory_bytes() == 0:
+        pytest.skip("the system does not say how much memory a process has")
+    store = store_of(tmp_path / "store", clustered(400_000, dimension=64).half())
+    build_index(store_of(tmp_path / "small", clustered(500)), "ivf", **OPTIONS)  # compiles
+    monkeypatch.setattr(exact, "_SCORES", 1 << 16)
+    monkeypatch.setattr(forecast, "_MEASURING_BYTES", 60 << 20)
+    monkeypatch.setattr(measure, "_QUERIES", 8)
+    monkeypatch.setattr(measure, "_TIMED_QUERIES", 8)
+    monkeypatch.setattr(forecast, "_SAMPLE_KEYS", 2048)
+    monkeypatch.setattr(groups, "_COMPARED_AT_ONCE", 1 << 18)
+    monkeypatch.setattr(forecast, "_LEAST_BUFFERS", 8 << 20)
+    monkeypatch.setattr(training, "_LEAST_KEYS", 8192)
+    monkeypatch.setattr(training, "_CODER_KEYS", 4096)
+    monkeypatch.setattr(parts, "_WRITTEN_BYTES", 1 << 20)
+    peaks = []
+    for spare in (120 << 20, 1 << 30):
+        memory = own_memory_bytes() + spare
+        with peak_memory() as peak:
+            build_index(store, "ivf", memory=memory, **OPTIONS)
+        peaks.append(peak[0] - memory + spare)
+        assert peak[0] <= memory
+    assert peaks[1] > 120 << 20, "without a limit it is more"
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """Yield the greatest memory of this process so far, of its own."""
+    peak, ended = [0], threading.Event()
+
+    def read() -> None:
+        while not ended.wait(0.005):
+            peak[0] = max(peak[0], own_memory_bytes())
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_what_a_build_will_take_is_said_before_it_begins(

@@ -32,8 +32,8 @@ _K = Annotated[int, typer.Option(help="The number of neighbors for which recall 
 _Memory = Annotated[
     str | None,
     typer.Option(
-        help="How much memory this process may use of its own, such as 8GiB; by default half of "
-        "the memory. auto keeps it too."
+        help="How much memory building ivf or compressed may use, such as 8GiB, without the files "
+        "that are read; by default half of the memory. auto minds it too."
     ),
 ]
 _Queries = Annotated[

@@ -38,7 +38,7 @@ _UNMEASURED_BYTES_A_SECOND = 1e9
 _HASHED_BYTES_A_SECOND = 1e9
 _MEASURING_QUERIES = 256
 _MEASURING_BYTES = 512 << 20  # what exact search and the index's own hold for them
-_OPENED_BYTES = 6  # a row: which rows are live, and were seen
+_OPENED_BYTES = 8  # a row: which are live, and were seen; norms where some are forgotten
 _LEAST_BUFFERS = 192 << 20
 _SMALL_BYTES = 64 << 20  # of records: so few are indexed in whatever memory there is
 
@@ -73,9 +73,11 @@ def preview(
 ) -> Forecast:
     """Code a sample of the keys, with lists that were not learned, and take the time."""
     sample = sample_keys(store, _SAMPLE_KEYS, seed)
+    if len(sample) == 0:
+        sample = torch.zeros(1, store.settings.dimension)
     coder = fit_coder(sample, shape, seed)
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randint(max(1, len(sample)), (nlist,), generator=generator)
+    chosen = torch.randint(len(sample), (nlist,), generator=generator)
     lists = Lists.around(sample[chosen], coder, key_dtype)
     recorder = Recorder(store, lists, 0)
     groups = Groups(lists.centroids, store.rows, seed)
@@ -179,7 +181,7 @@ def _seconds_a_key(function: Callable[[range], None], chunks: list[range]) -> fl
     workers().map(function, chunks[: workers().threads])  # compiles
     started = time.perf_counter()
     workers().map(function, chunks)
-    return (time.perf_counter() - started) / max(1, sum(len(chunk) for chunk in chunks))
+    return (time.perf_counter() - started) / sum(len(chunk) for chunk in chunks)
 
 
 def _seconds_a_product(sample: Float[Tensor, "n dim"]) -> float:
@@ -187,7 +189,7 @@ def _seconds_a_product(sample: Float[Tensor, "n dim"]) -> float:
     some = sample[:_MEASURING_QUERIES]
     started = time.perf_counter()
     (some @ sample.T).amin()
-    return (time.perf_counter() - started) / max(1, len(sample))
+    return (time.perf_counter() - started) / len(sample)
 
 
 def _written_bytes_a_second(folder: Path, size_bytes: int) -> float:

@@ -59,6 +59,11 @@ class InMemory:
         counts = np.bincount(self._records["list"], minlength=nlist)
         self.starts = starts_of(counts)
 
+    @property
+    def left(self) -> int:
+        """How many records `sorted` yields."""
+        return len(self._records)
+
     def sorted(self) -> Iterator[Sorted]:
         """Yield all of them."""
         yield Sorted(0, self._records, list_order(self._records, self._seed))
@@ -140,6 +145,12 @@ class OnDisk:
         of_list = np.repeat(np.arange(len(self._edges) - 1, dtype=np.uint16), np.diff(self._edges))
         order = of_list[records["list"]].argsort(kind="stable")
         return records[order], ends[self._edges[1:] - 1], counts
+
+    @property
+    def left(self) -> int:
+        """How many records `sorted` yields."""
+        starts = self.starts
+        return int(starts[-1] - starts[self._edges[self._begun.placed]])
 
     def sorted(self) -> Iterator[Sorted]:
         """Yield the records of each bucket that is not `placed` yet; the next is read meanwhile."""

@@ -94,7 +94,7 @@ def write_part(
     placed: called when all records of some whole lists are written. Raises DatastoreWriteError.
     """
     writer.write("starts", waiting.starts)
-    with progress.task("write the index", int(waiting.starts[-1]), "keys") as advance:
+    with progress.task("write the index", waiting.left, "keys") as advance:
         for ordered in waiting.sorted():
 
             def pick(

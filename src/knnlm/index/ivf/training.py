@@ -3,6 +3,7 @@
 Reads the datastore in its order, a few keys here and a few there; writes nothing.
 """
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -19,6 +20,7 @@ KEYS_PER_LIST = 64
 ROUNDS = 10
 _LEAST_KEYS = 65_536
 _LEAST_KEYS_PER_LIST = 8
+_NUMBERS_AT_ONCE = 1 << 22
 _CODER_KEYS = 65_536
 _SIZED_BY = 16  # keys a list
 _SIZED_AT_ONCE = 8192
@@ -45,7 +47,7 @@ def sample_keys(store: Datastore, count: int, seed: int) -> Float[Tensor, "n dim
     rows = _sample_rows(store, count, seed)
     dim = store.settings.dimension
     sample = torch.empty(len(rows), dim)
-    size = max(1, _SCATTERED_BYTES // 64 // dim)
+    size = max(1, _NUMBERS_AT_ONCE // dim)
     for start in range(0, len(rows), size):
         some = rows[start : start + size]
         keys = store.keys_at(some).float()
@@ -87,9 +89,10 @@ def learn_lists(store: Datastore, nlist: int, shape: CodeShape, work: Work) -> L
         count = sample_size(store.rows, store.settings.dimension, nlist, work.memory // 2)
         sample = sample_keys(store, count, seed)
         coder = fit_coder(sample, shape, seed)
-        centroids = coder.center[None].clone()
-        if nlist > 1:
-            centroids = kmeans(sample, nlist, seed, rounds=ROUNDS, advance=advance)
+        if nlist == 1:
+            lists = Lists.around(coder.center[None].clone(), coder, work.key_dtype)
+            return Learned(lists, np.ones(1, np.int64))
+        centroids = kmeans(sample, nlist, seed, rounds=ROUNDS, advance=advance)
         some = sample[:: max(1, len(sample) // (_SIZED_BY * nlist))]
         groups = Groups(centroids, len(some), seed)
         chunks = workers().chunks(len(some), _SIZED_AT_ONCE)
