@@ -241,7 +241,7 @@ def kill_nodes(lm: LanguageModel, folder: Path, kills: int) -> int:
     """Kill nodes while their workers read; return how often."""
     from ray.cluster_utils import Cluster
 
-    documents = documents_of(8 * kills, 1)
+    documents = documents_of(16 * kills, 1)
     whole = append_documents(folder / "whole-of-nodes", lm, documents, **SMALL)
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20}
     cluster = Cluster(initialize_head=True, head_node_args=head)

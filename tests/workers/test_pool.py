@@ -296,8 +296,12 @@ def test_a_killed_build_goes_on_with_another_number_of_workers(
 ) -> None:
     pids = tmp_path / "pids"
 
+    def leave_pid(tokens: torch.Tensor, passes: int) -> None:
+        with pids.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
     def killed(size: int, count: int) -> None:
-        trouble.before = lambda tokens, passes: pids.open("a").write(f"{os.getpid()}\n") and None
+        trouble.before = leave_pid
         PLACES[place](count)
         build_with(size, tmp_path / "made", llama_lm, DOCUMENTS)
 

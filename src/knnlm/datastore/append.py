@@ -111,16 +111,17 @@ class _Appender:
     ) -> None:
         self.store = store
         self.catalog = store.catalog
+        self.lm = lm
         self.documents = documents
+        self.shard_rows = shard_rows
         self.maker = maker
         self.tally = Tally(store.catalog.last_document, store.rows)
-        self._new_plan = lambda: ShardPlan(store, lm, documents, shard_rows, self.tally)
         self._begin()
 
     def _begin(self) -> None:
         """Plan what is missing now."""
         self.store.refresh()
-        self.plan = self._new_plan()
+        self.plan = ShardPlan(self.store, self.lm, self.documents, self.shard_rows, self.tally)
         self.rows = self.store.rows
         self.history = self.plan.history
 

@@ -3,7 +3,7 @@
 Knows the model and the form of a shard. Knows no documents but by number and name, no catalog.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -66,7 +66,7 @@ class ShardMaker(Protocol):
 
     def make(
         self, store: Datastore, units: Iterator[Unit], advance: Advance
-    ) -> Iterator[MadeShard]:
+    ) -> Generator[MadeShard, None, None]:
         """Yield the shards of the units, in their order; may take units ahead.
 
         The generator is closed, or used up, before another is asked for. Raises the errors of
@@ -123,7 +123,7 @@ class InThisProcess:
 
     def make(
         self, store: Datastore, units: Iterator[Unit], advance: Advance
-    ) -> Iterator[MadeShard]:
+    ) -> Generator[MadeShard, None, None]:
         """Yield the shards of the units; see `ShardMaker`."""
         for unit in units:
             file = None

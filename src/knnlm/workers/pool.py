@@ -10,7 +10,7 @@ import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -126,7 +126,7 @@ class WorkerPool:
 
     def make(
         self, store: Datastore, units: Iterator[Unit], advance: Advance
-    ) -> Iterator[MadeShard]:
+    ) -> Generator[MadeShard, None, None]:
         """Yield the shards of the units in their order. Raises WorkerError too."""
         folder = store.path / SHARDS
         self._advance, self._key_dtype = advance, store.settings.key_dtype
