@@ -36,7 +36,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lm = LanguageModel.load(arguments.model)
     text = "".join(
-        block for document in knnlm.read_documents(arguments.text) for block in document.blocks()
+        block for document in knnlm.read_documents(*arguments.text) for block in document.blocks()
     )
     tokens = lm.encode([text[:40_000]])[0]
     stored = keys_of(lm, tokens)
