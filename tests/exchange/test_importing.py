@@ -15,6 +15,7 @@ from kills import PLACES, ends_by_kill
 from stores import assert_same, distinct_documents, stored_keys
 
 import knnlm
+from knnlm.apps.explorer.analysis import stores_to_dicts
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.facts import read_facts
 from knnlm.datastore.origin import read_origin
@@ -231,6 +232,7 @@ def test_unverified_until_it_is_proved(
         model = knnlm.KNNLM(llama_lm, store)
     assert "is unverified" in caplog.text
     assert model.perplexity([Document("held out", PROSE)]).unverified == (str(store.path),)
+    assert stores_to_dicts(model.retrievers)[0]["is_unverified"], "on the explorer's page"
     with refusal(DatastoreMismatchError, "imported unverified", "knnlm import"):
         knnlm.build(store.path, llama_lm, [Document("new", PROSE)])
     with refusal(DatastoreMismatchError, "keys must be those of other"):

@@ -52,7 +52,9 @@ def _sync(path: Path) -> None:
 
 
 def publish(aside: Path, path: Path) -> None:
-    """Give a finished file its final name, durably."""
+    """Give a finished file, or a folder of finished files, its final name, durably."""
+    for file in aside.iterdir() if aside.is_dir() else ():
+        _sync(file)
     _sync(aside)
     aside.rename(path)
     _sync(path.parent)

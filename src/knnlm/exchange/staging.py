@@ -32,6 +32,7 @@ from knnlm.progress import Progress
 
 _ASIDE = ".importing"
 _SHARD_BYTES = 1 << 28
+_CHECKED_ROWS = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,8 @@ def _copy(
         for start, stop in ranges(done, staged.rows, step):
             given = entries.keys(start, stop)
             keys = given.to(dtype)
-            _check_keys(given, keys, start, keys_path)
+            for first, last in ranges(0, len(keys), _CHECKED_ROWS):
+                _check_keys(given[first:last], keys[first:last], start + first, keys_path)
             values = entries.values(start, stop).int()
             file = write_shard(aside / SHARDS, catalog.next_shard_name(), keys, values)
             with catalog.transaction():
