@@ -54,10 +54,9 @@ def build(
     sync: forget documents that are gone from the given folders; rows gone from a file always are.
     tune: tune it on its own text, if it is time to; see `keep_tuned`.
 
-    With boundary "stream" and context > 0 the first block, which has no context, is read but not
-    stored (as in the code of Khandelwal et al. 2020). Raises InvalidArgumentError,
-    DatastoreMismatchError, DatastoreLockedError, DatastoreWriteError, NonFiniteKeysError, and the
-    errors of reading text and of loading the model.
+    In a stream with context, the first block, which has none, is read but not stored (as in the
+    code of Khandelwal et al. 2020). Raises InvalidArgumentError, DatastoreMismatchError,
+    DatastoreLockedError, DatastoreWriteError, NonFiniteKeysError, and those of reading and loading.
     """
     _check_index(index)
     given, model = as_documents(documents, progress), _load(lm, Path(path))
@@ -80,9 +79,7 @@ def build(
             _renew_index(Datastore(path), index, model, progress)
         raise
     _renew_index(store, index, model, progress)
-    if tune:
-        keep_tuned(store, model, progress)
-    return store
+    return _tuned(store, model, progress) if tune else store
 
 
 def _renew_index(
@@ -92,6 +89,11 @@ def _renew_index(
         keep_index(store, device=str(model.device), progress=progress)
     else:
         build_index(store, index, device=str(model.device), progress=progress)
+
+
+def _tuned(store: Datastore, model: LanguageModel, progress: Progress) -> Datastore:
+    keep_tuned(store, model, progress)
+    return store
 
 
 def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compaction:

@@ -69,7 +69,7 @@ _Tune = Annotated[
     typer.Option(
         "--tune/--no-tune",
         help="Whether to tune a new datastore on its own text, as knnlm tune does, and again when "
-        "it has grown by a quarter since.",
+        "it has grown by a quarter since; what was tuned on other text stays.",
     ),
 ]
 _Dtype = Annotated[
@@ -111,9 +111,8 @@ def build(
     document whose text has changed replaces its old version. Rows that are gone from their file are
     forgotten, files that are gone from their folder with --sync. After a folder was moved, build it
     from its new place: texts that are stored under a path where nothing is left are not read again.
-    A new datastore reads 1,024 positions at once, 256 of them context. At the end, the mixture is
-    tuned on the stored text, unless it was tuned on other text. A build may be interrupted at any
-    time; rerun the same command to resume.
+    A new datastore reads 1,024 positions at once, 256 of them context, and is tuned at the end. A
+    build may be interrupted at any time; rerun the same command to resume.
 
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """
