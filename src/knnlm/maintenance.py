@@ -49,8 +49,7 @@ def build(
         that the model has), a quarter of them context; for an existing datastore, its own.
     key_dtype: of the keys on disk, "float16" (default), "bfloat16" or "float32".
     max_entries: stop at the last whole window with which the datastore has at most this many rows.
-    index: see `IndexKind`; by default as before, for a new datastore "auto". "faiss" needs a
-        factory: see `build_index`.
+    index: see `IndexKind`; by default as before, "auto" at first; for "faiss" use `build_index`.
     sync: forget documents that are gone from the given folders; rows gone from a file always are.
     tune: tune it on its own text, if it is time to; see `keep_tuned`.
 
