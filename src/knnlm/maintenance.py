@@ -60,8 +60,7 @@ def build(
     workers, ray, lease: how many processes read the keys, on the Ray cluster of this address, or
         None: here; a worker that is silent for `lease` seconds loses its work. docs/scaling.md
 
-    With boundary "stream" and context > 0 the first block, which has no context, is read but not
-    stored. Raises InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, WorkerError,
+    In a stream with context, the first block, which has none, is read but not stored. Raises InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, WorkerError,
     DatastoreWriteError, NonFiniteKeysError, and those of reading text and of loading the model.
     """
     _check_index(index)
@@ -83,9 +82,7 @@ def build(
                 progress=progress,
             )
         renew(store)
-    if tune:
-        keep_tuned(store, model, progress)
-    return store
+    return _tuned(store, model, progress) if tune else store
 
 
 @contextmanager
@@ -106,6 +103,11 @@ def _keeping_index(
         if catalog_exists(path):
             renew(Datastore(path))
         raise
+
+
+def _tuned(store: Datastore, model: LanguageModel, progress: Progress) -> Datastore:
+    keep_tuned(store, model, progress)
+    return store
 
 
 def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compaction:

@@ -93,7 +93,7 @@ def test_windows_are_those_of_the_build(
 def test_a_sample_is_spread_over_all_of_the_datastore(store: Datastore) -> None:
     def sampled(tokens: int, seed: int = 0) -> list[int]:
         windows = sample_windows(store, 0, tokens, seed)
-        assert sum(one.window.new for one in windows) <= tokens
+        assert 0.8 * tokens <= sum(one.window.new for one in windows) <= tokens
         return [one.row for one in windows]
 
     places = places_of_rows(store)

@@ -10,6 +10,8 @@ from knnlm.choices import Boundary
 from knnlm.datastore.datastore import Datastore
 from knnlm.text.windows import Window
 
+_MORE = 1.25  # windows are drawn, as their sizes differ; what is too much is left out
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredWindow:
@@ -73,7 +75,7 @@ def _spread(
         return np.arange(len(sizes))
     # a token drawn at random is in a window of this size
     typical = float((sizes.astype(np.float64) ** 2).sum()) / total
-    count = int(np.ceil(max_tokens / typical))
+    count = int(np.ceil(_MORE * max_tokens / typical))
     tokens = (np.arange(count) + generator.random(count)) / count * total
     numbers = np.searchsorted(sizes.cumsum(), tokens, side="right").clip(max=len(sizes) - 1)
     return generator.permutation(np.unique(numbers))

@@ -236,7 +236,7 @@ def test_a_build_ends_with_tuning_on_its_own_text(work: Path, models: Path) -> N
 
 def test_tune_without_a_text_reads_the_stored_one(work: Path) -> None:
     out = ok("tune", "docs.store", "--max-k", "4", "--max-tokens", "100", "--seed", "5")
-    assert "100 of them stored" in out
+    assert "tokens of the stored text, from 2 documents" in out
     assert "each without its own votes" in out
     tuned = ok_json("tune", "docs.store", "--max-k", "4")
     assert tuned["stored"]["tokens"] == tuned["tokens"]

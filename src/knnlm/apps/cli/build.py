@@ -69,7 +69,7 @@ _Tune = Annotated[
     typer.Option(
         "--tune/--no-tune",
         help="Whether to tune a new datastore on its own text, as knnlm tune does, and again when "
-        "it has grown by a quarter since.",
+        "it has grown by a quarter since; what was tuned on other text stays.",
     ),
 ]
 _Dtype = Annotated[
@@ -136,8 +136,8 @@ def build(
     Documents already stored with the same text are skipped, however their path is spelled; a
     document whose text has changed replaces its old version. Rows that are gone from their file are
     forgotten, files that are gone from their folder with --sync. A new datastore reads 1,024
-    positions at once, 256 of them context. At the end, the mixture is tuned on the stored text,
-    unless it was tuned on other text. An interrupted build goes on when it is run again.
+    positions at once, 256 of them context, and is tuned at the end. An interrupted build goes on
+    when it is run again.
 
         knnlm build docs.store docs/ --model HuggingFaceTB/SmolLM2-135M
     """

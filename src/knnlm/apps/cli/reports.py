@@ -106,8 +106,8 @@ def print_tuning(tuning: "Tuning") -> None:
 def _stored_text_line(stored: dict[str, Any]) -> str:
     """Return what stored text was tuned on, and what had no vote for it."""
     line = (
-        f"{stored['tokens']:,} of them stored, from {stored['documents']:,} documents, each "
-        "without its own votes"
+        f"{stored['tokens']:,} tokens of the stored text, from {stored['documents']:,} documents, "
+        "each without its own votes"
     )
     if stored["copies"]:
         line += f" or those of its copies ({stored['copies']:,} documents)"

@@ -18,7 +18,7 @@ from knnlm.apps.cli.opening import (
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.apps.cli.texts import TextOptions, checked_texts
-from knnlm.choices import ModelDtype, TextFormat
+from knnlm.choices import Boundary, ModelDtype, TextFormat
 from knnlm.errors import InvalidArgumentError
 from knnlm.rules import check_k
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from knnlm.text.documents import Documents
+    from knnlm.tuning.tune import Tuning
 
 _Texts = Annotated[
     list[str] | None,
@@ -92,16 +93,9 @@ def tune(
     from knnlm.tuning.plot import plot_tuning
 
     check_k(max_k, "max_k")
-    texts: AbstractContextManager[Documents | None] = nullcontext()
-    if text:
-        reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
-        texts = checked_texts(text, reading)
-    elif (window, context, boundary) != (None, None, None):
-        raise InvalidArgumentError(
-            "window, context and boundary must go with a TEXT, got none: stored text is read as it "
-            "was when the datastore was built"
-        )
-    with texts as documents:
+    windows = (window, context, boundary)
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    with _checked_if_given(text, reading, windows) as documents:
         opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
         picture = plot or store / "tuning.png"
         check_writable(store)
@@ -111,15 +105,35 @@ def tune(
             documents,
             stored=stored or not text,
             max_k=max_k,
-            windowing=choose_windowing(opened, window, context, boundary) if text else None,
+            windowing=choose_windowing(opened, *windows) if text else None,
             max_tokens=max_tokens,
             seed=seed,
             progress=RichProgress(),
         )
         plot_tuning(tuning, picture)
         tuning.save([retriever.store for retriever in opened.retrievers], text or [])
-        if as_json:
-            print_json(tuning.to_dict() | {"plot": str(picture)})
-            return
-        print_tuning(tuning)
-        OUT.print(f"plot: {picture}")
+        _print(tuning, picture, as_json)
+
+
+def _checked_if_given(
+    text: list[str] | None,
+    reading: TextOptions,
+    windows: tuple[int | None, int | None, Boundary | None],
+) -> "AbstractContextManager[Documents | None]":
+    """Check the texts; without any, refuse what is only about them."""
+    if text:
+        return checked_texts(text, reading)
+    if windows != (None, None, None):
+        raise InvalidArgumentError(
+            "window, context and boundary must go with a TEXT, got none: stored text is read as it "
+            "was when the datastore was built"
+        )
+    return nullcontext()
+
+
+def _print(tuning: "Tuning", picture: Path, as_json: bool) -> None:
+    if as_json:
+        print_json(tuning.to_dict() | {"plot": str(picture)})
+        return
+    print_tuning(tuning)
+    OUT.print(f"plot: {picture}")
