@@ -129,7 +129,7 @@ def _check_keys(store: Datastore, queries: Queries, keys: Float[Tensor, "query d
         "variance"
     )
     if store.windowing.boundary != Boundary.stream:
-        raise DatastoreMismatchError(f"{what}; load the model as it was, or build it again")
+        raise DatastoreMismatchError(f"{what}; load the model as it was, or give held-out text")
     _LOG.warning("%s; was the stream cut by forget and compact?", what)
 
 
