@@ -179,14 +179,14 @@ class _Appender:
             # A shard is committed once the next window is known, because only then is it known
             # which documents ended in the shard.
             for window in windows:
-                if max_entries is not None and self.rows + shard_rows + window.new > max_entries:
+                if max_entries is not None and self.rows + shard_rows + window.rows > max_entries:
                     stopped = True
                     break
                 if shard_rows >= self._shard_target():
                     self._commit(shard, advance)
                     shard, shard_rows = [], 0
                 shard.append(window)
-                shard_rows += window.new
+                shard_rows += window.rows
             if shard or passed_over:
                 self._commit(shard, advance)
             if self.unreadable is not None:
@@ -301,10 +301,13 @@ class _Appender:
 
     def _read(self, windows: list[Window], advance: Advance) -> Float[Tensor, "rows dim"]:
         """Return the keys of the windows' new positions, in order, in the dtype on disk."""
-        starts = np.cumsum([0] + [window.new for window in windows]).tolist()
+        starts = np.cumsum([0] + [window.rows for window in windows]).tolist()
         settings = self.store.settings
         keys = torch.empty(starts[-1], settings.dimension, dtype=self.store.key_dtype)
         for number, window_keys in read_keys(self.lm, windows):
+            chosen = windows[number].stored
+            if chosen is not None:
+                window_keys = window_keys[torch.from_numpy(chosen)]
             stored = window_keys.to(self.store.key_dtype)
             if not bool(measurable(stored).all()):
                 name = self.incoming[windows[number].spans[0].document].name
@@ -317,9 +320,10 @@ class _Appender:
         """Write a shard and make it visible together with its documents."""
         catalog = self.catalog
         file = None
-        if windows:
-            keys = self._read(windows, advance)
-            values = torch.from_numpy(np.concatenate([window.targets for window in windows]))
+        with_rows = [window for window in windows if window.rows]
+        if with_rows:
+            keys = self._read(with_rows, advance)
+            values = torch.from_numpy(np.concatenate([window.values for window in with_rows]))
             name = catalog.next_shard_name()
             file = write_shard(self.store.path / SHARDS, name, keys, values)
         start = self.rows
@@ -333,7 +337,8 @@ class _Appender:
                     if document.id is None:
                         self._add(document)
                     document.passed += span.count
-                    self.rows += span.count
+                    # what is stored in part has windows of its own
+                    self.rows += span.count if window.stored is None else window.rows
                     self._extend(document)
                 self._remember(window)
             for document in self.incoming.values():

@@ -75,6 +75,7 @@ const Chat = (() => {
     }
     answering = null;
     busy(false);
+    at("speak").scrollIntoView({ block: "nearest" });
     server.say(...outcome);
   }
 
