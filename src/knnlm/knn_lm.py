@@ -20,7 +20,6 @@ from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, coverage_of
 from knnlm.mixture.continuous_cache import CacheParameters
-from knnlm.model.chat import Message
 from knnlm.model.encoding import check_text
 from knnlm.model.generation import generate_tokens
 from knnlm.model.language_model import LanguageModel
@@ -37,6 +36,7 @@ from knnlm.rules import (
     check_top_p,
     check_whole,
 )
+from knnlm.text.conversations import Message
 from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 

@@ -60,7 +60,8 @@ def build(
     workers, ray, lease: how many processes read the keys, on the Ray cluster of this address, or
         None: here; a worker that is silent for `lease` seconds loses its work. docs/scaling.md
 
-    In a stream with context, the first block, which has none, is read but not stored. Raises InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, WorkerError,
+    In a stream with context, the first block, which has none, is read but not stored. Raises
+    InvalidArgumentError, DatastoreMismatchError, DatastoreLockedError, WorkerError,
     DatastoreWriteError, NonFiniteKeysError, and those of reading text and of loading the model.
     """
     _check_index(index)

@@ -188,13 +188,14 @@ class _Appender:
             self.plan.known.identify(unit.identified)
             if file is not None:
                 catalog.add_shard(StoredShard(start, file))
-            for window in unit.windows:
+            for window in unit.covered:
                 for span in window.spans:
                     document = self.plan.incoming[span.document]
                     if document.id is None:
                         self._add(document)
                     document.passed += span.count
-                    self.rows += span.count
+                    # what is stored in part has windows of its own
+                    self.rows += span.count if window.stored is None else window.rows
                     self._extend(document)
                 self._remember(window)
             for document in self.plan.incoming.values():

@@ -26,22 +26,22 @@ from knnlm.text.windows import Window
 class Unit:
     """What becomes one shard, and is committed at once.
 
-    windows: in the order of their rows; none where everything was `passed_over`, the block at the
-    head of a stream that is read by nobody. names: of the windows' documents, by their numbers.
+    covered: windows in the order of their rows. passed_over: the block at the head of a stream that
+    is read by nobody. names: of the windows' documents, by their numbers.
     identified: identities of stored documents that were found before, see `Matching`.
     expected_tokens: of all documents, estimated, for progress.
     """
 
-    windows: Sequence[Window]
+    covered: Sequence[Window]
     names: Mapping[int, str] = field(default_factory=dict)
     passed_over: Window | None = None
     identified: tuple[str, ...] = ()
     expected_tokens: float | None = None
 
     @property
-    def rows(self) -> int:
-        """How many rows the shard has."""
-        return sum(window.new for window in self.windows)
+    def windows(self) -> list[Window]:
+        """The windows to be read: those that have entries."""
+        return [window for window in self.covered if window.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,7 @@ class ShardReading:
         self._windows = windows
         self._names = names
         self._key_dtype = key_dtype
-        self._starts: list[int] = np.cumsum([0] + [window.new for window in windows]).tolist()
+        self._starts: list[int] = np.cumsum([0] + [window.rows for window in windows]).tolist()
         dtype: torch.dtype = getattr(torch, key_dtype)
         self._keys = torch.empty(self._starts[-1], lm.dimension, dtype=dtype)
 
@@ -103,6 +103,9 @@ class ShardReading:
     def read(self, batch: Sequence[int]) -> None:
         """Read a batch. Raises NonFiniteKeysError for keys that cannot be stored."""
         for number, window_keys in read_batch(self._lm, self._windows, batch):
+            chosen = self._windows[number].stored
+            if chosen is not None:
+                window_keys = window_keys[torch.from_numpy(chosen)]
             stored = window_keys.to(self._keys.dtype)
             if not bool(measurable(stored).all()):
                 name = self._names[self._windows[number].spans[0].document]
@@ -111,7 +114,7 @@ class ShardReading:
 
     def save(self, path: Path) -> ShardFile:
         """Write the shard to a file, not yet durably. Raises DatastoreWriteError."""
-        values = torch.from_numpy(np.concatenate([window.targets for window in self._windows]))
+        values = torch.from_numpy(np.concatenate([window.values for window in self._windows]))
         return save_shard(path, self._keys, values)
 
 
@@ -127,13 +130,13 @@ class InThisProcess:
         """Yield the shards of the units; see `ShardMaker`."""
         for unit in units:
             file = None
-            if unit.windows:
+            if windows := unit.windows:
                 key_dtype = store.settings.key_dtype
-                reading = ShardReading(self._lm, unit.windows, unit.names, key_dtype)
+                reading = ShardReading(self._lm, windows, unit.names, key_dtype)
                 for batch in reading.batches():
                     reading.read(batch)
                     for number in batch:
-                        advance(unit.windows[number].new, unit.expected_tokens)
+                        advance(windows[number].new, unit.expected_tokens)
                 name = store.catalog.next_shard_name() + ASIDE
                 file = reading.save(store.path / SHARDS / name)
             yield MadeShard(unit, file)

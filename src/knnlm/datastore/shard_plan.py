@@ -134,14 +134,14 @@ class ShardPlan:
         shard: list[Window] = []
         start = self.rows
         for window in windows:
-            if max_entries is not None and self.rows + window.new > max_entries:
+            if max_entries is not None and self.rows + window.rows > max_entries:
                 self.stopped = True
                 break
             if self.rows - start >= self._shard_target(start):
                 yield self._unit(shard, passed_over)
                 shard, start, passed_over = [], self.rows, None
             shard.append(window)
-            self.rows += window.new
+            self.rows += window.rows
         if shard or passed_over:
             yield self._unit(shard, passed_over)
 

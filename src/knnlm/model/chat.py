@@ -7,23 +7,29 @@ import re
 import secrets
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from itertools import takewhile
+from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Bool, Int32
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from knnlm.errors import InvalidArgumentError, UnsupportedModelError
 from knnlm.model.encoding import (
     Encoder,
-    check_text,
     encode_as_is,
     private_names,
     with_other_names,
 )
+from knnlm.text.conversations import Message, check_messages
 
-ROLES = ("system", "user", "assistant")
-Message = Mapping[str, str]
-"""What somebody says in a conversation: its `role`, one of ROLES, and its `content`."""
+
+class SaidTokens(NamedTuple):
+    """The tokens of a conversation; said: which of them a model is to say, ends of turns too."""
+
+    tokens: Int32[np.ndarray, " token"]
+    said: Bool[np.ndarray, " token"]
 
 
 class ChatTemplate:
@@ -49,7 +55,43 @@ class ChatTemplate:
         those that the template refuses; UnsupportedModelError for a tokenizer without a template.
         """
         check_messages(messages)
-        rendered = self._render(messages, to_answer)
+        return self._tokens(self._render(messages, to_answer))
+
+    def encode_answers(self, messages: Sequence[Message]) -> SaidTokens:
+        """Return the tokens of a whole conversation, and which of them the assistant says.
+
+        An answer begins where the template leaves the model to go on, and ends with the control
+        token that ends its turn. Raises the errors of `encode`, and InvalidArgumentError for a
+        template that writes an answer differently once the conversation goes on.
+        """
+        check_messages(messages)
+        whole = self._render(messages, to_answer=False)
+        tokens = self._tokens(whole)
+        said = np.zeros(len(tokens), dtype=np.bool_)
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            until, after = self._around(messages[: number + 1])
+            if not (whole.startswith(until) and whole.startswith(after)):
+                raise InvalidArgumentError(
+                    "messages: the chat template writes earlier answers differently once a "
+                    "conversation goes on: let each conversation end with its only answer"
+                )
+            start = _common(tokens, self._tokens(until))
+            stop = _common(tokens, self._tokens(after))
+            ends = (n + 1 for n in range(start, stop) if tokens[n] in self.turn_ends)
+            said[start : next(ends, stop)] = True
+        return SaidTokens(np.array(tokens, dtype=np.int32), said)
+
+    def _around(self, messages: Sequence[Message]) -> tuple[str, str]:
+        """Return the text of a conversation up to its last message, an answer, and with it."""
+        before = messages[:-1]
+        if not before:  # few templates can write nothing
+            after = self._render(messages, to_answer=False)
+            return after[: after.find(messages[-1]["content"].strip())], after
+        return self._render(before, to_answer=True), self._render(messages, to_answer=False)
+
+    def _tokens(self, rendered: str) -> list[int]:
         return encode_as_is(self._tokenizer, [rendered], control_tokens=True)[0]
 
     @cached_property
@@ -117,26 +159,10 @@ class ChatTemplate:
         return private_names(self._controls)
 
 
-def check_messages(messages: Sequence[Any]) -> None:
-    """Raise InvalidArgumentError for what is no conversation."""
-    if not messages:
-        raise InvalidArgumentError("messages must hold at least one, got none: add what is asked")
-    for number, message in enumerate(messages):
-        place = f"messages[{number}]"
-        if not isinstance(message, Mapping):
-            raise InvalidArgumentError(
-                f"{place} must be like {{'role': 'user', 'content': 'Hello'}}, got "
-                f"{type(message).__name__}"
-            )
-        if (role := message.get("role")) not in ROLES:
-            raise InvalidArgumentError(
-                f"{place}: the role must be one of {', '.join(ROLES)}, got {role!r}"
-            )
-        if not isinstance(content := message.get("content"), str):
-            raise InvalidArgumentError(
-                f"{place}: the content must be a text, got {type(content).__name__}"
-            )
-        check_text(f"{place}: the content", content)
+def _common(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two sequences begin with alike."""
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _replaced(text: str, names: Mapping[str, str]) -> str:

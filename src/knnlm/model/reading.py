@@ -15,11 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from knnlm.choices import Boundary
+from knnlm.errors import InvalidArgumentError, InvalidTextError
 from knnlm.mixture.lm_summary import LMSummary, summarize_lm
 from knnlm.mixture.rows import join
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading_rules import BatchRules
 from knnlm.rules import LARGEST, check_whole
+from knnlm.text.conversations import text_to_conversation
 from knnlm.text.documents import Document, Documents
 from knnlm.text.windows import (
     Window,
@@ -27,6 +29,7 @@ from knnlm.text.windows import (
     document_windows,
     limit_windows,
     stream_windows,
+    with_stored,
 )
 
 _ENCODE_CHARACTERS = 1 << 20  # of text handed to the tokenizer at once
@@ -47,10 +50,14 @@ def total_bytes(documents: Iterable[Document]) -> int | None:
 
 
 class _EncodedBlock(NamedTuple):
+    """first: the token before the others; stored: which of them become entries, None for all."""
+
     number: int
     name: str
     text: str
     tokens: np.ndarray
+    first: int
+    stored: np.ndarray | None
 
 
 class EncodedDocument:
@@ -58,19 +65,22 @@ class EncodedDocument:
 
     number: its place among the documents. skip: how many of its tokens were read in an earlier
     run; set before the first is taken.
+    first_token: the context of the first one. stored: which of its tokens become entries; None for
+    all.
     tokens, size_bytes, words: counts over the text taken so far; tokens include the start token
     if it is predicted too (in streams), words are separated by white space.
     exhausted: whether all tokens were taken.
     """
 
-    def __init__(
-        self, number: int, name: str, encoded: Iterator[_EncodedBlock], start: int | None
-    ) -> None:
-        self.number = number
-        self.name = name
+    def __init__(self, encoded: Iterator[_EncodedBlock], start: int | None) -> None:
+        block = next(encoded)
+        self.number = block.number
+        self.name = block.name
+        self.first_token = block.first
+        self.stored = block.stored
         self.skip = self.tokens = self.size_bytes = self.words = 0
         self.exhausted = False
-        self._encoded = encoded
+        self._encoded = chain([block], encoded)
         self._start = start
         self._digest = hashlib.sha256()
 
@@ -88,7 +98,7 @@ class EncodedDocument:
             self.words += len(block.text.split())
             yield block.tokens[max(skip - seen, 0) :]
         self.exhausted = True
-        self._encoded = iter(())
+        self._encoded = chain()
 
     def fingerprint(self) -> str:
         """Return that of the text taken so far; once exhausted, the `Document`'s."""
@@ -121,13 +131,18 @@ def cut_documents(
         pieces = ((document.number, document.pieces(document.skip)) for document in encoded)
         windows = stream_windows(pieces, windowing, history)
     else:
-        windows = chain.from_iterable(
-            document_windows(
-                document.number, document.pieces(), lm.start_token, windowing, skip=document.skip
-            )
-            for document in encoded
-        )
+        windows = chain.from_iterable(_own_windows(document, windowing) for document in encoded)
     return limit_windows(windows, max_tokens)
+
+
+def _own_windows(document: EncodedDocument, windowing: Windowing) -> Iterator[Window]:
+    """Yield the windows of a document that starts afresh."""
+    windows = document_windows(
+        document.number, document.pieces(), document.first_token, windowing, skip=document.skip
+    )
+    if document.stored is None:
+        return windows
+    return with_stored(windows, document.stored, document.skip)
 
 
 def _encode_documents(
@@ -143,27 +158,48 @@ def _encode_documents(
     a token to put before each document's own. control_tokens: see `Windowing`.
     """
     blocks = (
-        (number, document.name, text)
+        _Block(number, document.name, text, document.chat)
         for number, document in enumerate(documents)
-        for text in document.blocks()
+        for text in (["".join(document.blocks())] if document.chat else document.blocks())
     )
-    encoded = (
-        _EncodedBlock(*block, tokens)
-        for batch in _batched(blocks)
-        for block, tokens in zip(
-            batch,
-            lm.encode([text for *_, text in batch], control_tokens=control_tokens),
-            strict=True,
-        )
+    encoded = chain.from_iterable(
+        _encode_batch(lm, batch, start, control_tokens) for batch in _batched(blocks)
     )
-    for (number, name), group in groupby(encoded, key=attrgetter("number", "name")):
-        document = EncodedDocument(number, name, group, start)
+    for _, group in groupby(encoded, key=attrgetter("number")):
+        document = EncodedDocument(group, start)
         if on_document is not None:
             on_document(document)
         yield document
 
 
-_Block = tuple[int, str, str]
+class _Block(NamedTuple):
+    number: int
+    name: str
+    text: str
+    chat: bool
+
+
+def _encode_batch(
+    lm: LanguageModel, blocks: Sequence[_Block], start: int | None, control_tokens: bool
+) -> Iterator[_EncodedBlock]:
+    """Yield the blocks with their tokens; start, control_tokens: see `_encode_documents`."""
+    plain = [block.text for block in blocks if not block.chat]
+    token_lists = iter(lm.encode(plain, control_tokens=control_tokens))
+    for number, name, text, chat in blocks:
+        if not chat:
+            yield _EncodedBlock(number, name, text, next(token_lists), lm.start_token, None)
+            continue
+        if start is not None:
+            raise InvalidArgumentError(
+                f"conversations such as {name} need the boundary document, got stream: build "
+                "another datastore for them"
+            )
+        try:
+            tokens, said = lm.chat_template.encode_answers(text_to_conversation(text))
+        except InvalidArgumentError as error:
+            raise InvalidTextError(f"{name}: {error}") from error
+        # the template's own first token stands where a document's start token does
+        yield _EncodedBlock(number, name, text, tokens[1:], int(tokens[0]), said[1:])
 
 
 def _batched(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
@@ -171,7 +207,7 @@ def _batched(blocks: Iterable[_Block]) -> Iterator[list[_Block]]:
     characters = 0
     for block in blocks:
         batch.append(block)
-        characters += len(block[2])
+        characters += len(block.text)
         if characters >= _ENCODE_CHARACTERS or len(batch) >= _ENCODE_BLOCKS:
             yield batch
             batch, characters = [], 0

@@ -158,6 +158,11 @@ class Check:
             self._sources[Source(part.identity, rows=False)] = None
         if content == "empty":
             return []
+        if text_format is TextFormat.text and self._columns.chat:
+            raise InvalidTextError(
+                f"text file {part.name} must have rows with conversations, such as a .jsonl file, "
+                "but is one text: leave it out, or store it without --chat"
+            )
         if text_format is TextFormat.text:
             return [self._check_text(part, file, advance)]
         return [self._check_rows(part, file, text_format, advance)]

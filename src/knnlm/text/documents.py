@@ -20,13 +20,15 @@ class Document:
 
     name: what reports show. text: a string, or a file, which may end in .gz or .zst. identity: what
     makes it the same document when it is built again; None stands for the name. encoding: of the
-    file. Raises InvalidTextError for strings that UTF-8 cannot hold.
+    file. chat: whether the text is a conversation, of which only the answers are stored; see
+    `conversation_to_text`. Raises InvalidTextError for strings that UTF-8 cannot hold.
     """
 
     name: str
     text: str | Path
     identity: str | None = None
     encoding: str = UTF8
+    chat: bool = False
 
     def __post_init__(self) -> None:
         check_utf8(f"the name of document {self.name!a}", self.name)

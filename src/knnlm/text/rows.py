@@ -10,14 +10,15 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from knnlm.choices import TextFormat
-from knnlm.errors import InvalidTextError, KNNLMError, import_optional
+from knnlm.errors import InvalidArgumentError, InvalidTextError, KNNLMError, import_optional
 from knnlm.progress import Advance
+from knnlm.text.conversations import check_messages, conversation_to_text
 from knnlm.text.decoding import TextFile
 from knnlm.text.documents import Document, check_utf8
 
@@ -34,10 +35,14 @@ FIRST_ROW = {TextFormat.jsonl: 1, TextFormat.csv: 2, TextFormat.tsv: 2}
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which columns hold a row's text and, if there is one, its id; a.b is the field b of a."""
+    """Which columns hold a row's text and, if there is one, its id; a.b is the field b of a.
+
+    chat: whether the text is a conversation, a list of messages.
+    """
 
     text: str = "text"
     id: str | None = None
+    chat: bool = False
 
     @property
     def names(self) -> list[str]:
@@ -119,12 +124,15 @@ class Rows:
         taken[key] = taken.get(key, 0) + 1
         again = f"-{taken[key]}" if taken[key] > 1 else ""
         name = place if self.columns.id is None else f"{self.name}:{key}"
-        return Document(name, text, f"{self.identity}#{key}{again}")
+        identity = f"{self.identity}#{key}{again}"
+        return Document(name, text, identity, chat=self.columns.chat)
 
     def _text(self, place: str, row: Mapping[str, object]) -> str | None:
         text = value_of(row, self.columns.text)
         if text is None or text is MISSING:
             return None
+        if self.columns.chat:
+            return _conversation(f"{place}: {self.columns.text}", text)
         if not isinstance(text, str):
             raise InvalidTextError(
                 f"{place}: text_column {self.columns.text!r} must hold strings, got "
@@ -146,6 +154,18 @@ class Rows:
             )
         check_utf8(f"{place}: the id", str(value))
         return str(value)
+
+
+def _conversation(place: str, messages: object) -> str | None:
+    """Return a conversation as a document's text, None if it has no answer to store."""
+    try:
+        check_messages(messages, place)
+    except InvalidArgumentError as error:
+        raise InvalidTextError(f"{error} (--text-column)") from error
+    assert isinstance(messages, Sequence)
+    if not any(message["role"] == "assistant" for message in messages):
+        return None
+    return conversation_to_text(messages)
 
 
 def missing_column(

@@ -19,6 +19,7 @@ def read_documents(
     encoding: str = UTF8,
     text_format: str = TextFormat.auto,
     skip_bad: bool = False,
+    chat: bool = False,
     progress: Progress = SILENT,
 ) -> Documents:
     """Check text sources from beginning to end, and return their documents.
@@ -35,13 +36,17 @@ def read_documents(
     text_format: of every file, see `TextFormat`; by default the end of its name tells.
     skip_bad: leave out files and rows that cannot be read, and name them in `Documents.skipped`.
 
+    chat: every row holds a conversation in text_column: a list of messages like {"role": "user",
+    "content": "Hello"}. They are read through the model's chat template, and only what the
+    assistant says is stored. A row without an answer counts as one without text.
+
     Files are read twice: here, and when the documents are used. Raises InvalidArgumentError,
     TextNotFoundError, InvalidTextError, MissingDependencyError.
     """
     if not sources:
         raise InvalidArgumentError("text sources: at least one is needed, got none: name a file")
     check = Check(
-        Columns(text_column, id_column),
+        Columns(text_column, id_column, chat),
         check_encoding(encoding),
         parse_choice(TextFormat, "text_format", text_format),
         skip_bad,

@@ -6,10 +6,10 @@ Knows token ids; neither text nor models. Holds no more than a window and a piec
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
 from knnlm.choices import Boundary, parse_choice
 from knnlm.errors import InvalidArgumentError
@@ -101,11 +101,15 @@ class Span:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
-    """Tokens that the model reads at once; the positions after the first `context` are new."""
+    """Tokens that the model reads at once; the positions after the first `context` are new.
+
+    stored: which of the new positions become entries of a datastore; None for all.
+    """
 
     tokens: Tokens
     context: int
     spans: tuple[Span, ...]
+    stored: Bool[np.ndarray, " new"] | None = None
 
     @property
     def positions(self) -> int:
@@ -118,6 +122,11 @@ class Window:
         return self.positions - self.context
 
     @property
+    def rows(self) -> int:
+        """How many of the new positions become entries."""
+        return self.new if self.stored is None else int(self.stored.sum())
+
+    @property
     def inputs(self) -> Tokens:
         """The tokens that the model reads."""
         return self.tokens[:-1]
@@ -126,6 +135,20 @@ class Window:
     def targets(self) -> Tokens:
         """The tokens that the new positions predict."""
         return self.tokens[1 + self.context :]
+
+    @property
+    def values(self) -> Tokens:
+        """Those of them that become entries."""
+        return self.targets if self.stored is None else self.targets[self.stored]
+
+
+def with_stored(
+    windows: Iterable[Window], stored: Bool[np.ndarray, " token"], skip: int = 0
+) -> Iterator[Window]:
+    """Yield a document's windows, of which only some tokens are stored; see `document_windows`."""
+    for window in windows:
+        yield replace(window, stored=stored[skip : skip + window.new])
+        skip += window.new
 
 
 class _Sequence:
@@ -243,7 +266,8 @@ def limit_windows(windows: Iterable[Window], max_new: int | None) -> Iterator[Wi
     for window in windows if left else ():
         if window.new >= left:
             spans = _take(deque(window.spans), left)
-            yield Window(window.tokens[: window.context + 1 + left], window.context, spans)
+            stored = None if window.stored is None else window.stored[:left]
+            yield Window(window.tokens[: window.context + 1 + left], window.context, spans, stored)
             return
         yield window
         left -= window.new

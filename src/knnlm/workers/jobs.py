@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.numpy import save
 
@@ -145,6 +146,8 @@ def save_windows(path: Path, windows: Sequence[Window], names: Mapping[int, str]
         "lengths": np.array([len(window.tokens) for window in windows]),
         "contexts": np.array([window.context for window in windows]),
         "spans": np.array([(number, span.document, span.count) for number, span in spans]),
+        "in_part": np.array([window.stored is not None for window in windows]),
+        "stored": np.concatenate([_stored(window) for window in windows]),
     }
     data = save(arrays, {"names": json.dumps(list(names.items()))})
     with writing(path):
@@ -154,16 +157,23 @@ def save_windows(path: Path, windows: Sequence[Window], names: Mapping[int, str]
 def load_windows(path: Path) -> tuple[list[Window], dict[int, str]]:
     """Read a file of `save_windows`."""
     with safe_open(path, "numpy") as file:
-        tokens, lengths, contexts, spans = map(
-            file.get_tensor, ("tokens", "lengths", "contexts", "spans")
+        tokens, lengths, contexts, spans, in_part, stored = map(
+            file.get_tensor, ("tokens", "lengths", "contexts", "spans", "in_part", "stored")
         )
         names = dict(json.loads(file.metadata()["names"]))
     of_window: list[list[Span]] = [[] for _ in lengths]
     for number, document, count in spans.tolist():
         of_window[number].append(Span(document, count))
     parts = np.split(tokens, np.cumsum(lengths)[:-1])
+    chosen = np.split(stored, np.cumsum(lengths - 1 - contexts)[:-1])
     windows = [
-        Window(part, context, tuple(its_spans))
-        for part, context, its_spans in zip(parts, contexts.tolist(), of_window, strict=True)
+        Window(part, context, tuple(its_spans), its_stored if some else None)
+        for part, context, its_spans, its_stored, some in zip(
+            parts, contexts.tolist(), of_window, chosen, in_part.tolist(), strict=True
+        )
     ]
     return windows, names
+
+
+def _stored(window: Window) -> NDArray[np.bool_]:
+    return np.ones(window.new, np.bool_) if window.stored is None else window.stored

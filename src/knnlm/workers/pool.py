@@ -21,6 +21,7 @@ from knnlm.datastore.files import ASIDE
 from knnlm.datastore.shard_making import DocumentsSetAsideError, MadeShard, Unit
 from knnlm.errors import WorkerError
 from knnlm.progress import Advance
+from knnlm.text.windows import Window
 from knnlm.workers.crew import Crew
 from knnlm.workers.jobs import Died, Failed, Job, Made, Message, Reading, Ready, save_windows
 
@@ -37,12 +38,14 @@ _LOG = logging.getLogger(__name__)
 class _Task:
     """A unit on its way to a shard.
 
-    files: how the names of its files begin. reading: the windows that its worker reads now, alone
-    or not. rows: that its worker has read, shown: that progress was told of. deaths: how many of
-    its workers died, by what they read. alone: windows to be read alone first.
+    windows: of the unit, to be read. files: how the names of its files begin. reading: the windows
+    that its worker reads now, alone or not. tokens: that its worker has read, shown: that progress
+    was told of. deaths: how many of its workers died, by what they read. alone: windows to be read
+    alone first.
     """
 
     unit: Unit
+    windows: list[Window]
     files: Path
     worker: int | None = None
     attempts: int = 0
@@ -51,7 +54,7 @@ class _Task:
     reading: frozenset[int] = frozenset()
     is_alone: bool = False
     alone: tuple[int, ...] = ()
-    rows: int = 0
+    tokens: int = 0
     shown: int = 0
     result: MadeShard | Exception | None = None
 
@@ -62,14 +65,14 @@ class _Task:
     def job(self, key_dtype: str) -> Job:
         """Return the work for the next worker."""
         self.attempts += 1
-        self.rows, self.reading, self.is_alone = 0, frozenset(), False
+        self.tokens, self.reading, self.is_alone = 0, frozenset(), False
         shard = self.files.with_name(f"{self.files.name}-{self.attempts}{ASIDE}")
         return Job(self.windows_file, shard, key_dtype, self.alone)
 
     def begin(self, windows: tuple[int, ...], alone: bool) -> None:
         """Note what the worker reads now: what it read before is done."""
         if not self.is_alone:
-            self.rows += sum(self.unit.windows[number].new for number in self.reading)
+            self.tokens += sum(self.windows[number].new for number in self.reading)
         self.reading, self.is_alone = frozenset(windows), alone
 
     def names(self, windows: frozenset[int]) -> str:
@@ -78,7 +81,7 @@ class _Task:
 
     def documents(self, windows: frozenset[int]) -> set[int]:
         """Return the numbers of the documents in some windows."""
-        return {span.document for number in windows for span in self.unit.windows[number].spans}
+        return {span.document for number in windows for span in self.windows[number].spans}
 
 
 @dataclass(slots=True, eq=False)
@@ -162,9 +165,9 @@ class WorkerPool:
 
     def _plan(self, unit: Unit, folder: Path) -> None:
         self._planned += 1
-        task = _Task(unit, folder / f"{self._run}-{self._planned}")
-        if unit.windows:
-            save_windows(task.windows_file, unit.windows, unit.names)
+        task = _Task(unit, unit.windows, folder / f"{self._run}-{self._planned}")
+        if task.windows:
+            save_windows(task.windows_file, task.windows, unit.names)
         else:
             task.result = MadeShard(unit, None)
         self._tasks.append(task)
@@ -214,10 +217,10 @@ class WorkerPool:
             case Reading(windows, alone):
                 if task is not None:
                     task.begin(windows, alone)
-                    self._show(task, task.rows)
+                    self._show(task, task.tokens)
             case Made(file):
                 if task is not None:
-                    self._show(task, task.unit.rows)
+                    self._show(task, sum(window.new for window in task.windows))
                     task.result = MadeShard(task.unit, file)
                     task.windows_file.unlink(missing_ok=True)
                 self._free(worker)
@@ -229,11 +232,11 @@ class WorkerPool:
     def _free(self, worker: _Worker) -> None:
         worker.task, worker.is_busy, worker.deadline = None, False, math.inf
 
-    def _show(self, task: _Task, rows: int) -> None:
-        """Tell progress of rows that no earlier worker of the unit has read."""
-        if rows > task.shown:
-            self._advance(rows - task.shown, task.unit.expected_tokens)
-            task.shown = rows
+    def _show(self, task: _Task, tokens: int) -> None:
+        """Tell progress of tokens that no earlier worker of the unit has read."""
+        if tokens > task.shown:
+            self._advance(tokens - task.shown, task.unit.expected_tokens)
+            task.shown = tokens
 
     def _tell(self) -> None:
         """Say how many workers there are, and how often work had to be given again."""

@@ -388,3 +388,80 @@ def test_it_is_legible_in_light_and_dark(explained: Any, scheme: str) -> None:
     )
     assert len(contrasts) == 13
     assert min(contrasts) >= 4.5, "WCAG AA"
+
+
+@pytest.fixture
+def chatting(page: Any, served: Served) -> Any:
+    """A page with its chat open, whose answers are short."""
+    page.goto(f"{served.url}/explorer")
+    page.click("#tab-chat")
+    page.fill("#chat-length", "12")
+    return page
+
+
+def say(page: Any, text: str) -> None:
+    page.fill("#message", text)
+    page.press("#message", "Enter")
+    page.wait_for_function("() => document.querySelector('#status').textContent.includes('Choose')")
+
+
+def test_a_chat_goes_on_as_the_library_answers(
+    chatting: Any, with_parameters: Callable[..., KNNLM]
+) -> None:
+    model = with_parameters()
+    assert chatting.is_hidden("#ask")
+    messages: list[dict[str, str]] = []
+    for said in (f"What is {OWNED}?", "And then? ☃"):
+        say(chatting, said)
+        messages.append({"role": "user", "content": said})
+        answer = model.chat(messages, max_new_tokens=12).text
+        messages.append({"role": "assistant", "content": answer})
+    turns = chatting.locator("#talk .said").all_text_contents()
+    assert [turn.replace("·", "") for turn in turns] == [one["content"] for one in messages]
+    assert chatting.is_enabled("#send")
+    assert chatting.is_hidden("#stop")
+    chatting.click("#forget")
+    assert chatting.locator("#talk .turn").count() == 0
+    say(chatting, "And then? ☃")
+    again = chatting.locator("#talk .said").last.text_content()
+    alone = model.chat([{"role": "user", "content": "And then? ☃"}], max_new_tokens=12).text
+    assert again.replace("·", "") == alone
+
+
+def test_the_tokens_of_an_answer_show_their_passages(chatting: Any, path: Path) -> None:
+    chatting.fill("#chat-lmbda", "0.9")
+    say(chatting, "Which places vote?")
+    tokens = chatting.locator("#talk .token")
+    tokens.nth(2).click()
+    assert tokens.nth(2).get_attribute("aria-pressed") == "true"
+    assert chatting.locator("#talk [aria-pressed='true']").count() == 1
+    shown = chatting.inner_text("#chat-detail")
+    names = {document.name for document in Datastore(path).documents()}
+    assert any(name in shown for name in names)
+    assert chatting.locator("#chat-detail .passage").count() == 4
+    assert "voted for this token" in chatting.inner_text("#chat-detail .vote.true >> nth=0")
+    chatting.keyboard.press("ArrowRight")
+    assert tokens.nth(3).get_attribute("aria-pressed") == "true"
+    assert {"help", "hurt"} & {tokens.nth(n).get_attribute("data-effect") for n in range(10)}
+
+
+def test_a_refused_message_can_be_corrected(chatting: Any) -> None:
+    say(chatting, "x")
+    error = {"message": "it is too long", "type": "x", "param": None, "code": None}
+    chatting.route(
+        "**/v1/chat/completions",
+        lambda route: route.fulfill(
+            status=200,
+            content_type="text/event-stream",
+            body=f"data: {json.dumps({'error': error})}\n\n",
+        ),
+    )
+    chatting.fill("#message", "y" * 250)
+    chatting.click("#send")
+    chatting.wait_for_selector("#status.wrong")
+    assert chatting.inner_text("#status") == "It failed: it is too long"
+    assert chatting.input_value("#message") == "y" * 250
+    assert chatting.locator("#talk .turn").count() == 2
+    chatting.click("#tab-ask")
+    assert chatting.is_visible("#ask")
+    assert chatting.is_hidden("#chat")

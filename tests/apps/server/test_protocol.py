@@ -545,7 +545,7 @@ def test_a_body_without_a_length(served: Served) -> None:
     [
         ("GET", "/", 404),
         ("GET", "/docs", 404),
-        ("POST", "/v1/chat/completions", 404),
+        ("POST", "/v1/responses", 404),
         ("GET", "/v1/completions/", 404),
         ("GET", "/v1/models/", 404),
         ("GET", "/v1/completions", 405),

@@ -56,6 +56,14 @@ _ControlTokens = Annotated[
         "all text that is read with the datastore; by default as before, text in a new one.",
     ),
 ]
+_Chat = Annotated[
+    bool,
+    typer.Option(
+        "--chat",
+        help="Read rows as conversations, by default in the column messages, through the model's "
+        "chat template, and store only what the assistant says.",
+    ),
+]
 _Sync = Annotated[
     bool,
     typer.Option(
@@ -119,6 +127,7 @@ def build(
     index: _Index = None,
     sync: _Sync = False,
     tune: _Tune = True,
+    chat: _Chat = False,
     text_column: options.TextColumn = "text",
     id_column: options.IdColumn = None,
     encoding: options.Encoding = "utf-8",
@@ -144,7 +153,9 @@ def build(
     import knnlm
     from knnlm.apps.cli.progress_bar import RichProgress
 
-    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    if chat and text_column == "text":
+        text_column = "messages"
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad, chat)
     with checked_texts(text, reading) as documents:
         lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
         started = time.perf_counter()

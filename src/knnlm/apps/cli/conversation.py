@@ -17,7 +17,7 @@ from knnlm.apps.engine.worker import Worker
 from knnlm.errors import InvalidArgumentError, KNNLMError
 from knnlm.evaluation.explanation import Explanation, Source
 from knnlm.knn_lm import KNNLM
-from knnlm.model.chat import Message
+from knnlm.text.conversations import Message
 
 _SOURCES = 8  # neighbors that are kept for each token
 

@@ -21,6 +21,7 @@ class TextOptions:
     encoding: str
     text_format: TextFormat
     skip_bad: bool
+    chat: bool = False
 
 
 @contextmanager
@@ -36,6 +37,7 @@ def checked_texts(sources: Sequence[str], options: TextOptions) -> "Iterator[Doc
         encoding=options.encoding,
         text_format=options.text_format,
         skip_bad=options.skip_bad,
+        chat=options.chat,
         progress=RichProgress(transient=True),
     )
     try:

@@ -11,7 +11,7 @@ from knnlm.apps.explorer.analysis import Analysis, read_passages
 
 PAGE = "/explorer"
 STYLES = ("page.css",)
-SCRIPTS = ("mixture.js", "token_panel.js", "sliders.js", "overview.js", "page.js")
+SCRIPTS = ("mixture.js", "token_panel.js", "sliders.js", "overview.js", "chat.js", "page.js")
 PAGE_PATHS = frozenset({PAGE, *(f"{PAGE}/{name}" for name in (*STYLES, *SCRIPTS))})
 ANALYSIS, PASSAGES, DATASTORES = f"{PAGE}/analysis", f"{PAGE}/passages", f"{PAGE}/datastores"
 POLICY = (

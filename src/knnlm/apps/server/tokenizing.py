@@ -10,9 +10,10 @@ from typing import TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from knnlm.model.chat import ChatTemplate, Message
+from knnlm.model.chat import ChatTemplate
 from knnlm.model.encoding import Encoder
 from knnlm.model.token_text import detokenize
+from knnlm.text.conversations import Message
 
 Given = TypeVar("Given")
 Value = TypeVar("Value")

@@ -2,7 +2,6 @@
 // The page: gets an analysis from the server, or its own file; colors the tokens, follows the sliders.
 
 (() => {
-  const LEVELS = [0.1, 0.5, 1, 2]; // nats at which a token's color becomes stronger
   const at = (id) => document.getElementById(id);
   let analysis = null;
   let settings = [];
@@ -24,15 +23,25 @@
     at("status").classList.toggle("wrong", isWrong);
   }
 
+  function headers() {
+    const own = { "Content-Type": "application/json" };
+    if (key) own.Authorization = `Bearer ${key}`;
+    return own;
+  }
+
+  /** Return what to say of a refusal that the page can help with; it then shows how. */
+  function refused(status) {
+    if (status !== 401) return null;
+    at("key-field").hidden = false;
+    return "this server needs an API key: enter it above";
+  }
+
   async function ask(path, body, signal) {
-    const headers = { "Content-Type": "application/json" };
-    if (key) headers.Authorization = `Bearer ${key}`;
     const options = body ? { method: "POST", body: JSON.stringify(body) } : {};
-    const answer = await fetch(path, { ...options, headers, signal });
+    const answer = await fetch(path, { ...options, headers: headers(), signal });
     if (answer.ok) return answer.json();
     const { error } = await answer.json().catch(() => ({ error: { message: answer.statusText } }));
-    if (answer.status === 401) at("key-field").hidden = false;
-    throw new Error(answer.status === 401 ? "this server needs an API key: enter it above" : error.message);
+    throw new Error(refused(answer.status) ?? error.message);
   }
 
   /** Run one piece of work at a time: an earlier one is aborted. */
@@ -106,7 +115,7 @@
     );
     selected = -1;
     credited = null;
-    at("result").hidden = false;
+    at("result").hidden = !isStandalone() && at("ask").hidden; // the other tab is open
     const model = analysis.model.startsWith("/") ? analysis.model.split("/").pop() : analysis.model;
     at("subtitle").textContent = `${model} · ${analysis.stores
       .map((store) => `${store.path} (${store.entries.toLocaleString("en")} entries)`)
@@ -154,10 +163,7 @@
       const change = gain(token);
       if (change > 0) helped += 1;
       if (change < 0) hurt += 1;
-      const level = LEVELS.filter((least) => Math.abs(change) >= least).length;
-      const effect = level === 0 ? "none" : change > 0 ? "help" : "hurt";
-      if (span.dataset.effect !== effect) span.dataset.effect = effect;
-      if (span.dataset.level !== String(level)) span.dataset.level = level;
+      paint(span, change);
     });
     const lm = Mixture.perplexity(analysis.lmLogProbs);
     const knn = Mixture.perplexity(mixed.logProbs);
@@ -300,6 +306,14 @@
 
   // ---- begin ----
 
+  function choose(tab, panels) {
+    for (const other of ["tab-ask", "tab-chat"]) at(other).setAttribute("aria-selected", String(other === tab));
+    for (const panel of ["ask", "result", "chat"]) at(panel).hidden = !panels.includes(panel);
+    if (!analysis) at("result").hidden = true;
+    say("");
+    at(tab === "tab-chat" ? "message" : "text").focus();
+  }
+
   function isStandalone() {
     return at("analysis") !== null;
   }
@@ -310,7 +324,14 @@
     document.title = "knnlm explanation";
     return;
   }
-  at("ask").hidden = false;
+  at("tabs").hidden = at("ask").hidden = false;
+  for (const [tab, panels] of [
+    ["tab-ask", ["ask", "result"]],
+    ["tab-chat", ["chat"]],
+  ]) {
+    at(tab).addEventListener("click", () => choose(tab, panels));
+  }
+  Chat.begin({ headers, say, refused });
   at("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     explain(at("text").value);

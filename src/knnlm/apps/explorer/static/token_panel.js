@@ -44,6 +44,14 @@ function bar(share, label) {
   return element("progress", { max: 1, value: Math.min(share, 1), "aria-label": label });
 }
 
+/** Color a token by the change of its log-probability, in nats. */
+function paint(span, change) {
+  const level = [0.1, 0.5, 1, 2].filter((least) => Math.abs(change) >= least).length;
+  const effect = level === 0 ? "none" : change > 0 ? "help" : "hurt";
+  if (span.dataset.effect !== effect) span.dataset.effect = effect;
+  if (span.dataset.level !== String(level)) span.dataset.level = level;
+}
+
 const TokenPanel = (() => {
   const GROUPS = 6;
   const MEMBERS = 3;

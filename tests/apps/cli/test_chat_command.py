@@ -124,7 +124,8 @@ def test_refused_words_are_not_remembered(tmp_path: Path) -> None:
         list(conversation.answer("\udcff"))
     assert conversation.messages == known
     conversation.clear()
-    assert conversation.messages == conversation.explanations == []
+    assert conversation.messages == []
+    assert conversation.explanations == []
 
 
 def test_lmbda_changes_the_next_answer(tmp_path: Path) -> None:

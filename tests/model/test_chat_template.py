@@ -10,8 +10,9 @@ from tokenizer_families import CONTROL, FAMILIES, PROSE
 from transformers import PreTrainedTokenizerFast
 
 from knnlm.errors import InvalidArgumentError, UnsupportedModelError
-from knnlm.model.chat import ChatTemplate, Message, check_messages
+from knnlm.model.chat import ChatTemplate
 from knnlm.model.encoding import Encoder
+from knnlm.text.conversations import Message, check_messages
 
 TURNS = """\
 {%- for message in messages -%}
@@ -130,3 +131,19 @@ def test_a_template_may_refuse_a_conversation() -> None:
 def test_a_tokenizer_without_a_template_is_refused() -> None:
     with refusal(UnsupportedModelError, "chat template", "chat_template.jinja"):
         ChatTemplate(Encoder(byte_tokenizer())).encode(CONVERSATION)
+
+
+@pytest.mark.parametrize("template", [TURNS, ENDED])
+def test_what_the_assistant_says(tokenizer: PreTrainedTokenizerFast, template: str) -> None:
+    chat = templated(tokenizer, template)
+    messages = [*CONVERSATION, {"role": "assistant", "content": "A place; for books."}]
+    tokens, said = chat.encode_answers(messages)
+    assert tokens.tolist() == chat.encode(messages, to_answer=False)
+    starts = [n for n in range(len(said)) if said[n] and not said[n - 1]]
+    stops = [n + 1 for n in range(len(said)) if said[n] and not said[n + 1 :][:1].any()]
+    for start, prompt in zip(starts, [messages[:1], messages[:3]], strict=True):
+        before = chat.encode(prompt)
+        # a space at the end of the template's own text may be a part of the first token
+        assert tokens[:start].tolist() in (before, before[:-1])
+    assert {tokens[stop - 1] for stop in stops} == chat.turn_ends
+    assert len(stops) == 2
