@@ -18,7 +18,6 @@ from knnlm.datastore.stored_index import FOLDER
 from knnlm.datastore.unfinished import read_manifest, unfinished_folder
 from knnlm.datastore.verification import verify
 from knnlm.errors import InvalidArgumentError
-from knnlm.index import exact, measure
 from knnlm.index.available_memory import own_memory_bytes
 from knnlm.index.backend import IndexOptions
 from knnlm.index.ivf import (
@@ -33,6 +32,7 @@ from knnlm.index.ivf import (
 from knnlm.index.ivf.groups import Groups, nearest
 from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.policy import build_index, keep_index, open_index
+from knnlm.progress import Advance
 
 OPTIONS: dict[str, Any] = {"nprobe": 4, "k": 8}
 QUERIES = clustered(30, seed=1)
@@ -190,47 +190,54 @@ def test_too_little_memory_is_refused_at_once(
     assert not (store.path / FOLDER).exists()
 
 
+class MemoryByTask:
+    """Reads the greatest memory that this process has of its own while a task is at work."""
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+
+    @contextmanager
+    def task(self, description: str, total: float | None, unit: str) -> Iterator[Advance]:
+        ended = threading.Event()
+        peaks = self.peaks
+        peaks[description] = 0
+
+        def read() -> None:
+            while not ended.wait(0.002):
+                peaks[description] = max(peaks[description], own_memory_bytes())
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            yield lambda amount, total=None: None
+        finally:
+            ended.set()
+            thread.join()
+
+
 def test_memory_is_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if own_memory_bytes() == 0:
         pytest.skip("the system does not say how much memory a process has")
-    store = store_of(tmp_path / "store", clustered(400_000, dimension=64).half())
+    store = store_of(tmp_path / "store", clustered(250_000, dimension=64).half())
     build_index(store_of(tmp_path / "small", clustered(500)), "ivf", **OPTIONS)  # compiles
-    monkeypatch.setattr(exact, "_SCORES", 1 << 16)
-    monkeypatch.setattr(forecast, "_MEASURING_BYTES", 60 << 20)
-    monkeypatch.setattr(measure, "_QUERIES", 8)
-    monkeypatch.setattr(measure, "_TIMED_QUERIES", 8)
+    monkeypatch.setattr(forecast, "_MEASURING_BYTES", 0)
+    monkeypatch.setattr(forecast, "_LEAST_BUFFERS", 8 << 20)
     monkeypatch.setattr(forecast, "_SAMPLE_KEYS", 2048)
     monkeypatch.setattr(groups, "_COMPARED_AT_ONCE", 1 << 18)
-    monkeypatch.setattr(forecast, "_LEAST_BUFFERS", 8 << 20)
     monkeypatch.setattr(training, "_LEAST_KEYS", 8192)
     monkeypatch.setattr(training, "_CODER_KEYS", 4096)
     monkeypatch.setattr(parts, "_WRITTEN_BYTES", 1 << 20)
-    peaks = []
-    for spare in (120 << 20, 1 << 30):
-        memory = own_memory_bytes() + spare
-        with peak_memory() as peak:
-            build_index(store, "ivf", memory=memory, **OPTIONS)
-        peaks.append(peak[0] - memory + spare)
-        assert peak[0] <= memory
-    assert peaks[1] > 120 << 20, "without a limit it is more"
-
-
-@contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """Yield the greatest memory of this process so far, of its own."""
-    peak, ended = [0], threading.Event()
-
-    def read() -> None:
-        while not ended.wait(0.005):
-            peak[0] = max(peak[0], own_memory_bytes())
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        ended.set()
-        thread.join()
+    held = []
+    for spare in (1 << 30, 48 << 20):
+        before = own_memory_bytes()
+        memory = MemoryByTask()
+        build_index(store, "ivf", memory=before + spare, progress=memory, **OPTIONS)
+        peak = max(memory.peaks["code the keys"], memory.peaks["write the index"])
+        held.append(peak - before)
+    records = 216 * 250_000
+    assert held[0] > records, "they are all in memory"
+    assert held[1] < 48 << 20
+    assert held[1] < records
 
 
 def test_what_a_build_will_take_is_said_before_it_begins(
