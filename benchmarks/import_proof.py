@@ -5,7 +5,7 @@
 Keys are read as knn-transformers does (windows of 1,023 positions, 511 of them context, no start
 token) and compared with those of a change: rounding, another precision, windows that begin
 elsewhere, shifted rows, another hidden state, a model trained a little further. A distance is
-divided by the spread of the keys, as in `knnlm/exchange/proof.py`, whose thresholds come from here.
+divided by the spread of the keys, as in `knnlm/exchange/proof.py`.
 """
 
 import argparse
