@@ -68,7 +68,8 @@ def test_a_second_list_is_noticed(source: str, names: list[str]) -> None:
 @pytest.mark.parametrize("each", ENUMS)
 def test_choices_are_strings_with_the_values_of_their_names(each: type[StrEnum]) -> None:
     assert each.__doc__
-    assert [choice.value for choice in each] == [choice.name for choice in each]
+    for choice in each:  # names cannot have hyphens
+        assert choice.value in (choice.name, choice.name.replace("_", "-"))
     for choice in each:
         assert parse_choice(each, "argument", choice.value) is choice
         assert parse_choice(each, "argument", choice) is choice
