@@ -177,7 +177,7 @@ def kill_processes(lm: LanguageModel, folder: Path, kills: int) -> Counter[str]:
             time.sleep(0.02)  # else there is nothing to kill
         return original(model, tokens)
 
-    LanguageModel.keys = keys  # type: ignore[method-assign]
+    LanguageModel.keys = keys  # type: ignore[method-assign, assignment]
     fork_workers(lm)
     path = folder / "store"
     chance, killed = random.Random(0), Counter[str]()
@@ -207,7 +207,7 @@ def kill_processes(lm: LanguageModel, folder: Path, kills: int) -> Counter[str]:
             shutil.rmtree(path)
     build_it()
     assert_same(Datastore(path), whole)
-    LanguageModel.keys = original  # type: ignore[method-assign]
+    LanguageModel.keys = original  # type: ignore[method-assign, assignment]
     print(f"killed {dict(killed)}: the same {whole.rows} entries in {len(whole.shards)} shards")
     return killed
 

@@ -11,7 +11,7 @@ import knnlm
 SOURCE = Path(knnlm.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 MOST_LINES_OF_A_FILE = 400
-MOST_LINES_OF_A_FUNCTION = 50  # besides its signature and docstring
+MOST_LINES_OF_A_FUNCTION = 60  # besides its signature and docstring
 MOST_POSITIONAL = 5
 
 
@@ -42,5 +42,5 @@ def test_what_is_too_large_is_noticed() -> None:
     assert list(size_problems("def f(a, b, c, d, e, *, g): ...")) == []
     assert list(size_problems("class A:\n    def f(self, a, b, c, d, e): ...")) == []
     assert list(size_problems("def f(a, b, c, d, e, g): ...")) == ["f: 6 positional parameters"]
-    assert list(size_problems("def f():\n" + "    x = 1\n" * 51)) == ["f: 51 lines"]
+    assert list(size_problems("def f():\n" + "    x = 1\n" * 61)) == ["f: 61 lines"]
     assert list(size_problems("x = 1\n" * 401)) == ["401 lines"]

@@ -115,7 +115,7 @@ def test_damaged_compression_is_refused(suffix: str, kind: str) -> None:
 def test_documents_hold_what_utf8_holds(part: str) -> None:
     parts = {"name": "a", "text": "b", "identity": "c", part: "caf\udce9"}
     with refusal(InvalidTextError, part, "UTF-8 can hold", r"'\udce9'", "correct it"):
-        Document(**parts)
+        Document(parts["name"], parts["text"], parts["identity"])
 
 
 def test_the_metered_bytes_of_a_file_are_all_its_bytes() -> None:

@@ -218,7 +218,7 @@ class _Meter:
         self._advance = advance
         self._left = float(size_bytes)
 
-    def __call__(self, amount: float, total: float | None = None) -> None:
+    def __call__(self, amount: float, total: float | None = None, note: str | None = None) -> None:
         amount = min(amount, self._left)
         self._left -= amount
         self._advance(amount)

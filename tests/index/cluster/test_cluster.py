@@ -289,7 +289,7 @@ def test_a_start_that_fails_leaves_nothing(running_ray: None, tmp_path: Path) ->
         knnlm.start_cluster(path, address="127.0.0.1:1")
     for wrong in ({"replicas": 0}, {"shares": 0}, {"deadline_seconds": 0.0}, {"threads": 0}):
         with pytest.raises(InvalidArgumentError):
-            knnlm.start_cluster(path, **wrong)  # type: ignore[arg-type]
+            knnlm.start_cluster(path, **wrong)
     (path / "copy").write_text("in the way of a folder")
     with pytest.raises(knnlm.DatastoreWriteError):
         knnlm.start_cluster(path, shares=1, copy_to=path / "copy")
