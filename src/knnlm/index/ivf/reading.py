@@ -121,14 +121,14 @@ def _problem(part: Part, file: IndexFile, lists: Lists, metadata: dict[str, Any]
     if int(starts[0]) != 0 or int(starts[-1]) != len(part.rows) or bool((starts.diff() < 0).any()):
         return "the bounds of its lists cannot be right"
     seen = torch.zeros(len(part.rows), dtype=torch.bool)
-    for rows in part.rows.split(_CHECKED_AT_ONCE):
+    for rows in torch.split(part.rows, _CHECKED_AT_ONCE):
         places = rows - file.first
         if bool(((places < 0) | (places >= len(seen))).any()):
             return "a row is out of range"
         seen[places] = True
     if not bool(seen.all()):
         return "a row is there twice"
-    for norms in (*part.steps.split(_CHECKED_AT_ONCE), *part.half_norms.split(_CHECKED_AT_ONCE)):
-        if not bool(norms.isfinite().all()):
+    for norms in (part.steps, part.half_norms):
+        if not all(bool(some.isfinite().all()) for some in torch.split(norms, _CHECKED_AT_ONCE)):
             return "a norm is not finite"
     return None
