@@ -21,7 +21,6 @@ from knnlm.errors import InvalidArgumentError
 from knnlm.index.available_memory import own_memory_bytes
 from knnlm.index.backend import IndexOptions
 from knnlm.index.ivf import (
-    begun,
     build as ivf_build,
     forecast,
     groups,
@@ -30,6 +29,7 @@ from knnlm.index.ivf import (
     records,
     training,
 )
+from knnlm.index.ivf.begun import Begun
 from knnlm.index.ivf.groups import Groups, nearest
 from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.policy import build_index, keep_index, open_index
@@ -50,7 +50,7 @@ def on_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ivf_build, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(ivf_build, "_LEAST_BUCKET_BYTES", 100_000)
     monkeypatch.setattr(partition, "_CHECKPOINT_BYTES", 1)
-    monkeypatch.setattr(begun.Begun, "is_saving", False)
+    monkeypatch.setattr(Begun, "is_saving", False)
     monkeypatch.setattr(records, "_NUMBERS_AT_ONCE", 24 * 1000)
 
 
@@ -260,6 +260,6 @@ def test_training_keys_come_from_all_parts(
     monkeypatch.setattr(training, "_READ_BYTES", 4 * 48)
     rows = training._sample_rows(store, 600, seed=1)
     assert len(rows) == 600
-    assert torch.equal(rows, torch.unique(rows)), "ascending, each once"
+    assert int(rows.diff().min()) > 0, "ascending, each once"
     assert torch.equal(torch.bincount(rows // 300), torch.full((10,), 60))
     assert int((rows.diff() == 1).sum()) >= 450, "in runs"
