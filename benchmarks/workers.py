@@ -207,7 +207,7 @@ def kill_processes(lm: LanguageModel, folder: Path, kills: int) -> Counter[str]:
             shutil.rmtree(path)
     build_it()
     assert_same(Datastore(path), whole)
-    LanguageModel.keys = original  # type: ignore[method-assign, assignment]
+    LanguageModel.keys = original  # type: ignore[method-assign]
     print(f"killed {dict(killed)}: the same {whole.rows} entries in {len(whole.shards)} shards")
     return killed
 
