@@ -29,7 +29,11 @@ class Probing(Protocol):
     """
 
     nprobe: int
-    exact_distances: bool
+
+    @property
+    def exact_distances(self) -> bool:
+        """Whether distances are exact."""
+        ...
 
     def least_nprobe(self, k: int) -> int:
         """Return the smallest nprobe that makes a difference to a search for k."""

@@ -52,7 +52,7 @@ def calibrated(index: Index, store: Datastore, options: IndexOptions) -> Calibra
     found = index.search(queries, k + 1)
     others = found.present & (found.rows != own_rows[:, None])
     exact = torch.full_like(found.squared_distances, torch.nan)
-    for some in torch.arange(len(queries)).split(_QUERIES_AT_ONCE):
+    for some in torch.split(torch.arange(len(queries)), _QUERIES_AT_ONCE):
         query, place = others[some].nonzero(as_tuple=True)
         keys = store.keys_at(found.rows[some[query], place]).float()
         exact[some[query], place] = (keys - queries[some[query]]).square().sum(dim=1)

@@ -189,7 +189,8 @@ class _Keeping:
         return Kept(distances, positions, counts)
 
     def _queries(self, number: int) -> Integers:
-        return self.batch.query_of_pair[self.batch.pairs_of(number)]
+        queries: Integers = self.batch.query_of_pair[self.batch.pairs_of(number)]
+        return queries
 
     def measure_stored(self, kept: list[Kept], distances: Floats, positions: Integers) -> None:
         """Write the distances of all candidates from the datastore's own keys."""
