@@ -33,7 +33,7 @@ class Probing(Protocol):
 
     @property
     def exact_distances(self) -> bool:
-        """See the class."""
+        """Whether distances are exact."""
         ...
 
     def least_nprobe(self, k: int) -> int:

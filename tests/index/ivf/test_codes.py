@@ -1,20 +1,25 @@
 """Codes of 4 bits, and the kind of index that has nothing but codes."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from index_contract import append, clustered, store_of, true_distances
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.stored_index import IndexFile, store_index, stored_index
+from knnlm.errors import DatastoreCorruptError
 from knnlm.index.backend import IndexOptions
 from knnlm.index.ivf.codes import Coder, CodeShape, unpacked
 from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.ivf.lists import Lists
 from knnlm.index.ivf.parts import planned_part
-from knnlm.index.policy import build_index, open_index
+from knnlm.index.policy import build_index, keep_index, open_index
 from knnlm.index.protocol import Neighbors
 
 QUERIES = clustered(120, seed=1)
@@ -144,3 +149,18 @@ def test_recall_asked_for_is_a_share_of_what_codes_can_find(store: Datastore) ->
     )
     assert index.report.measured.recall < 0.97
     assert index.nprobe < 64
+
+
+def test_a_file_of_an_older_layout_is_refused_and_built_again(store: Datastore) -> None:
+    build_index(store, "compressed", nprobe=8)
+    (path,) = (store.path / "index").iterdir()
+    with safe_open(path, "pt") as file:
+        metadata, names = file.metadata(), sorted(set(file.keys()) - {"bits"})
+        save_file({name: file.get_tensor(name) for name in names}, path, metadata)
+    written = IndexFile.written(store.path, f"index/{path.name}", 0, 6000)
+    with store.catalog.transaction(entries_change=False):
+        store_index(store.catalog, replace(stored_index(store.catalog), files=(written,)))
+    with pytest.raises(DatastoreCorruptError, match=r"bits is missing.*run: knnlm index"):
+        open_index(Datastore(store.path))
+    keep_index(store)
+    assert len(open_index(Datastore(store.path)).search(QUERIES, 5).rows) == 120

@@ -244,9 +244,14 @@ def exact_at(candidates: Any, places: Array, keys: Array, first_row: int, distan
     candidates: `Pairs`. first_row: the row of the first key.
     """
     address, key_bytes = keys.ctypes.data, keys.strides[0]
+    queries, query_bytes = candidates.queries.ctypes.data, candidates.queries.strides[0]
     for i in range(len(places)):
         if i + _KEYS_AHEAD < len(places):
-            ahead = candidates.rows[places[i + _KEYS_AHEAD]] - first_row
+            next_place = places[i + _KEYS_AHEAD]
+            query_address = queries + candidates.query_of_row[next_place] * query_bytes
+            for line in range(0, query_bytes, CACHE_LINE):
+                prefetch(query_address + line)
+            ahead = candidates.rows[next_place] - first_row
             if 0 <= ahead < len(keys):
                 for line in range(0, key_bytes, CACHE_LINE):
                     prefetch(address + ahead * key_bytes + line)

@@ -22,6 +22,7 @@ from knnlm.threads import workers
 
 _BLOCK_BITS = 11  # 2,048 rows: their keys fit into a core's cache
 _BLOCKS_AT_ONCE = 4
+_ROWS_AT_ONCE = _BLOCKS_AT_ONCE << _BLOCK_BITS
 _TASKS_AHEAD = 8
 _GAP_BYTES = 1 << 17  # read along: takes less time than another request
 
@@ -71,7 +72,11 @@ class DatastoreKeys:
             if self._short and number + ahead < len(tasks):
                 ask(tasks[number + ahead])
             keys, first_row, start, stop = tasks[number]
-            kernels.exact_at(pairs, places[start:stop], keys, first_row, distances)
+            some = places[start:stop]
+            if parallel:  # so that many that have a key in common follow each other
+                rows = (pairs.rows[some] & _ROWS_AT_ONCE - 1).astype(np.uint16)  # sorts by radix
+                some = some[rows.argsort(kind="stable")]
+            kernels.exact_at(pairs, some, keys, first_row, distances)
 
         if self._short:
             for task in tasks[:ahead]:
