@@ -35,6 +35,7 @@ from knnlm.datastore.append import append_documents
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.verification import verify
 from knnlm.model import reading
+from knnlm.model.keyed_model import KeyedModel
 from knnlm.model.language_model import LanguageModel
 from knnlm.provenance import write_results
 from knnlm.text.documents import Document
@@ -145,14 +146,14 @@ def throughput(model: str, share: float, repetitions: int) -> dict[str, Any]:
 def simulated(pause_s: float) -> dict[str, Any]:
     """Let reading a batch be a pause; compare eight workers with one."""
 
-    def keys(model: LanguageModel, tokens: Tensor) -> Tensor:
+    def keys(model: KeyedModel, tokens: Tensor) -> Tensor:
         time.sleep(pause_s)
         return (tokens[..., None] + torch.arange(model.dimension)).float()
 
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "model")
         lm = LanguageModel.load(Path(folder) / "model", device="cpu")
-    LanguageModel.keys = keys  # type: ignore[method-assign,assignment]
+    LanguageModel.keys = keys  # type: ignore[method-assign]
     fork_workers(lm)
     rates: dict[int, float] = {}
     for size, units in [(1, 16), (8, 128)]:
@@ -172,7 +173,7 @@ def kill_processes(lm: LanguageModel, folder: Path, kills: int) -> Counter[str]:
     original = LanguageModel.keys
     home = os.getpid()
 
-    def keys(model: LanguageModel, tokens: Tensor) -> Tensor:
+    def keys(model: KeyedModel, tokens: Tensor) -> Tensor:
         if os.getpid() != home:
             time.sleep(0.02)  # else there is nothing to kill
         return original(model, tokens)
