@@ -153,7 +153,7 @@ def simulated(pause_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder) / "model")
         lm = LanguageModel.load(Path(folder) / "model", device="cpu")
-    LanguageModel.keys = keys  # type: ignore[method-assign]
+    setattr(LanguageModel, "keys", keys)  # noqa: B010 (mypy takes it for a declaration)
     fork_workers(lm)
     rates: dict[int, float] = {}
     for size, units in [(1, 16), (8, 128)]:
@@ -178,7 +178,7 @@ def kill_processes(lm: LanguageModel, folder: Path, kills: int) -> Counter[str]:
             time.sleep(0.02)  # else there is nothing to kill
         return original(model, tokens)
 
-    LanguageModel.keys = keys  # type: ignore[method-assign, assignment]
+    setattr(LanguageModel, "keys", keys)  # noqa: B010 (mypy takes it for a declaration)
     fork_workers(lm)
     path = folder / "store"
     chance, killed = random.Random(0), Counter[str]()
@@ -208,7 +208,7 @@ def kill_processes(lm: LanguageModel, folder: Path, kills: int) -> Counter[str]:
             shutil.rmtree(path)
     build_it()
     assert_same(Datastore(path), whole)
-    LanguageModel.keys = original  # type: ignore[method-assign]
+    setattr(LanguageModel, "keys", original)  # noqa: B010 (mypy takes it for a declaration)
     print(f"killed {dict(killed)}: the same {whole.rows} entries in {len(whole.shards)} shards")
     return killed
 
