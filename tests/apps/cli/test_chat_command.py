@@ -67,7 +67,12 @@ def test_generate_answers_a_question(work: Path) -> None:
     done = run(work, *arguments)
     assert done.stdout == shown(expected.text) + "\n"
     answer = json.loads(run(work, *arguments, "--json").stdout)
-    assert answer == {"prompt": "What is a key?", "text": expected.text, "tokens": expected.tokens}
+    assert answer == {
+        "prompt": "What is a key?",
+        "text": expected.text,
+        "tokens": expected.tokens,
+        "coverage": 1.0,
+    }
     assert json.loads(run(work, *arguments[:3], "--json").stdout)["text"] != expected.text
 
 

@@ -140,7 +140,7 @@ def test_a_build_says_what_became_of_the_documents(work: Path, models: Path) -> 
     assert listed[place + 1].strip() == f"= {work}/texts/0.txt"
     report = ok_json("build", "new.store", "texts", "--sync")
     counts = {"added": 0, "replaced": 0, "moved": 0, "unchanged": 2, "removed": 1, "gone": 0}
-    assert report["changes"] == counts | {"emptied": []}
+    assert report["changes"] == counts | {"emptied": [], "set_aside": []}
 
     (work / "texts").rename(work / "moved")
     (work / "texts").mkdir()
@@ -754,7 +754,7 @@ def test_an_interruption_exits_130_and_the_same_command_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("knnlm.datastore.append.read_keys", interrupted)
+        patch.setattr("knnlm.datastore.shard_making.read_batch", interrupted)
         result = runner.invoke(app, arguments)
     assert result.exit_code == 130
     assert result.stdout == ""

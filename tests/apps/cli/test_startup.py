@@ -55,7 +55,7 @@ def test_help_and_version_load_nothing_heavy(arguments: tuple[str, ...]) -> None
 def test_info_loads_nothing_heavy(tmp_path: Path, options: tuple[str, ...]) -> None:
     path = tiny_store(tmp_path / "docs.store")
     out, loaded = run("info", str(path), *options)
-    assert "docs.store" in out
+    assert "docs.store" in out.replace("\n", "")  # a long path is wrapped
     assert loaded & HEAVY == set()
 
 

@@ -19,13 +19,14 @@ from knnlm.progress import Advance
 
 
 class _AmountColumn(ProgressColumn):
-    """How much is done, of how much, and how fast."""
+    """How much is done, of how much, how fast, and what else there is to say."""
 
     def render(self, task: Task) -> Text:
         unit = task.fields["unit"]
         total = "?" if task.total is None else amount(task.total, unit)
         rate = f"{amount(task.speed, unit)} {unit}/s" if task.speed else ""
-        return Text(f"{amount(task.completed, unit)}/{total} {unit}  {rate}")
+        note = f"  {task.fields['note']}" if task.fields["note"] else ""
+        return Text(f"{amount(task.completed, unit)}/{total} {unit}  {rate}{note}")
 
 
 class RichProgress:
@@ -46,7 +47,6 @@ class RichProgress:
             _AmountColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
             console=ERR,
             speed_estimate_period=120,
         )
