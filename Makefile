@@ -27,7 +27,8 @@ demo: setup
 	$(BIN)/knnlm demo
 
 test: check
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "not alone" --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/developing
 	$(BIN)/ruff format --check

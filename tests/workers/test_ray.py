@@ -19,6 +19,7 @@ from knnlm.workers.on_ray import RayCrew
 from knnlm.workers.pool import WorkerPool
 
 pytestmark = [
+    pytest.mark.alone,
     pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed"),
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning"),
 ]

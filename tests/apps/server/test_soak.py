@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.alone
 SCRIPT = Path(__file__).parents[3] / "benchmarks" / "soak.py"
 
 

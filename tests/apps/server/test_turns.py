@@ -25,6 +25,7 @@ from knnlm.apps.engine.turns import Turns
 from knnlm.apps.explorer import analysis
 from knnlm.knn_lm import KNNLM
 
+pytestmark = pytest.mark.alone
 LONG_TEXT = PROSE * 3
 
 

@@ -33,6 +33,7 @@ from knnlm.maintenance import build, compact
 from knnlm.text.documents import Document
 
 ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.alone
 SHARES, REPLICAS = 2, 2
 DEADLINE = 30.0
 SHORT = 1.0  # where it is to be missed
