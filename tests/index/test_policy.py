@@ -176,7 +176,10 @@ def test_a_small_datastore_gets_no_index(store: Datastore, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "hnsw"}, "kind must be one of auto, exact, ivf, compressed, codes, faiss, got 'hnsw'"),
+        (
+            {"kind": "hnsw"},
+            "kind must be one of auto, exact, ivf, compressed, codes, faiss, got 'hnsw'",
+        ),
         ({"kind": "faiss"}, "factory goes with kind faiss and only with it"),
         ({"kind": "ivf", "factory": "Flat"}, "factory goes with kind faiss and only with it"),
         ({"recall": 0.0}, "recall must be above 0 and at most 1, got 0.0"),
