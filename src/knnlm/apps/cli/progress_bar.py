@@ -12,6 +12,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 from knnlm.apps.cli.console import ERR, amount
@@ -44,7 +45,7 @@ class RichProgress:
         bars = Progress(
             TextColumn("{task.description:<10}"),
             BarColumn(bar_width=None),
-            _AmountColumn(),
+            _AmountColumn(Column(no_wrap=True)),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=ERR,
