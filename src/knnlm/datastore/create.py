@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from knnlm.choices import KeyDtype, parse_choice
 from knnlm.datastore.catalog import SHARDS, Catalog, Settings, catalog_exists
@@ -54,17 +55,24 @@ def open_or_create(
     return _create(path, _new_settings(lm, windowing, key_dtype or KeyDtype.float16))
 
 
+def model_settings(lm: LanguageModel) -> dict[str, Any]:
+    """Return the settings that a model decides, by name; the dimension is the keys' own."""
+    return {
+        "model": lm.name,
+        "revision": lm.revision,
+        "model_dtype": str(lm.dtype).removeprefix("torch."),
+        "weights_fingerprint": lm.weights_fingerprint,
+        "tokenizer_fingerprint": lm.tokenizer_fingerprint,
+        "vocab_size": lm.vocab_size,
+        "start_token": lm.start_token,
+        "key": lm.key,
+    }
+
+
 def _new_settings(lm: LanguageModel, windowing: Windowing, dtype: str) -> Settings:
     parse_choice(KeyDtype, "key_dtype", dtype)
     return Settings(
-        model=lm.name,
-        revision=lm.revision,
-        model_dtype=str(lm.dtype).removeprefix("torch."),
-        weights_fingerprint=lm.weights_fingerprint,
-        tokenizer_fingerprint=lm.tokenizer_fingerprint,
-        vocab_size=lm.vocab_size,
-        start_token=lm.start_token,
-        key=lm.key,
+        **model_settings(lm),
         dimension=lm.dimension,
         key_dtype=dtype,
         window=windowing.window,

@@ -43,7 +43,8 @@ def writing(path: Path) -> Iterator[None]:
         raise DatastoreWriteError(f"cannot write {path}: {rule}") from error
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Make a file's contents, or a folder's names, survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,10 +55,10 @@ def _sync(path: Path) -> None:
 def publish(aside: Path, path: Path) -> None:
     """Give a finished file, or a folder of finished files, its final name, durably."""
     for file in aside.iterdir() if aside.is_dir() else ():
-        _sync(file)
-    _sync(aside)
+        sync(file)
+    sync(aside)
     aside.rename(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextmanager

@@ -12,7 +12,12 @@ from knnlm.datastore.facts import check_size
 from knnlm.datastore.files import LOCK_NAME, writer_lock, writing
 from knnlm.datastore.stored_index import FOLDER, stored_index
 from knnlm.datastore.tables import FILE_NAME
-from knnlm.datastore.unfinished import discard_unfinished, is_current, unfinished_folder
+from knnlm.datastore.unfinished import (
+    discard_unfinished,
+    is_current,
+    read_manifest,
+    unfinished_folder,
+)
 from knnlm.errors import DatastoreLockedError, DatastoreWriteError
 
 _JOURNALS = [FILE_NAME + suffix for suffix in ("-journal", "-wal", "-shm")]  # SQLite's
@@ -30,7 +35,7 @@ def remove_strays(folder: Path, catalog: Catalog) -> None:
     with writing(folder):
         for path in _unnamed(folder, catalog):
             path.unlink(missing_ok=True)
-        if not is_current(folder, catalog):
+        if not is_current(read_manifest(folder), catalog):
             discard_unfinished(folder)  # its folder
 
 
@@ -65,7 +70,7 @@ def _unnamed(folder: Path, catalog: Catalog) -> list[Path]:
     named = {folder / SHARDS / shard.file.name for shard in catalog.shards()}
     named |= {folder / file.name for file in stored_index(catalog).files}
     begun = unfinished_folder(folder)
-    if is_current(folder, catalog):
+    if is_current(read_manifest(folder), catalog):
         named |= set(begun.rglob("*"))
     return [
         path

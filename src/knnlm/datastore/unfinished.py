@@ -42,9 +42,8 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         publish(aside, path)
 
 
-def is_current(folder: Path, catalog: Catalog) -> bool:
+def is_current(manifest: dict[str, Any] | None, catalog: Catalog) -> bool:
     """Return whether there is an unfinished index, of the entries that are stored now."""
-    manifest = read_manifest(folder)
     return manifest is not None and entries_state(catalog).items() <= manifest.items()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from knnlm.choices import ArrayFormat, Boundary, Key, KeyDtype, parse_choice
 from knnlm.datastore.catalog import Settings
+from knnlm.datastore.create import model_settings
 from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.origin import read_origin, store_origin
 from knnlm.errors import InvalidArgumentError
@@ -154,7 +155,7 @@ def _import(
             first_block=first_block,
             progress=progress,
         )
-        settings = _proved_settings(settings, model)
+        settings = replace(settings, **model_settings(model))
     origin = {
         "format": request.format,
         "files": found.states(),
@@ -197,7 +198,7 @@ def prove_import(
         first_block=origin["first_block"],
         progress=progress,
     )
-    opened.settings = _proved_settings(opened.settings, model)
+    opened.settings = replace(opened.settings, **model_settings(model))
     with opened.writer() as catalog, catalog.transaction(entries_change=False):
         store_origin(catalog, origin | {"verified": True, "proof": asdict(proof)})
         catalog.set("datastore", asdict(opened.settings))
@@ -281,19 +282,4 @@ def _unproved_settings(
         context=windowing.context,
         boundary=windowing.boundary,
         control_tokens=windowing.control_tokens,
-    )
-
-
-def _proved_settings(settings: Settings, model: LanguageModel) -> Settings:
-    """Return the settings with all that the model knows."""
-    return replace(
-        settings,
-        model=model.name,
-        revision=model.revision,
-        model_dtype=str(model.dtype).removeprefix("torch."),
-        weights_fingerprint=model.weights_fingerprint,
-        tokenizer_fingerprint=model.tokenizer_fingerprint,
-        vocab_size=model.vocab_size,
-        start_token=model.start_token,
-        key=model.key,
     )

@@ -1,5 +1,6 @@
 """The command `generate`: continue a prompt with the kNN-LM."""
 
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -69,14 +70,7 @@ def generate(
     else:
         generation = opened.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
     if as_json:
-        print_json(
-            {
-                "prompt": prompt,
-                "text": generation.text,
-                "tokens": generation.tokens,
-                "coverage": generation.coverage,
-            }
-        )
+        print_json(asdict(generation))
     else:
         print_continuation("" if chat else prompt, generation.text)
     if generation.coverage < 1.0:

@@ -3,7 +3,6 @@
 Knows files, not keys. All of it lies in the datastore's folder for an unfinished index.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.files import ASIDE, publish, writing
+from knnlm.datastore.files import ASIDE, publish, sync, writing
 from knnlm.datastore.unfinished import (
     discard_unfinished,
     entries_state,
@@ -55,7 +54,7 @@ class Begun:
         self._saving: Future[None] | None = None
 
     def _fits(self, store: Datastore, manifest: dict[str, Any], options: dict[str, Any]) -> bool:
-        if not is_current(store.path, store.catalog) or manifest["options"] != options:
+        if not is_current(manifest, store.catalog) or manifest["options"] != options:
             return False
         return self.written.exists() or not manifest["placed"]
 
@@ -128,11 +127,7 @@ class Begun:
         def save() -> None:
             with writing(self.folder):
                 for path in files:
-                    descriptor = os.open(path, os.O_RDONLY)
-                    try:
-                        os.fsync(descriptor)
-                    finally:
-                        os.close(descriptor)
+                    sync(path)
                 write_manifest(self._store_folder, manifest)
                 for path in done:
                     path.unlink(missing_ok=True)
