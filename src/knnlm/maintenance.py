@@ -83,7 +83,9 @@ def build(
                 progress=progress,
             )
         renew(store)
-    return _tuned(store, model, progress) if tune else store
+    if tune:
+        keep_tuned(store, model, progress)
+    return store
 
 
 @contextmanager
@@ -104,11 +106,6 @@ def _keeping_index(
         if catalog_exists(path):
             renew(Datastore(path))
         raise
-
-
-def _tuned(store: Datastore, model: LanguageModel, progress: Progress) -> Datastore:
-    keep_tuned(store, model, progress)
-    return store
 
 
 def compact(store: Datastore | str | Path, progress: Progress = SILENT) -> Compaction:

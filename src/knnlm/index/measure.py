@@ -99,7 +99,7 @@ def choose_nprobe(
             index.nprobe = nprobe
             neighbors = index.search(sample.vectors, wanted)
             if not index.exact_distances:
-                neighbors = _with_exact_distances(store, sample.vectors, neighbors)
+                neighbors = with_exact_distances(store, sample.vectors, neighbors)
             return _recall(sample.others(neighbors, k), truth)
 
         recall, enough = 0.0, options.recall
@@ -152,9 +152,10 @@ def _live_rows(
     return torch.tensor(list(chosen)[:count])
 
 
-def _with_exact_distances(
+def with_exact_distances(
     store: Datastore, queries: Float[Tensor, "query dim"], neighbors: Neighbors
 ) -> Neighbors:
+    """Return neighbors in their order, with the distances of the stored keys themselves."""
     distances = torch.full_like(neighbors.squared_distances, torch.inf)
     for number, query in enumerate(queries):
         present = neighbors.present[number]

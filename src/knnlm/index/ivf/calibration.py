@@ -14,10 +14,10 @@ from torch import Tensor
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.backend import IndexOptions
+from knnlm.index.measure import with_exact_distances
 from knnlm.index.protocol import Index, Neighbors
 
 _QUERIES = 256
-_QUERIES_AT_ONCE = 32
 _FARTHEST_SLOPE = 4.0
 
 
@@ -51,11 +51,7 @@ def calibrated(index: Index, store: Datastore, options: IndexOptions) -> Calibra
         queries, own_rows = options.queries[chosen].float().cpu(), torch.full_like(chosen, -1)
     found = index.search(queries, k + 1)
     others = found.present & (found.rows != own_rows[:, None])
-    exact = torch.full_like(found.squared_distances, torch.nan)
-    for some in torch.split(torch.arange(len(queries)), _QUERIES_AT_ONCE):
-        query, place = others[some].nonzero(as_tuple=True)
-        keys = store.keys_at(found.rows[some[query], place]).float()
-        exact[some[query], place] = (keys - queries[some[query]]).square().sum(dim=1)
+    exact = with_exact_distances(store, queries, found).squared_distances
     pairs = zip(found.squared_distances.double(), exact.double(), others, strict=True)
     return _line([(near[other], distance[other]) for near, distance, other in pairs])
 
