@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,12 +56,20 @@ class Meets(RayCrew):
         found = super().messages(seconds)
         self.made += sum(isinstance(message, Made) for _, message in found)
         if self.made >= 3 and self.node is not None:
-            self.cluster.remove_node(self.node, allow_graceful=False)
-            self.node = None
+            self._remove_node()
         if len(self.held) < 2:
             self.held += [pair for pair in found if isinstance(pair[1], Ready)]
             return self.held if len(self.held) == 2 else []
         return found
+
+    def _remove_node(self) -> None:
+        """Kill the node, and go on when the cluster knows that it is dead."""
+        self.cluster.remove_node(self.node, allow_graceful=False)
+        self.node = None
+        deadline = time.monotonic() + 60
+        while sum(node["Alive"] for node in self._ray.nodes()) == 2:
+            assert time.monotonic() < deadline, "the cluster did not notice that the node died"
+            time.sleep(0.1)
 
 
 def test_a_node_that_dies_costs_its_unit_alone(
@@ -73,7 +82,7 @@ def test_a_node_that_dies_costs_its_unit_alone(
     crew = Meets(lm, cluster)
     assert crew.size == 2, "one for each machine"
     try:
-        with WorkerPool(crew, 60.0) as pool:
+        with WorkerPool(crew, 300.0) as pool:
             made = append_documents(tmp_path / "made", lm, documents, maker=pool, **arguments)
     finally:
         crew.close()

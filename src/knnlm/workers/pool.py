@@ -243,7 +243,7 @@ class WorkerPool:
         ready = sum(worker.is_ready for worker in self._workers.values())
         note = f"{ready} of {self._crew.size} workers"
         if self._retries:
-            note += f", {self._retries} retries"
+            note += f", {self._retries} {'retry' if self._retries == 1 else 'retries'}"
         if note != self._note:
             self._note = note
             total = self._tasks[-1].unit.expected_tokens if self._tasks else None
