@@ -45,6 +45,7 @@ def main() -> None:
         context=0,
         boundary="stream",
         max_entries=TRAINING_POSITIONS,
+        index="exact",
         progress=progress,
     )
     measured: dict[str, float] = {}
