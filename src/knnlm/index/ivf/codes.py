@@ -21,7 +21,7 @@ LARGEST_PACKED_CODE = 15
 LEAST_STEP = torch.finfo(torch.float32).tiny * 256 / LARGEST_CODE
 ALIKENESS_OF_RESTS = 0.3  # the rests of neighbors are somewhat alike: their product is not 0
 _SAMPLE = 65_536
-_KEPT_VARIANCE = 0.95
+_KEPT_VARIANCE = 0.85
 # How far a query's scores may be off because codes are rounded, in its step · √half_norm. Rounding
 # to a step is off by step / √12 on average; here that of query and key, taken to be about as long,
 # both count, and three standard deviations.

@@ -52,7 +52,7 @@ _CODE_SHAPES = {
     IndexKind.codes: CodeShape(512, bits=4),
 }
 # how many candidates, chosen by their codes, for each neighbor wanted
-_OVERSAMPLING = {IndexKind.ivf: 1.1, IndexKind.compressed: 2.0, IndexKind.codes: 1.0}
+_OVERSAMPLING = {IndexKind.ivf: 1.6, IndexKind.compressed: 2.0, IndexKind.codes: 1.0}
 
 
 class IVFIndex:
