@@ -20,10 +20,12 @@ from typer.testing import CliRunner
 import knnlm
 from knnlm.apps.cli.main import app
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.stored_cluster import stored_cluster
+from knnlm.datastore.stored_cluster import store_cluster, stored_cluster
 from knnlm.errors import ClusterError, InvalidArgumentError
+from knnlm.index.cluster import control
 from knnlm.index.cluster.index import ClusterIndex
 from knnlm.index.cluster.merging import merge_shares
+from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf.index import IVFIndex
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, Neighbors
@@ -140,12 +142,15 @@ def test_eval_and_attach_do_not_know_that_it_is_a_cluster(path: Path) -> None:
     assert reports[0].knn == reports[1].knn
     assert reports[0].knn != reports[0].lm
     inputs = torch.tensor([[0, 5, 9, 30]])
-    logits = []
+    read, written = [], []
     for index in open_both(path):
         model = tiny_llama()
         with knnlm.attach(model, Datastore(path), k=500, lmbda=0.4, index=index):
-            logits.append(model(inputs).logits)
-    torch.testing.assert_close(*logits)
+            read.append(model(inputs).logits)
+            options = {"max_new_tokens": 8, "output_logits": True, "return_dict_in_generate": True}
+            written.append(torch.stack(model.generate(inputs, do_sample=False, **options).logits))
+    assert torch.equal(*read)
+    assert torch.equal(*written)
 
 
 def test_what_is_appended_and_forgotten_is_followed(path: Path) -> None:
@@ -293,4 +298,21 @@ def test_a_start_that_fails_leaves_nothing(running_ray: None, tmp_path: Path) ->
     with pytest.raises(knnlm.DatastoreWriteError):
         knnlm.start_cluster(path, shares=1, copy_to=path / "copy")
     assert stored_cluster(Datastore(path).catalog) is None
+    wait_for(lambda: not ray.util.list_named_actors(all_namespaces=True))
+
+
+def test_a_start_that_was_killed_is_ended_by_stop(running_ray: None, tmp_path: Path) -> None:
+    path = tmp_path / "docs.store"
+    build(path, fresh_lm(), distinct_documents(2), window=64, context=16)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_wait_until_open", "_record"):  # nothing is done after the actors' start
+            patch.setattr(control, name, lambda *_: None)
+        cluster = knnlm.start_cluster(path, shares=2)
+    store = Datastore(path)
+    with store.writer() as catalog, catalog.transaction(entries_change=False):
+        store_cluster(catalog, replace(cluster, is_open=False))
+    assert isinstance(open_index(path), ExactIndex)
+    with refusal(InvalidArgumentError, "whose start was interrupted: knnlm cluster stop"):
+        knnlm.start_cluster(path)
+    assert knnlm.stop_cluster(path) == 2
     wait_for(lambda: not ray.util.list_named_actors(all_namespaces=True))

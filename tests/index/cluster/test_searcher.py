@@ -38,9 +38,9 @@ def search_shares(
     shares: list[ShareSearcher], store: Datastore, queries: torch.Tensor, k: int
 ) -> Neighbors:
     """Search as a cluster does; every share must hold the state of `store`."""
-    found = [share.search(state_of(store), queries, k) for share in shares]
-    assert sum(one.held.entries or 0 for one in found) == len(store)
-    return merge_shares([one.neighbors for one in found if one.neighbors is not None], k, 1.0)
+    opened = [share.opened(state_of(store)) for share in shares]
+    assert sum(held.entries or 0 for held, _ in opened) == len(store)
+    return merge_shares([index.search(queries, k) for _, index in opened if index], k, 1.0)
 
 
 def assert_as_in_process(store: Datastore, shares: list[ShareSearcher], count: int) -> None:
@@ -89,9 +89,7 @@ def test_changes_are_followed_and_the_last_state_stays(store: Datastore) -> None
     changed.forget(["d3"])
     assert_as_in_process(changed, shares, 40)
     (share, *_) = shares
-    refused = share.search(state_of(store), queries, 10)
-    assert refused.neighbors is None
-    assert refused.held == (state_of(changed), None)
+    assert share.opened(state_of(store)) == ((state_of(changed), None), None)
 
 
 def test_a_compaction_is_followed_before_and_after_the_index_is_built(store: Datastore) -> None:

@@ -1,0 +1,140 @@
+"""Requests and answers as bytes: a header of fixed size, then arrays as they lie in memory.
+
+Knows no sockets. Everything is little-endian. Nothing that arrives is executed: there are numbers,
+and the text of an error.
+"""
+
+import json
+import struct
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import knnlm.errors
+from knnlm.errors import ClusterError, KNNLMError
+from knnlm.index.cluster.states import State
+
+GREETING = b"knnlm-share-1:"
+"""What a client says first, followed by the actor's secret."""
+SECRET_BYTES = 32
+MOST_BYTES = 1 << 30
+"""Of a message's body: more is no message of ours."""
+_NUMBER, _SECONDS, _STATE, _COUNT, _BYTES = "Q", "d", "q32s", "I", "Q"
+_REQUEST = struct.Struct("<" + _NUMBER + _SECONDS + _STATE + 3 * _COUNT)
+_ANSWER = struct.Struct("<" + _NUMBER + "B" + _STATE + "q" + 2 * _COUNT + _BYTES)
+REQUEST_BYTES, ANSWER_BYTES = _REQUEST.size, _ANSWER.size
+"""Of the headers."""
+_SEARCHED, _OTHER_STATE, _FAILED = range(3)
+
+Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Squared distances and rows, [query, k]."""
+
+
+class Request(NamedTuple):
+    """What a client asks: to search a state, or, with no queries, to open it.
+
+    number: chosen by the client, repeated in the answer. seconds: after which nobody waits for the
+    answer. queries: [query, dim].
+    """
+
+    number: int
+    seconds: float
+    state: State
+    queries: NDArray[np.float32]
+    k: int
+
+    @property
+    def header(self) -> bytes:
+        """All but the queries, which follow."""
+        state = self.state.generation, bytes.fromhex(self.state.fingerprint)
+        return _REQUEST.pack(self.number, self.seconds, *state, *self.queries.shape, self.k)
+
+
+class RequestHeader(NamedTuple):
+    """A request before its queries have arrived."""
+
+    number: int
+    seconds: float
+    state: State
+    shape: tuple[int, int]
+    k: int
+
+    @classmethod
+    def read(cls, header: bytes | bytearray) -> "RequestHeader":
+        """Read a header."""
+        number, seconds, generation, fingerprint, count, dimension, k = _REQUEST.unpack(header)
+        return cls(number, seconds, State(generation, fingerprint.hex()), (count, dimension), k)
+
+    @property
+    def body_bytes(self) -> int:
+        """How many bytes follow."""
+        return 4 * self.shape[0] * self.shape[1]
+
+
+class Answer(NamedTuple):
+    """What an actor answers.
+
+    state: that it has searched; another than the one asked for where it does not have that one,
+    and then arrays is None. entries: live ones of the state in the actor's share. error: what it
+    has met instead.
+    """
+
+    number: int
+    state: State
+    entries: int
+    arrays: Arrays | None = None
+    error: Exception | None = None
+
+    def parts(self) -> list[bytes | memoryview]:
+        """Return the bytes to send: a header, and what follows it."""
+        shape, body, kind = (0, 0), list[bytes | memoryview](), _OTHER_STATE
+        if self.error is not None:
+            kind = _FAILED
+            told = {"error": type(self.error).__name__, "message": str(self.error)}
+            body = [json.dumps(told).encode()]
+        elif self.arrays is not None:
+            kind, shape = _SEARCHED, self.arrays[0].shape
+            aligned = reversed(self.arrays)  # the wider numbers first
+            body = [np.ascontiguousarray(one).reshape(-1).view(np.uint8).data for one in aligned]
+        state = self.state.generation, bytes.fromhex(self.state.fingerprint)
+        size = sum(len(part) for part in body)
+        return [_ANSWER.pack(self.number, kind, *state, self.entries, *shape, size), *body]
+
+
+class AnswerHeader(NamedTuple):
+    """An answer before its body has arrived."""
+
+    number: int
+    kind: int
+    state: State
+    entries: int
+    shape: tuple[int, int]
+    body_bytes: int
+
+    @classmethod
+    def read(cls, header: bytes | bytearray) -> "AnswerHeader":
+        """Read a header."""
+        number, kind, generation, print_, entries, count, k, body_bytes = _ANSWER.unpack(header)
+        state = State(generation, print_.hex())
+        return cls(number, kind, state, entries, (count, k), body_bytes)
+
+    def answer(self, body: bytearray) -> Answer:
+        """Return the whole answer, whose arrays are those bytes."""
+        answer = Answer(self.number, self.state, self.entries)
+        if self.kind == _FAILED:
+            return answer._replace(error=_error(json.loads(body)))
+        if self.kind == _OTHER_STATE:
+            return answer
+        numbers = self.shape[0] * self.shape[1]
+        rows = np.frombuffer(body, np.int64, numbers).reshape(self.shape)
+        distances = np.frombuffer(body, np.float32, numbers, 8 * numbers).reshape(self.shape)
+        return answer._replace(arrays=(distances, rows))
+
+
+def _error(told: dict[str, str]) -> Exception:
+    """Return an actor's error: one of ours as it was, another as ClusterError with its name."""
+    kind = getattr(knnlm.errors, told["error"], None)
+    if isinstance(kind, type) and issubclass(kind, KNNLMError):
+        return kind(told["message"])
+    return ClusterError(f"an actor failed: {told['error']}: {told['message']}")
