@@ -172,7 +172,8 @@ def _opened(ray: Any, future: Any) -> Held:
         cause = getattr(error, "cause", None)
         if isinstance(cause, Exception):
             raise cause from error
-        raise ClusterError(f"an actor could not be started: {error}") from error
+        reason = "".join(str(error).splitlines()[:1])[:200]
+        raise ClusterError(f"an actor could not be started ({reason}): see ray logs") from error
     return held
 
 
@@ -220,8 +221,13 @@ def stop_cluster(store: Datastore | str | Path) -> int:
     _record(store, cluster, None)
     try:
         ray = connect(cluster.address)
-    except ClusterError as error:
-        _LOG.warning("%s: if it still runs, its actors do too; ray stop ends them", error)
+    except ClusterError:
+        _LOG.warning(
+            "the Ray cluster at %s cannot be reached from here: where it still runs, so do the "
+            "actors of %s, until ray stop",
+            cluster.address,
+            store.path,
+        )
         return 0
     actors = [find_actor(ray, cluster, *place) for place in cluster.actors]
     running = [actor for actor in actors if actor is not None]
