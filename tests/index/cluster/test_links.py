@@ -14,7 +14,8 @@ from serving import wait_for
 from knnlm.datastore.datastore import Datastore
 from knnlm.errors import ClusterError, InvalidArgumentError
 from knnlm.index.cluster.links import Arrived, Links
-from knnlm.index.cluster.messages import GREETING, SECRET_BYTES, Answer, Request
+from knnlm.index.cluster.merging import merge_shares
+from knnlm.index.cluster.messages import GREETING, SECRET_BYTES, Answer, Request, Scored
 from knnlm.index.cluster.searcher import ShareSearcher
 from knnlm.index.cluster.server import Endpoint, ShareServer
 from knnlm.index.cluster.states import State, state_of
@@ -77,22 +78,21 @@ def ask(links: Links, state: State, queries: NDArray[np.float32] = QUERIES) -> A
 
 
 def test_an_answer_is_the_searchs_own_bits(links: Links, store: Datastore) -> None:
-    for count in (5, 1, 0):
-        queries = QUERIES[:count]
+    for queries in (QUERIES, QUERIES[:1], QUERIES[:0], clustered(60, seed=2).numpy()):
         answer = ask(links, state_of(store), queries)
         expected = open_index(store).search(torch.from_numpy(queries), K)
         assert isinstance(answer, Answer)
         assert (answer.state, answer.entries, answer.error) == (state_of(store), 1000, None)
-        assert answer.arrays is not None
-        distances, rows = answer.arrays
-        assert distances.tobytes() == expected.squared_distances.numpy().tobytes()
-        assert rows.tobytes() == expected.rows.numpy().tobytes()
+        assert answer.found is not None
+        merged = merge_shares([answer.found], K, 1.0)
+        assert torch.equal(merged.squared_distances, expected.squared_distances)
+        assert torch.equal(merged.rows, expected.rows)
 
 
 def test_another_state_is_not_searched(links: Links, store: Datastore) -> None:
     answer = ask(links, State(7, "ab" * 32))
     assert isinstance(answer, Answer)
-    assert (answer.state, answer.arrays, answer.error) == (state_of(store), None, None)
+    assert (answer.state, answer.found, answer.error) == (state_of(store), None, None)
 
 
 def test_an_error_arrives_as_what_it_is(
@@ -125,8 +125,8 @@ def test_a_late_answer_is_not_taken_for_the_next(links: Links, store: Datastore)
     links.forget()
     answer = ask(links, state_of(store), QUERIES[:1])
     assert isinstance(answer, Answer)
-    assert answer.arrays is not None
-    assert answer.arrays[0].shape == (1, K)
+    assert isinstance(answer.found, Scored)
+    assert len(answer.found.counts) == 1
 
 
 def test_a_broken_connection_is_told_and_opened_again(
@@ -150,7 +150,7 @@ def test_a_broken_connection_is_told_and_opened_again(
     assert (place, type(error)) == ((0, 0), ConnectionError)
     answer = ask(links, state_of(store))
     assert isinstance(answer, Answer)
-    assert answer.arrays is not None
+    assert answer.found is not None
     assert not finds
 
 

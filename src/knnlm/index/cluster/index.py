@@ -96,16 +96,11 @@ class ClusterIndex:
         times = max(1.0, len(queries) / _QUERIES_PER_DEADLINE)
         seconds = self.cluster.deadline_seconds * times
         answers = self._ask(queries.contiguous().numpy(), k, seconds)
-        found = [*answers.by_share.values()]
-        is_whole = len(found) == self.cluster.shares
-        entries = sum(answer.entries for answer in found)
+        in_order = [answers.by_share[share] for share in sorted(answers.by_share)]
+        is_whole = len(in_order) == self.cluster.shares
+        entries = sum(answer.entries for answer in in_order)
         coverage = 1.0 if is_whole else entries / max(1, len(self.store))
-        neighbors = [
-            Neighbors(torch.from_numpy(answer.arrays[0]), torch.from_numpy(answer.arrays[1]))
-            for answer in found
-            if answer.arrays is not None
-        ]
-        return merge_shares(neighbors, k, coverage)
+        return merge_shares([answer.found for answer in in_order], k, coverage)
 
     def _ask(self, queries: NDArray[np.float32], k: int, seconds: float) -> Answers:
         """Ask all shares for the state of `store`, and refuse answers that do not suffice.

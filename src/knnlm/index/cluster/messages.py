@@ -6,7 +6,7 @@ and the text of an error.
 
 import json
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,30 @@ _REQUEST = struct.Struct("<" + _NUMBER + _SECONDS + _STATE + 3 * _COUNT)
 _ANSWER = struct.Struct("<" + _NUMBER + "B" + _STATE + "q" + 2 * _COUNT + _BYTES)
 REQUEST_BYTES, ANSWER_BYTES = _REQUEST.size, _ANSWER.size
 """Of the headers."""
-_SEARCHED, _OTHER_STATE, _FAILED = range(3)
+_NEAREST, _SCORED, _OTHER_STATE, _FAILED = range(4)
 
-Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Squared distances and rows, [query, k]."""
+
+class Nearest(NamedTuple):
+    """The nearest entries of each query in a share, ascending; see `Neighbors`."""
+
+    rows: NDArray[np.int64]  # [query, k]
+    squared_distances: NDArray[np.float32]  # [query, k]
+
+
+class Scored(NamedTuple):
+    """What may be a candidate of each query, in a share of an inverted file.
+
+    Queries follow each other, and within a query the parts of the index. counts: how many there are
+    of a query in a part. wanted: how many a whole index would choose, at least. margins: how much
+    worse the scores of those may be that it would choose too.
+    """
+
+    rows: NDArray[np.int64]  # [candidate]
+    counts: NDArray[np.int64]  # [query, part]
+    wanted: NDArray[np.int64]  # [1]
+    margins: NDArray[np.float64]  # [query, part]
+    squared_distances: NDArray[np.float32]  # [candidate]
+    scores: NDArray[np.float32]  # [candidate]
 
 
 class Request(NamedTuple):
@@ -76,14 +96,14 @@ class Answer(NamedTuple):
     """What an actor answers.
 
     state: that it has searched; another than the one asked for where it does not have that one,
-    and then arrays is None. entries: live ones of the state in the actor's share. error: what it
-    has met instead.
+    and then found is None. entries: live ones of the state in the actor's share. error: what it has
+    met instead.
     """
 
     number: int
     state: State
     entries: int
-    arrays: Arrays | None = None
+    found: Nearest | Scored | None = None
     error: Exception | None = None
 
     def parts(self) -> list[bytes | memoryview]:
@@ -93,10 +113,11 @@ class Answer(NamedTuple):
             kind = _FAILED
             told = {"error": type(self.error).__name__, "message": str(self.error)}
             body = [json.dumps(told).encode()]
-        elif self.arrays is not None:
-            kind, shape = _SEARCHED, self.arrays[0].shape
-            aligned = reversed(self.arrays)  # the wider numbers first
-            body = [np.ascontiguousarray(one).reshape(-1).view(np.uint8).data for one in aligned]
+        elif self.found is not None:
+            is_nearest = isinstance(self.found, Nearest)
+            kind = _NEAREST if is_nearest else _SCORED
+            shape = self.found.rows.shape if is_nearest else self.found.counts.shape
+            body = [np.ascontiguousarray(one).reshape(-1).view(np.uint8).data for one in self.found]
         state = self.state.generation, bytes.fromhex(self.state.fingerprint)
         size = sum(len(part) for part in body)
         return [_ANSWER.pack(self.number, kind, *state, self.entries, *shape, size), *body]
@@ -126,10 +147,26 @@ class AnswerHeader(NamedTuple):
             return answer._replace(error=_error(json.loads(body)))
         if self.kind == _OTHER_STATE:
             return answer
-        numbers = self.shape[0] * self.shape[1]
-        rows = np.frombuffer(body, np.int64, numbers).reshape(self.shape)
-        distances = np.frombuffer(body, np.float32, numbers, 8 * numbers).reshape(self.shape)
-        return answer._replace(arrays=(distances, rows))
+        return answer._replace(found=self._found(body))
+
+    def _found(self, body: bytearray) -> Nearest | Scored:
+        """Return the arrays that a body holds, the wider numbers first."""
+        size, read = self.shape[0] * self.shape[1], 0
+
+        def take(dtype: type[np.generic], count: int) -> NDArray[Any]:
+            nonlocal read
+            array = np.frombuffer(body, dtype, count, read)
+            read += array.nbytes
+            return array
+
+        if self.kind == _NEAREST:
+            rows, distances = take(np.int64, size), take(np.float32, size)
+            return Nearest(rows.reshape(self.shape), distances.reshape(self.shape))
+        count = (len(body) - 16 * size - 8) // 16
+        rows, counts, wanted = (take(np.int64, number) for number in (count, size, 1))
+        margins = take(np.float64, size).reshape(self.shape)
+        distances, scores = take(np.float32, count), take(np.float32, count)
+        return Scored(rows, counts.reshape(self.shape), wanted, margins, distances, scores)
 
 
 def _error(told: dict[str, str]) -> Exception:

@@ -23,6 +23,7 @@ from knnlm.index.cluster.messages import (
     Answer,
     RequestHeader,
 )
+from knnlm.index.cluster.scoring import search_share
 from knnlm.index.cluster.searcher import ShareSearcher
 
 _LOG = logging.getLogger(__name__)
@@ -103,10 +104,9 @@ class ShareServer:
             with self._searching:
                 if time.monotonic() >= until:
                     return None
-                found = index.search(torch.from_numpy(queries), request.k)
+                found = search_share(index, torch.from_numpy(queries), request.k)
                 self.searches += bool(len(queries))
-            arrays = found.squared_distances.numpy(), found.rows.numpy()
-            return answer._replace(arrays=arrays)
+            return answer._replace(found=found)
         except Exception as error:  # the client is told, and goes on elsewhere or raises it
             _LOG.warning("a search failed: %r", error)
             return Answer(request.number, request.state, 0, error=error)
