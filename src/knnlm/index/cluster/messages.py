@@ -114,9 +114,10 @@ class Answer(NamedTuple):
             told = {"error": type(self.error).__name__, "message": str(self.error)}
             body = [json.dumps(told).encode()]
         elif self.found is not None:
-            is_nearest = isinstance(self.found, Nearest)
-            kind = _NEAREST if is_nearest else _SCORED
-            shape = self.found.rows.shape if is_nearest else self.found.counts.shape
+            if isinstance(self.found, Nearest):
+                kind, shape = _NEAREST, self.found.rows.shape
+            else:
+                kind, shape = _SCORED, self.found.counts.shape
             body = [np.ascontiguousarray(one).reshape(-1).view(np.uint8).data for one in self.found]
         state = self.state.generation, bytes.fromhex(self.state.fingerprint)
         size = sum(len(part) for part in body)
