@@ -272,6 +272,7 @@ def test_the_command_line_starts_shows_and_stops(path: Path) -> None:
 
 
 def test_a_cluster_that_is_gone_is_no_silent_local_search(path: Path) -> None:
+    reader = hasty(open_index(path))
     cluster = stored_cluster(Datastore(path).catalog)
     assert cluster is not None
     for share, replica in cluster.actors:
@@ -285,6 +286,8 @@ def test_a_cluster_that_is_gone_is_no_silent_local_search(path: Path) -> None:
     compact(store)
     assert knnlm.stop_cluster(path) == 0
     assert isinstance(open_index(path), IVFIndex)
+    with refusal(ClusterError, "the cluster of ", " was stopped: open the datastore again"):
+        reader.search(queries_for(reader.store, 1), 10)
     with pytest.raises(InvalidArgumentError, match="has no cluster"):
         knnlm.stop_cluster(path)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from knnlm.choices import Coverage
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.stored_cluster import StoredCluster
+from knnlm.datastore.stored_cluster import StoredCluster, stored_cluster
 from knnlm.errors import ClusterError, DatastoreChangedError
 from knnlm.index.cluster.asking import Answers, Failure, Place, Question, Refusal
 from knnlm.index.cluster.connection import connect, endpoint_of, find_actor
@@ -173,6 +173,9 @@ class ClusterIndex:
                 f"cluster reads of generation {theirs}: wait for its copies, or start the cluster "
                 "again"
             )
+        recorded = stored_cluster(self.store.catalog)
+        if recorded is None or recorded.namespace != self.cluster.namespace:
+            raise ClusterError(f"the cluster of {path} was stopped: open the datastore again")
         if self.coverage is Coverage.whole or not answers.by_share:
             reasons = "; ".join(dict.fromkeys(answers.failures.values()))
             raise ClusterError(
