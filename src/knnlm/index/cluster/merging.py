@@ -1,7 +1,8 @@
 """The k nearest of several shares' answers: by distance, and where that is equal by row.
 
-NumPy merges, in the calling thread where there are few queries: on a busy machine, torch's threads
-would wait for each other longer than all the rest takes.
+Of scored candidates, equally far ones stay in the order that one index has them in. NumPy merges, in
+the calling thread where there are few queries: on a busy machine, torch's threads would wait for
+each other longer than all the rest takes.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from knnlm.index.protocol import Neighbors
 from knnlm.threads import workers
 
 _QUERIES_AT_ONCE = 64
+_PLACE = 0xFFFFFFFF
 
 
 def merge_shares(answers: Sequence[Nearest | Scored], k: int, coverage: float) -> Neighbors:
@@ -28,7 +30,7 @@ def merge_shares(answers: Sequence[Nearest | Scored], k: int, coverage: float) -
     ends = [answer.counts.reshape(-1).cumsum().reshape(answer.counts.shape) for answer in scored]
     for query in range(queries):
         rows, distances = _chosen(scored, ends, query)
-        order = distances.argsort(kind="stable")[:k]
+        order = _nearest_first(distances, k)
         merged.squared_distances[query, : len(order)] = torch.from_numpy(distances[order])
         merged.rows[query, : len(order)] = torch.from_numpy(rows[order])
     return merged
@@ -59,6 +61,21 @@ def _chosen(
         chosen.append((rows[near], distances[near]))
     rows, distances = (np.concatenate(column) for column in zip(*chosen, strict=True))
     return rows, distances
+
+
+def _nearest_first(distances: NDArray[np.float32], k: int) -> NDArray[np.int64]:
+    """Return the places of the k smallest distances, equal ones in their order.
+
+    Distances ≥ 0 sort like the integers with their bits; with the place in the low half, NumPy
+    sorts both at once, faster than places by distances.
+    """
+    keys = distances.view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(len(keys), dtype=np.uint64)
+    if len(keys) > k:
+        keys.partition(k - 1)
+        keys = keys[:k]
+    keys.sort()
+    return (keys & np.uint64(_PLACE)).astype(np.int64)
 
 
 def _merge_nearest(answers: Sequence[Nearest], k: int, coverage: float) -> Neighbors:
