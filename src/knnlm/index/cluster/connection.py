@@ -80,7 +80,7 @@ def endpoint_of(ray: Any, actor: Any) -> Endpoint:
     try:
         found: Endpoint = ray.get(actor.endpoint.remote(), timeout=_FIND_SECONDS)
     except Exception as error:  # of many kinds, by the version of Ray
-        raise ConnectionError(str(error)) from error
+        raise ConnectionError("its actor is not running, or not yet again") from error
     return found
 
 

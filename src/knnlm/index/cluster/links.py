@@ -133,7 +133,7 @@ class Link:
             except OSError as error:
                 raise self._broken(error) from error
             if view and not received:
-                raise self._broken(ConnectionError("the actor has ended"))
+                raise self._broken(ConnectionError("connection closed"))
             self._filled += received
             if self._filled < len(self._body):
                 continue
@@ -148,8 +148,9 @@ class Link:
                 self._body = bytearray(ANSWER_BYTES)
 
     def _broken(self, error: Exception) -> ConnectionError:
-        self.reconnect(error)
-        return ConnectionError(str(error))
+        broken = ConnectionError(f"its actor has ended ({error})")
+        self.reconnect(broken)
+        return broken
 
     def reconnect(self, why: Exception) -> None:
         """Give the connection up, with what was asked on it, and begin to open another."""
