@@ -148,7 +148,7 @@ class Link:
                 self._body = bytearray(ANSWER_BYTES)
 
     def _broken(self, error: Exception) -> ConnectionError:
-        broken = ConnectionError(f"its actor has ended ({error})")
+        broken = ConnectionError(f"its actor has ended: {error}")
         self.reconnect(broken)
         return broken
 
