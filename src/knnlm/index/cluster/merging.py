@@ -1,7 +1,7 @@
 """The k nearest of several shares' answers: by distance, and where that is equal by row.
 
-Of scored candidates, equally far ones stay in the order that one index has them in. NumPy merges, in
-the calling thread where there are few queries: on a busy machine, torch's threads would wait for
+Of scored candidates, equally far ones stay in the order that one index has them in. NumPy merges,
+in the calling thread where there are few queries: on a busy machine, torch's threads would wait for
 each other longer than all the rest takes.
 """
 
