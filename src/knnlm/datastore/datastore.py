@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,7 +29,6 @@ from knnlm.datastore.facts import (
 from knnlm.datastore.files import writer_lock
 from knnlm.datastore.folder import remove_strays
 from knnlm.datastore.origin import is_unverified
-from knnlm.datastore.same_model import check_same_model
 from knnlm.datastore.shards import Shard, check_values, open_shard
 from knnlm.datastore.sources import Changes, find_named
 from knnlm.datastore.tables import StoredDocument
@@ -37,10 +36,12 @@ from knnlm.datastore.unfit_keys import unfit_key
 from knnlm.errors import DatastoreCorruptError, InvalidArgumentError
 from knnlm.mixture.parameters import Parameters
 from knnlm.mixture.stored import TunedMixture
-from knnlm.model.keyed_model import KeyedModel
-from knnlm.model.language_model import LanguageModel
 from knnlm.rules import check_whole
 from knnlm.text.windows import Windowing
+
+if TYPE_CHECKING:  # a datastore is searched without a model, which takes seconds to import
+    from knnlm.model.keyed_model import KeyedModel
+    from knnlm.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,22 +309,26 @@ class Datastore:
             self.catalog.set("tuning", tuning)
             self.catalog.set("mixture", stored)
 
-    def check_model(self, model: KeyedModel) -> None:
+    def check_model(self, model: "KeyedModel") -> None:
         """Refuse a language model whose keys or tokens are not comparable with the stored ones.
 
         For a model without a tokenizer, tokens are not checked. Raises DatastoreMismatchError,
         naming both models.
         """
+        from knnlm.datastore.same_model import check_same_model
+
         check_same_model(self.path, self.settings, model)
 
     def load_model(
         self, name: str | Path | None = None, *, dtype: str | None = None, device: str = "auto"
-    ) -> LanguageModel:
+    ) -> "LanguageModel":
         """Load the language model that computed the keys.
 
         name: another place to load it from. dtype: by default the one used in building. Raises the
         errors of `LanguageModel.load`.
         """
+        from knnlm.model.language_model import LanguageModel
+
         return LanguageModel.load(
             name or self.settings.model,
             key=self.settings.key,

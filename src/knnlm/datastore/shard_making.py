@@ -109,7 +109,8 @@ class ShardReading:
             stored = window_keys.to(self._keys.dtype)
             if not bool(measurable(stored).all()):
                 name = self._names[self._windows[number].spans[0].document]
-                raise unfit_new_key(name, window_keys, self._key_dtype, self._lm)
+                model = f"{self._lm.name} in {self._lm.dtype}"
+                raise unfit_new_key(name, window_keys, self._key_dtype, model)
             self._keys[self._starts[number] : self._starts[number + 1]] = stored
 
     def save(self, path: Path) -> ShardFile:

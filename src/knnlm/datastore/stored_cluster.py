@@ -17,7 +17,8 @@ class StoredCluster:
 
     address: of the Ray cluster. namespace: in Ray, of the actors. Each of `shares` actors holds a
     share of the entries, and there are `replicas` actors for each share. deadline_seconds: for a
-    request of up to 16 queries.
+    request of up to 16 queries. is_open: whether all actors have been started and have opened
+    their shares; until then the datastore is searched in the process that opens it.
     """
 
     address: str
@@ -25,6 +26,7 @@ class StoredCluster:
     shares: int
     replicas: int
     deadline_seconds: float
+    is_open: bool = True
 
     @property
     def actors(self) -> list[tuple[int, int]]:

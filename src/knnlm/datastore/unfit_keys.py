@@ -9,7 +9,6 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from knnlm.errors import DatastoreCorruptError, NonFiniteKeysError
-from knnlm.model.language_model import LanguageModel
 
 MAX_NORM = 1e18
 """The greatest norm of keys and queries: float32 holds any squared distance between them."""
@@ -38,15 +37,18 @@ def unfit_key(
 
 
 def unfit_new_key(
-    document: str, keys: Float[Tensor, "new dim"], key_dtype: str, lm: LanguageModel
+    document: str, keys: Float[Tensor, "new dim"], key_dtype: str, model: str
 ) -> NonFiniteKeysError:
-    """Return the error for the keys of a window, as computed, that cannot be stored."""
+    """Return the error for the keys of a window, as computed, that cannot be stored.
+
+    model: its name and dtype, as the message shows them.
+    """
     if bool(measurable(keys).all()):
         return NonFiniteKeysError(
             f"key_dtype {key_dtype} cannot hold a key of {document} (largest magnitude "
             f"{float(keys.abs().max()):.4g}); build another datastore with key_dtype bfloat16"
         )
     return NonFiniteKeysError(
-        f"a key of {document} is {why_unmeasurable(keys)}: {lm.name} in {lm.dtype} overflows "
-        "there; load it in float32 or leave the document out"
+        f"a key of {document} is {why_unmeasurable(keys)}: {model} overflows there; "
+        "load it in float32 or leave the document out"
     )

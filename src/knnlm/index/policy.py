@@ -112,7 +112,7 @@ def open_index(
     allowed = parse_choice(Coverage, "coverage", coverage)
     while True:
         cluster = stored_cluster(store.catalog)
-        if cluster is not None:
+        if cluster is not None and cluster.is_open:
             from knnlm.index.cluster.index import ClusterIndex
 
             return ClusterIndex(store, cluster, allowed)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from index_contract import append, assert_neighbors, clustered, store_of
@@ -12,6 +13,8 @@ from knnlm.datastore.datastore import Datastore
 from knnlm.errors import DatastoreNotFoundError, InvalidArgumentError
 from knnlm.index.cluster.copying import update_copy
 from knnlm.index.cluster.merging import merge_shares
+from knnlm.index.cluster.messages import Nearest
+from knnlm.index.cluster.scoring import search_share
 from knnlm.index.cluster.searcher import ShareSearcher
 from knnlm.index.cluster.states import state_of
 from knnlm.index.ivf.index import IVFIndex
@@ -38,9 +41,10 @@ def search_shares(
     shares: list[ShareSearcher], store: Datastore, queries: torch.Tensor, k: int
 ) -> Neighbors:
     """Search as a cluster does; every share must hold the state of `store`."""
-    found = [share.search(state_of(store), queries, k) for share in shares]
-    assert sum(one.held.entries or 0 for one in found) == len(store)
-    return merge_shares([one.neighbors for one in found if one.neighbors is not None], k, 1.0)
+    opened = [share.opened(state_of(store)) for share in shares]
+    assert sum(held.entries or 0 for held, _ in opened) == len(store)
+    found = [search_share(index, queries, k) for _, index in opened if index is not None]
+    return merge_shares(found, k, 1.0)
 
 
 def assert_as_in_process(store: Datastore, shares: list[ShareSearcher], count: int) -> None:
@@ -59,6 +63,26 @@ def assert_as_in_process(store: Datastore, shares: list[ShareSearcher], count: i
 @pytest.mark.parametrize("count", [1, 100])
 def test_shares_answer_as_one_index(store: Datastore, count: int) -> None:
     assert_as_in_process(store, searchers(store), count)
+
+
+@pytest.mark.parametrize("kind", [IndexKind.ivf, IndexKind.compressed])
+def test_a_few_queries_get_the_neighbors_of_one_index_to_the_bit(
+    kind: IndexKind, tmp_path: Path
+) -> None:
+    # coarse keys: many are equally far, and codes rank the others badly
+    keys = torch.cat([clustered(700, seed=seed).mul(0.4).round() for seed in (0, 1, 0)])
+    store = store_of(tmp_path / "store", keys.half())
+    build_index(store, kind, k=20, recall=0.8)
+    append(store.path, keys[500:1500].half(), 2, "new")
+    store.refresh()
+    queries = clustered(8, seed=5).mul(0.4)
+    shares = searchers(store)
+    for some in (queries, queries[:1]):
+        expected = open_index(store).search(some, 100)
+        found = search_shares(shares, store, some, 100)
+        assert torch.equal(found.squared_distances, expected.squared_distances)
+        assert torch.equal(found.rows, expected.rows)
+        assert not expected.squared_distances.diff(dim=1).all()
 
 
 def test_shares_hold_about_as_much_and_nothing_twice(store: Datastore) -> None:
@@ -89,9 +113,7 @@ def test_changes_are_followed_and_the_last_state_stays(store: Datastore) -> None
     changed.forget(["d3"])
     assert_as_in_process(changed, shares, 40)
     (share, *_) = shares
-    refused = share.search(state_of(store), queries, 10)
-    assert refused.neighbors is None
-    assert refused.held == (state_of(changed), None)
+    assert share.opened(state_of(store)) == ((state_of(changed), None), None)
 
 
 def test_a_compaction_is_followed_before_and_after_the_index_is_built(store: Datastore) -> None:
@@ -121,11 +143,11 @@ def test_a_share_is_one_of_those_there_are() -> None:
 
 
 def test_equal_distances_are_in_the_order_of_rows() -> None:
-    inf = torch.inf
-    one = Neighbors(torch.tensor([[1.0, 2.0, 2.0], [1.0, inf, inf]]),
-                    torch.tensor([[5, 9, 1], [4, -1, -1]]))  # fmt: skip
-    other = Neighbors(torch.tensor([[0.5, 2.0, 2.0], [1.0, 3.0, inf]]),
-                      torch.tensor([[8, 3, 0], [2, 0, -1]]))  # fmt: skip
+    inf = np.float32(np.inf)
+    one = Nearest(np.array([[5, 9, 1], [4, -1, -1]]),
+                  np.array([[1.0, 2.0, 2.0], [1.0, inf, inf]], np.float32))  # fmt: skip
+    other = Nearest(np.array([[8, 3, 0], [2, 0, -1]]),
+                    np.array([[0.5, 2.0, 2.0], [1.0, 3.0, inf]], np.float32))  # fmt: skip
     for answers in ([one, other], [other, one]):
         merged = merge_shares(answers, 3, 0.5)
         assert merged.rows.tolist() == [[8, 5, 0], [2, 4, 0]]

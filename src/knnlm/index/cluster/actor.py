@@ -1,23 +1,19 @@
-"""The Ray actor: a share's searcher behind methods that take and return plain arrays.
+"""The Ray actor: a share's searcher and what listens for its clients.
 
-Knows no Ray either, which makes an actor of this class. What it returns is small beside the arrays:
-a search is one call with one array, and its answer two.
+Ray starts it, starts it again, and says where it listens; searches do not pass through Ray. Of Ray
+it knows the address of the machine that it is on.
 """
 
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from knnlm.index.cluster.searcher import Held, ShareSearcher
+from knnlm.index.cluster.server import Endpoint, ShareServer
 from knnlm.index.cluster.states import State
 from knnlm.index.share import Share
-
-Arrays = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Squared distances and rows, [query, k]."""
 
 
 class ActorSettings(NamedTuple):
@@ -31,28 +27,24 @@ class ActorSettings(NamedTuple):
 
 
 class ShareActor:
-    """One share of a datastore on one machine. `search` is called by one thread at a time."""
+    """One share of a datastore on one machine."""
 
     def __init__(self, settings: ActorSettings) -> None:
+        import ray
+
         torch.set_num_threads(settings.threads)
         copy_to = None if settings.copy_to is None else Path(settings.copy_to)
         share = Share(settings.share, settings.of)
         self._searcher = ShareSearcher(Path(settings.path), share, copy_to)
-        self._searches = 0
+        self._server = ShareServer(self._searcher, ray.util.get_node_ip_address())
+
+    def endpoint(self) -> Endpoint:
+        """Return where clients may ask for searches."""
+        return self._server.endpoint
 
     def hold(self, wanted: State | None) -> Held:
         """See `ShareSearcher.hold`."""
         return self._searcher.hold(wanted)
-
-    def search(self, asked: tuple[State, NDArray[np.float32], int]) -> tuple[Held, Arrays | None]:
-        """Search for some queries [query, dim] and k; see `ShareSearcher.search`."""
-        state, queries, k = asked
-        found = self._searcher.search(state, torch.from_numpy(np.array(queries)), k)
-        self._searches += 1
-        if found.neighbors is None:
-            return found.held, None
-        nearest = found.neighbors
-        return found.held, (nearest.squared_distances.numpy(), nearest.rows.numpy())
 
     def describe(self) -> dict[str, Any]:
         """Return what `knnlm cluster status` shows; opens nothing."""
@@ -62,7 +54,7 @@ class ShareActor:
             "process": os.getpid(),
             "entries": None if held is None else held.entries,
             "generation": None if held is None else held.state.generation,
-            "searches": self._searches,
+            "searches": self._server.searches,
             "resident_bytes": _resident_bytes(),
         }
 

@@ -10,11 +10,10 @@ from typing import Any
 from knnlm.datastore.stored_cluster import StoredCluster
 from knnlm.errors import ClusterError, import_optional
 from knnlm.index.cluster.actor import ActorSettings, ShareActor
+from knnlm.index.cluster.server import Endpoint
 
 _CONNECT_SECONDS = 5.0
-_PENDING_CALLS = 64  # of one client to one actor; a stopped one gets no more
-STATES = "states"
-"""The actors' concurrency group for all but searches, which go on meanwhile."""
+_FIND_SECONDS = 30.0  # for an actor to say where it listens; one that is restarted needs some
 
 
 def connect(address: str) -> Any:
@@ -51,14 +50,12 @@ def start_actor(
 ) -> Any:
     """Start an actor, on a node while that lives; it outlives this process."""
     affinity = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=True)
-    actor_class = ray.remote(concurrency_groups={STATES: 1})(ShareActor)
-    options = actor_class.options(
+    options = ray.remote(ShareActor).options(
         name=_name(settings.share, replica),
         namespace=cluster.namespace,
         lifetime="detached",
         max_restarts=-1,
-        max_task_retries=0,  # the client asks again, or another
-        max_pending_calls=_PENDING_CALLS,
+        max_task_retries=0,
         num_cpus=0,
         scheduling_strategy=affinity,
     )
@@ -71,6 +68,20 @@ def find_actor(ray: Any, cluster: StoredCluster, share: int, replica: int) -> An
         return ray.get_actor(_name(share, replica), namespace=cluster.namespace)
     except ValueError:
         return None
+
+
+def endpoint_of(ray: Any, actor: Any) -> Endpoint:
+    """Return where an actor listens, when it is running.
+
+    Raises ConnectionError where there is none any more, or none for long.
+    """
+    if not ray.is_initialized():  # or Ray would start a cluster of its own
+        raise ConnectionError("this process has left its Ray cluster")
+    try:
+        found: Endpoint = ray.get(actor.endpoint.remote(), timeout=_FIND_SECONDS)
+    except Exception as error:  # of many kinds, by the version of Ray
+        raise ConnectionError("its actor is not running, or not yet again") from error
+    return found
 
 
 def _name(share: int, replica: int) -> str:

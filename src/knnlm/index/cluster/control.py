@@ -1,8 +1,10 @@
 """Starting, showing and stopping the actors that search a datastore."""
 
+import logging
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ from knnlm.datastore.datastore import Datastore, open_datastore
 from knnlm.datastore.stored_cluster import StoredCluster, store_cluster, stored_cluster
 from knnlm.errors import ClusterError, InvalidArgumentError
 from knnlm.index.cluster.actor import ActorSettings
-from knnlm.index.cluster.connection import STATES, address_of, connect, find_actor, start_actor
+from knnlm.index.cluster.connection import address_of, connect, find_actor, start_actor
 from knnlm.index.cluster.searcher import Held
 from knnlm.index.cluster.states import state_of
 from knnlm.progress import SILENT, Progress
 from knnlm.rules import check_positive_seconds, check_whole
 
+_LOG = logging.getLogger(__name__)
 _DESCRIBE_SECONDS = 5.0
 
 
@@ -84,29 +87,49 @@ def start_cluster(
         len(nodes) if shares is None else check_whole("shares", shares),
         check_whole("replicas", replicas),
         deadline_seconds,
+        is_open=False,
     )
     copied = None if copy_to is None else str(Path(copy_to).resolve())
     settings = ActorSettings(str(store.path.resolve()), 0, cluster.shares, threads or 0, copied)
+    _record(store, None, cluster)  # first, so that nothing runs that `stop` does not know of
     actors: list[Any] = []
     try:
         for started in _start_actors(ray, cluster, nodes, settings):
             actors.append(started)
         _wait_until_open(ray, store, actors, progress)
-        with store.writer() as catalog:
-            if stored_cluster(catalog) is not None:
-                raise _has_cluster(store)
-            with catalog.transaction(entries_change=False):
-                store_cluster(catalog, cluster)
+        is_open = replace(cluster, is_open=True)
+        _record(store, cluster, is_open)
     except BaseException:
         for actor in actors:
             ray.kill(actor)
+        with suppress(InvalidArgumentError):  # it was stopped meanwhile
+            _record(store, cluster, None)
         raise
-    return cluster
+    return is_open
+
+
+def _record(store: Datastore, present: StoredCluster | None, new: StoredCluster | None) -> None:
+    """Record a cluster in the place of the one that is recorded at present.
+
+    Raises InvalidArgumentError where that is another.
+    """
+    with store.writer() as catalog:
+        if stored_cluster(catalog) != present:
+            raise _has_cluster(store) if present is None else _was_stopped(store)
+        with catalog.transaction(entries_change=False):
+            store_cluster(catalog, new)
+
+
+def _was_stopped(store: Datastore) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"the cluster of {store.path} was stopped while it was started: start it again"
+    )
 
 
 def _has_cluster(store: Datastore) -> InvalidArgumentError:
     return InvalidArgumentError(
-        f"{store.path} has a cluster already: knnlm cluster stop {store.path} ends it"
+        f"{store.path} has a cluster already, or one whose start was interrupted: knnlm cluster "
+        f"stop {store.path} ends it"
     )
 
 
@@ -128,9 +151,7 @@ def _start_actors(
 
 def _wait_until_open(ray: Any, store: Datastore, actors: Sequence[Any], progress: Progress) -> None:
     state = state_of(store)
-    opening = {
-        actor.hold.options(concurrency_group=STATES).remote(state): actor for actor in actors
-    }
+    opening = {actor.hold.remote(state) for actor in actors}
     with progress.task("open the shares", len(actors), "actors") as advance:
         while opening:
             for future in ray.wait([*opening], timeout=1.0)[0]:
@@ -140,7 +161,7 @@ def _wait_until_open(ray: Any, store: Datastore, actors: Sequence[Any], progress
                         f"{store.path} was changed meanwhile, or is another datastore on an "
                         "actor's machine: start the cluster again"
                     )
-                del opening[future]
+                opening.remove(future)
                 advance(1)
 
 
@@ -151,7 +172,8 @@ def _opened(ray: Any, future: Any) -> Held:
         cause = getattr(error, "cause", None)
         if isinstance(cause, Exception):
             raise cause from error
-        raise ClusterError(f"an actor could not be started: {error}") from error
+        reason = "".join(str(error).splitlines()[:1])[:200]
+        raise ClusterError(f"an actor could not be started ({reason}): see ray logs") from error
     return held
 
 
@@ -166,8 +188,7 @@ def cluster_status(store: Datastore | str | Path) -> tuple[StoredCluster, list[A
     for share, replica in cluster.actors:
         actor = find_actor(ray, cluster, share, replica)
         if actor is not None:
-            describe = actor.describe.options(concurrency_group=STATES)
-            asked[share, replica] = describe.remote()
+            asked[share, replica] = actor.describe.remote()
     ready = set(_ready(ray, [*asked.values()], _DESCRIBE_SECONDS))
     reports = []
     for place in cluster.actors:
@@ -197,11 +218,16 @@ def stop_cluster(store: Datastore | str | Path) -> int:
     """
     store = open_datastore(store)
     cluster = _recorded(store)
-    with store.writer() as catalog, catalog.transaction(entries_change=False):
-        store_cluster(catalog, None)
+    _record(store, cluster, None)
     try:
         ray = connect(cluster.address)
     except ClusterError:
+        _LOG.warning(
+            "the Ray cluster at %s cannot be reached from here: where it still runs, so do the "
+            "actors of %s, until ray stop",
+            cluster.address,
+            store.path,
+        )
         return 0
     actors = [find_actor(ray, cluster, *place) for place in cluster.actors]
     running = [actor for actor in actors if actor is not None]

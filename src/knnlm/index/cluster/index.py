@@ -2,28 +2,32 @@
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knnlm.choices import Coverage
 from knnlm.datastore.datastore import Datastore
-from knnlm.datastore.stored_cluster import StoredCluster
+from knnlm.datastore.stored_cluster import StoredCluster, stored_cluster
 from knnlm.errors import ClusterError, DatastoreChangedError
-from knnlm.index.cluster.asking import Answers, Question, Refusal
-from knnlm.index.cluster.connection import STATES, connect, find_actor
+from knnlm.index.cluster.asking import Answers, Failure, Place, Question, Refusal
+from knnlm.index.cluster.connection import connect, endpoint_of, find_actor
+from knnlm.index.cluster.links import Links
 from knnlm.index.cluster.merging import merge_shares
-from knnlm.index.cluster.searcher import Held
+from knnlm.index.cluster.messages import Answer
 from knnlm.index.cluster.states import state_of
 from knnlm.index.protocol import Neighbors, check_search
 
 _OPEN_SECONDS = 60.0  # for the actors to open a state
 _DEADLINES_TO_OPEN_PARTLY = 2.0  # what is not open by then is left out until it is
 _QUERIES_PER_DEADLINE = 16
+_QUERIES_AT_ONCE = 8192
 _ANSWERED_AT_ONCE = 1 << 21  # neighbors, of every share: 25 MB
 
 
@@ -47,16 +51,19 @@ class ClusterIndex:
         self, store: Datastore, cluster: StoredCluster, coverage: str = Coverage.whole
     ) -> None:
         self.store, self.cluster, self.coverage = store, cluster, Coverage(coverage)
-        self._ray = connect(cluster.address)
-        self._actors = {
-            (share, replica): find_actor(self._ray, cluster, share, replica)
+        ray = connect(cluster.address)
+        actors = {
+            (share, replica): find_actor(ray, cluster, share, replica)
             for share, replica in cluster.actors
         }
-        if None in self._actors.values():
+        if None in actors.values():
             raise ClusterError(
                 f"{store.path} is searched by a cluster whose actors are not running at "
                 f"{cluster.address}: knnlm cluster stop {store.path}, then start it again"
             )
+        self._links = Links(
+            {place: partial(endpoint_of, ray, actor) for place, actor in actors.items()}
+        )
         # clients begin with different replicas
         self._preferred = random.SystemRandom().choices(range(cluster.replicas), k=cluster.shares)
         self._generation = -1
@@ -77,7 +84,7 @@ class ClusterIndex:
         check_search(queries, k, self.store.settings.dimension)
         self._follow()
         vectors = queries.detach().to("cpu", torch.float32)
-        size = max(1, _ANSWERED_AT_ONCE // k)
+        size = max(1, min(_QUERIES_AT_ONCE, _ANSWERED_AT_ONCE // k))
         parts = [self._search(some, k) for some in torch.split(vectors, size)]
         return Neighbors(
             torch.cat([part.squared_distances for part in parts]).to(queries.device),
@@ -86,54 +93,55 @@ class ClusterIndex:
         )
 
     def _search(self, queries: Float[Tensor, "query dim"], k: int) -> Neighbors:
-        array = queries.contiguous().numpy()
-        asked = self._state, array, k
-        if self.cluster.shares > 1 and array.nbytes > 1 << 16:
-            asked = self._ray.put(asked)  # once for all
-
-        def ask(share: int, replica: int) -> Any:
-            return self._actors[share, replica].search.remote(asked)
-
-        def receive(answer: Any) -> tuple[int, Neighbors] | Refusal:
-            held, arrays = answer
-            if held.state != self._state or arrays is None:
-                return Refusal(held)
-            distances, rows = (torch.from_numpy(np.array(array)) for array in arrays)
-            return held.entries, Neighbors(distances, rows)
-
         times = max(1.0, len(queries) / _QUERIES_PER_DEADLINE)
-        question = Question(self._ray, self._preferred, self.cluster.replicas, ask, receive)
-        answers = question.answers(self.cluster.deadline_seconds * times)
+        seconds = self.cluster.deadline_seconds * times
+        answers = self._ask(queries.contiguous().numpy(), k, seconds)
+        in_order = [answers.by_share[share] for share in sorted(answers.by_share)]
+        is_whole = len(in_order) == self.cluster.shares
+        entries = sum(answer.entries for answer in in_order)
+        coverage = 1.0 if is_whole else entries / max(1, len(self.store))
+        return merge_shares([answer.found for answer in in_order], k, coverage)
+
+    def _ask(self, queries: NDArray[np.float32], k: int, seconds: float) -> Answers:
+        """Ask all shares for the state of `store`, and refuse answers that do not suffice.
+
+        queries: none where the state is only to be opened.
+        """
+
+        def ask(place: Place, seconds: float) -> None:
+            self._links.ask(place, self._state, queries, k, seconds)
+
+        def wait(seconds: float) -> Iterator[tuple[Place, Any]]:
+            for place, answer in self._links.wait(seconds):
+                yield place, answer if isinstance(answer, Exception) else self._judged(answer)
+
+        with self._links.asking:
+            question = Question(self._preferred, self.cluster.replicas, ask, wait)
+            try:
+                answers = question.answers(seconds)
+            finally:
+                self._links.forget()
+            for share, _ in self.cluster.actors:
+                if share in answers.failures:
+                    self._links.renew(share)
         self._check(answers)
-        counts, neighbors = zip(*answers.by_share.values(), strict=True)
-        self._check_total(counts)
-        is_whole = len(counts) == self.cluster.shares
-        coverage = 1.0 if is_whole else sum(counts) / max(1, len(self.store))
-        return merge_shares(neighbors, k, coverage)
+        self._check_total([answer.entries for answer in answers.by_share.values()])
+        return answers
+
+    def _judged(self, answer: Answer) -> Answer | Refusal | Failure:
+        if answer.error is not None:
+            return Failure(answer.error)
+        return answer if answer.state == self._state else Refusal(answer)
 
     def _follow(self) -> None:
         """Have the actors hold the state of `store`, whose generation the index has not seen."""
         if self._generation == self.store.generation:
             return
         self._state = state_of(self.store)
-
-        def ask(share: int, replica: int) -> Any:
-            hold = self._actors[share, replica].hold
-            return hold.options(concurrency_group=STATES).remote(self._state)
-
-        def receive(held: Held) -> int | Refusal:
-            if held.state != self._state or held.entries is None:
-                return Refusal(held)
-            return held.entries
-
-        question = Question(self._ray, self._preferred, self.cluster.replicas, ask, receive)
         is_whole = self.coverage is Coverage.whole
-        times = _DEADLINES_TO_OPEN_PARTLY
-        answers = question.answers(
-            _OPEN_SECONDS if is_whole else times * self.cluster.deadline_seconds
-        )
-        self._check(answers)
-        self._check_total([*answers.by_share.values()])
+        partly = _DEADLINES_TO_OPEN_PARTLY * self.cluster.deadline_seconds
+        nothing = np.empty((0, self.store.settings.dimension), np.float32)
+        self._ask(nothing, 1, _OPEN_SECONDS if is_whole else partly)
         self._generation = self.store.generation
 
     def _check_total(self, counts: Sequence[int]) -> None:
@@ -165,6 +173,9 @@ class ClusterIndex:
                 f"cluster reads of generation {theirs}: wait for its copies, or start the cluster "
                 "again"
             )
+        recorded = stored_cluster(self.store.catalog)
+        if recorded is None or recorded.namespace != self.cluster.namespace:
+            raise ClusterError(f"the cluster of {path} was stopped: open the datastore again")
         if self.coverage is Coverage.whole or not answers.by_share:
             reasons = "; ".join(dict.fromkeys(answers.failures.values()))
             raise ClusterError(

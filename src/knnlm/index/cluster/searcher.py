@@ -1,4 +1,4 @@
-"""Searching a share of a datastore, in the states that clients ask for.
+"""A share of a datastore, open in the states that clients ask for.
 
 Knows no Ray: an actor is one of these, somewhere.
 """
@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from knnlm.choices import IndexKind
 from knnlm.datastore.datastore import Datastore
@@ -19,7 +17,6 @@ from knnlm.index.cluster.copying import update_copy
 from knnlm.index.cluster.states import State, state_of
 from knnlm.index.exact import ExactIndex
 from knnlm.index.ivf.index import IVFIndex
-from knnlm.index.protocol import Neighbors
 from knnlm.index.share import Share
 
 _STATES = 2  # kept open: a reader's state is still searched after the next change
@@ -37,19 +34,12 @@ class Held(NamedTuple):
     entries: int | None
 
 
-class Found(NamedTuple):
-    """The answer to a search; neighbors: None where the wanted state is not held."""
-
-    held: Held
-    neighbors: Neighbors | None
-
-
 class ShareSearcher:
     """One share of a datastore, open in the last states that clients asked for.
 
     path: the datastore's folder. copy_to: search a copy in this folder, which follows the original.
 
-    One thread may search while another opens the next state.
+    Threads may search while another opens the next state; an index is searched by one at a time.
     """
 
     def __init__(self, path: Path, share: Share, copy_to: Path | None = None) -> None:
@@ -67,14 +57,10 @@ class ShareSearcher:
 
         Raises what opening a datastore and its index does.
         """
-        return self._opened(wanted)[0]
+        return self.opened(wanted)[0]
 
-    def search(self, wanted: State, queries: Float[Tensor, "query dim"], k: int) -> Found:
-        """Return the k nearest entries of the share, if it holds or can open the wanted state."""
-        held, index = self._opened(wanted)
-        return Found(held, None if index is None else index.search(queries, k))
-
-    def _opened(self, wanted: State | None) -> tuple[Held, IVFIndex | ExactIndex | None]:
+    def opened(self, wanted: State | None) -> tuple[Held, IVFIndex | ExactIndex | None]:
+        """Return what `hold` does, and the share's index in the wanted state, None in another."""
         if wanted is not None and (opened := self._open.get(wanted)) is not None:
             return opened
         with self._opening:
