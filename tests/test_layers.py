@@ -31,6 +31,7 @@ LAYERS = [
     ["apps.engine"],
     ["apps.explorer"],
     ["apps.server"],
+    ["apps.mcp"],
     ["apps.cli"],
     ["__main__"],
 ]

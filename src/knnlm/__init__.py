@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         Vote as Vote,
         sum_credits as sum_credits,
     )
+    from knnlm.evaluation.passages import FoundPassage as FoundPassage
     from knnlm.evaluation.perplexity import (
         Measure as Measure,
         PerplexityReport as PerplexityReport,
@@ -123,6 +124,7 @@ _LAZY = {
     "datastore.verification": ("Verification",),
     "evaluation.explain": ("explain",),
     "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
+    "evaluation.passages": ("FoundPassage",),
     "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
     "evaluation.tally": ("FrequencyBucket",),
     "exchange.exporting": ("Exported", "export_datastore"),

@@ -1,0 +1,134 @@
+"""The passages of the stored documents that are nearest to a text.
+
+A search reads the text as the model does: the state after each of its tokens is a query, and a
+passage counts with the best of its entries among each query's neighbors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from knnlm.datastore.datastore import Datastore
+from knnlm.datastore.documents_by_row import DocumentsByRow
+from knnlm.datastore.tables import StoredDocument
+from knnlm.errors import InvalidArgumentError
+from knnlm.evaluation.explain import Explainable
+from knnlm.model.encoding import check_text
+from knnlm.model.language_model import LanguageModel
+from knnlm.model.token_text import CONTEXT_TOKENS
+from knnlm.retrieval.retriever import Retriever
+from knnlm.rules import check_whole
+
+NEIGHBORS = 64
+"""How many neighbors of each token are looked at."""
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPassage:
+    """A stretch of a stored document that a search found.
+
+    store: the path of its datastore. start, stop: its tokens, counted from the document's first.
+    score: how many of the text's tokens it is near to, weighted; 0 to the number of tokens.
+    """
+
+    store: str
+    document: str
+    start: int
+    stop: int
+    score: float
+    text: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as plain values, for JSON."""
+        return asdict(self)
+
+
+def search_passages(
+    model: Explainable, text: str, *, passages: int = 5, tokens: int = 128
+) -> list[FoundPassage]:
+    """Return the stored passages nearest to a text, the nearest first.
+
+    passages: how many at most. tokens: how long; documents are cut into stretches of this length.
+    Raises InvalidArgumentError for numbers below 1, and for a text without tokens or with more than
+    one window holds.
+    """
+    passages, tokens = check_whole("passages", passages), check_whole("tokens", tokens)
+    keys = _keys(model, text)
+    found = [
+        (score, retriever.store, document, start)
+        for retriever in model.mixer.retrievers
+        if len(retriever.store) > 0
+        for score, document, start in _score(retriever, keys, tokens)
+    ]
+    found.sort(key=lambda passage: -passage[0])
+    return [
+        _read(model.lm, store, document, start, tokens, score)
+        for score, store, document, start in found[:passages]
+    ]
+
+
+def _keys(model: Explainable, text: str) -> Float[Tensor, "token dim"]:
+    """Return the state after each token of a text."""
+    check_text("text", text)
+    lm = model.lm
+    (encoded,) = lm.encode([text], control_tokens=model.windowing.control_tokens)
+    most = model.windowing.window - 1
+    if not 1 <= len(encoded) <= most:
+        raise InvalidArgumentError(
+            f"the text to search for must have 1 to {most} tokens, got {len(encoded)}: give "
+            "a sentence or a paragraph"
+        )
+    return lm.keys(torch.tensor([[lm.start_token, *encoded.tolist()]]))[0, 1:]
+
+
+def _score(
+    retriever: Retriever, keys: Float[Tensor, "token dim"], tokens: int
+) -> list[tuple[float, StoredDocument, int]]:
+    """Return the passages near any key: their score, their document and their first row."""
+    k = min(NEIGHBORS, len(retriever.store))
+    neighbors = retriever.index.search(keys.float(), k)
+    rows = neighbors.rows.cpu()
+    queries, ranks = torch.nonzero(rows >= 0, as_tuple=True)
+    rows = rows[queries, ranks]
+    documents = DocumentsByRow(retriever.store).at(rows)
+    starts = torch.tensor([document.start for document in documents], dtype=torch.int64)
+    first = rows - (rows - starts) % tokens
+    best = _best_of_each(queries, first, 1.0 / (1.0 + ranks))
+    scores: dict[int, float] = {}
+    for (_, passage), weight in best.items():
+        scores[passage] = scores.get(passage, 0.0) + weight
+    of_passage = dict(zip(first.tolist(), documents, strict=True))
+    return [(score, of_passage[start], start) for start, score in scores.items()]
+
+
+def _best_of_each(
+    queries: Int[Tensor, " n"], passages: Int[Tensor, " n"], weights: Float[Tensor, " n"]
+) -> dict[tuple[int, int], float]:
+    """Return the greatest weight of each pair of a query and a passage."""
+    best: dict[tuple[int, int], float] = {}
+    for query, passage, weight in zip(
+        queries.tolist(), passages.tolist(), weights.tolist(), strict=True
+    ):
+        best[query, passage] = max(best.get((query, passage), 0.0), weight)
+    return best
+
+
+def _read(
+    lm: LanguageModel,
+    store: Datastore,
+    document: StoredDocument,
+    start: int,
+    tokens: int,
+    score: float,
+) -> FoundPassage:
+    stop = min(start + tokens, document.stop)
+    begin = max(start - CONTEXT_TOKENS, document.start)
+    values: Sequence[int] = store.values[begin:stop].tolist()
+    context = values[: start - begin]
+    (text,) = lm.token_texts.cut([values[start - begin :]], context)
+    offset = document.start
+    return FoundPassage(str(store.path), document.name, start - offset, stop - offset, score, text)
