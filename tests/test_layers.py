@@ -15,7 +15,7 @@ import knnlm
 # folder, where no circle is allowed.
 LAYERS = [
     ["errors"],
-    ["choices", "progress", "provenance", "rules", "threads"],
+    ["choices", "display", "progress", "provenance", "rules", "threads"],
     ["index.protocol", "text"],
     ["mixture"],
     ["model"],

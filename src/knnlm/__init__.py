@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from knnlm.evaluation.explanation import (
         Credit as Credit,
         Explanation as Explanation,
+        Explanations as Explanations,
         Source as Source,
         Vote as Vote,
         sum_credits as sum_credits,
@@ -123,7 +124,9 @@ _LAZY = {
     "datastore.tables": ("StoredDocument",),
     "datastore.verification": ("Verification",),
     "evaluation.explain": ("explain",),
-    "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
+    "evaluation.explanation": (
+        *("Credit", "Explanation", "Explanations", "Source", "Vote", "sum_credits"),
+    ),
     "evaluation.passages": ("FoundPassage",),
     "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
     "evaluation.tally": ("FrequencyBucket",),

@@ -15,7 +15,7 @@ from torch import Tensor
 from knnlm.attachment.attachment import Attachment
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain
-from knnlm.evaluation.explanation import Explanation
+from knnlm.evaluation.explanation import Explanations
 from knnlm.evaluation.passages import FoundPassage, search_passages
 from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.policy import open_index
@@ -196,7 +196,7 @@ class KNNLM:
         sources: int = 3,
         before: int = 24,
         after: int = 8,
-    ) -> list[Explanation]:
+    ) -> Explanations:
         """Explain every token of a text, and of a generation after it; see `knnlm.explain`."""
         return explain(self, text, generated=generated, sources=sources, before=before, after=after)
 

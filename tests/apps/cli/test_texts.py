@@ -32,6 +32,8 @@ BAD: dict[str, bytes] = {  # by the end of its name; what each is refused for
     "array.json": b'[{"text": "a"}, {"text": {}}]',
     "cut.json": b'[{"text": "a"}',
     "not.parquet": b"PAR1 and no more",
+    "cut.zip": b"PK\x03\x04\x14",
+    "not.ipynb": b"[]",
     "caf\udce9.txt": b"a name that UTF-8 cannot hold",
 }
 COMMANDS = {
