@@ -87,7 +87,7 @@ def test_after_a_refusal_nothing_is_changed(
 def test_skipped_files_are_named_at_the_end(command: str, work: Path) -> None:
     for name, data in BAD.items():
         Path("corpus", name).write_bytes(data)
-    Path("corpus/b.pdf").write_bytes(b"%PDF-1.4 and text")
+    Path("corpus/b.png").write_bytes(b"\x89PNG\r\n and text")
     result = runner.invoke(app, [*COMMANDS[command], "--skip-bad"])
     assert result.exit_code == 0, result.output
     listed = result.stderr[result.stderr.index("left out ") :].splitlines()
