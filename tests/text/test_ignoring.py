@@ -84,7 +84,7 @@ def test_a_work_tree_is_read_as_git_sees_it(tree: Path, caplog: pytest.LogCaptur
         "left out 5 files and 3 folders that .gitignore names; --no-gitignore reads them"
     ]
     assert names(str(tree)) == [f"{tree}/{name}" for name in expected]
-    for folder in ("src", "src/deep", "docs", "own"):
+    for folder in ("src", "src/deep", "docs"):
         assert names(folder) == seen_by_git(tree, folder)
     caplog.clear()
     assert names(".", gitignore=False) == sorted(FILES)
