@@ -18,7 +18,6 @@ from conftest import PROSE, byte_tokenizer, tiny_llama
 from serving import TEMPLATE, serving, wait_for
 from stores import distinct_documents
 
-import knnlm.tuning.fitting
 from knnlm import display
 from knnlm.datastore.datastore import Datastore
 from knnlm.knn_lm import KNNLM
@@ -249,8 +248,7 @@ class Checked(html.parser.HTMLParser):
         self.text += data
 
 
-def test_jupyter(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knnlm.tuning.fitting, "LEAST_TOKENS", 32)
+def test_jupyter(work: Path) -> None:
     explanations, one, report, sweep = run("docs/jupyter.md")["shown"]
     shown = Checked(explanations._repr_html_())
     assert shown.text.startswith("To open a datastore, call")

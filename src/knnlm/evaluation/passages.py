@@ -1,7 +1,8 @@
 """The passages of the stored documents that are nearest to a text.
 
-A search reads the text as the model does: the state after each of its tokens is a query, and a
-passage counts with the best of its entries among each query's neighbors.
+A search reads the text as the model does: the state after each of its tokens is a query. Of each
+query's neighbors a passage counts with the nearest that it holds: 1 if that is the first of all,
+1/2 if it is the second, and so on. Ranks, unlike distances, need no temperature.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,8 @@ class FoundPassage:
     """A stretch of a stored document that a search found.
 
     store: the path of its datastore. start, stop: its tokens, counted from the document's first.
-    score: how many of the text's tokens it is near to, weighted; 0 to the number of tokens.
+    score: the sum over the text's tokens of 1 / rank of its nearest entry, of those that are among
+    the 64 nearest; at most the number of tokens.
     """
 
     store: str

@@ -92,7 +92,7 @@ def test_the_tools_describe_themselves(model: KNNLM) -> None:
 
 
 def test_search_finds_a_stored_sentence_in_its_document(model: KNNLM) -> None:
-    sentence = "3 and 9: datastore is a memory"[:9]  # only d3 begins so
+    sentence = "3 and 9: "  # only d3 begins so
     answer = call(model, "search", text=sentence, passages=2, tokens=32)
     first, second = result_of(answer)["passages"]
     assert first["document"] == "d3"

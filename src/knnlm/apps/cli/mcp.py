@@ -54,14 +54,18 @@ def mcp(
     from knnlm.apps.server.listening import listen
 
     served = name or store.resolve().name
-    options_ = ModelOptions(model, dtype, device), MixtureOptions(k, lmbda, temperature, weights)
+
+    def open_memory() -> Memory:
+        mixture = MixtureOptions(k, lmbda, temperature, weights)
+        return Memory(open_model(store, also, ModelOptions(model, dtype, device), mixture))
+
     if not http:
-        server = create_server(Memory(open_model(store, also, *options_)), served)
+        server = create_server(open_memory(), served)
         ERR.print(f"{served} serves an MCP client on the standard streams", soft_wrap=True)
         run_on_streams(server)
         return
     with listen(_HOST, port) as listener:
-        server = create_server(Memory(open_model(store, also, *options_)), served)
+        server = create_server(open_memory(), served)
         url = f"http://{_HOST}:{listener.getsockname()[1]}{PATH}"
         OUT.print(f"{url} serves {served}; stop it with Ctrl-C", soft_wrap=True)
         with contextlib.suppress(KeyboardInterrupt):  # raised again once all has ended

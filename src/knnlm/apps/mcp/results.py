@@ -1,6 +1,7 @@
 """What the tools return: plain values with a schema, and the same as text that a model reads.
 
-Knows explanations and passages; knows no protocol.
+Knows explanations and passages; knows no protocol. The types have no slots, which the protocol's
+SDK would take for default values when it makes their schemas.
 """
 
 import math
@@ -16,7 +17,7 @@ from knnlm.evaluation.passages import FoundPassage
 _MOST_CREDITS = 10
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PassageResult:
     """A passage; start and stop are its tokens in the document, from 0."""
 
@@ -28,7 +29,7 @@ class PassageResult:
     store: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SearchResult:
     """The passages nearest to a text, the nearest first."""
 
@@ -50,7 +51,7 @@ class SearchResult:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SourceResult:
     """An entry that voted, with its passage; weight is its share of p_kNN."""
 
@@ -63,7 +64,7 @@ class SourceResult:
     store: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TokenResult:
     """A token of a text, its probabilities, and the entries with most weight; gain is in nats."""
 
@@ -75,7 +76,7 @@ class TokenResult:
     sources: list[SourceResult]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CreditResult:
     """A document's share of the text's probability, of 1 for each of its tokens."""
 
@@ -84,7 +85,7 @@ class CreditResult:
     store: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ExplainResult:
     """Why a text is likely: token by token, and which documents account for it."""
 
@@ -159,7 +160,7 @@ def _finite(gain: float) -> float:
     return min(max(gain, -9999.0), 9999.0)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DocumentResult:
     """A stored document and how many of its tokens are stored."""
 
@@ -168,7 +169,7 @@ class DocumentResult:
     store: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DocumentsResult:
     """Some of the stored documents, in the order they were stored; total counts all that match."""
 
