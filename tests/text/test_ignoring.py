@@ -62,8 +62,8 @@ def write_patterns(root: Path) -> None:
         (root / name).write_text(patterns)
 
 
-def names(source: str, **options: bool) -> list[str]:
-    return [document.name for document in read_documents(source, **options)]
+def names(source: str, gitignore: bool = True) -> list[str]:
+    return [document.name for document in read_documents(source, gitignore=gitignore)]
 
 
 def seen_by_git(root: Path, folder: str = ".") -> list[str]:

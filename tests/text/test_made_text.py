@@ -198,7 +198,7 @@ def test_the_extra_is_named(name: str, package: str, monkeypatch: pytest.MonkeyP
 
 def test_members_are_read_as_files_are(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     notebook = cells(cells=[{"cell_type": "code", "source": "x"}])
-    members = [
+    members: list[tuple[str, str | bytes]] = [
         ("docs/a.txt", "a\n"),
         ("docs/b.txt.gz", gzip.compress(b"b")),
         ("docs/empty.txt", ""),
@@ -307,9 +307,9 @@ def test_an_archive_of_many_members_is_opened_once(monkeypatch: pytest.MonkeyPat
     opened = []
     original = zipfile.ZipFile.__init__
 
-    def counted(self: zipfile.ZipFile, *arguments: object) -> None:
-        opened.append(arguments)
-        original(self, *arguments)  # type: ignore[arg-type]
+    def counted(self: zipfile.ZipFile, path: Path) -> None:
+        opened.append(path)
+        original(self, path)
 
     monkeypatch.setattr(zipfile.ZipFile, "__init__", counted)
     assert len(texts(read_documents("a.zip"))) == 200

@@ -7,7 +7,7 @@ query's neighbors a passage counts with the nearest that it holds: 1 if that is 
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -60,17 +60,19 @@ def search_passages(
     """
     passages, tokens = check_whole("passages", passages), check_whole("tokens", tokens)
     keys = _keys(model, text)
-    found = [
-        (score, retriever.store, document, start)
-        for retriever in model.mixer.retrievers
-        if len(retriever.store) > 0
-        for score, document, start in _score(retriever, keys, tokens)
-    ]
-    found.sort(key=lambda passage: -passage[0])
-    return [
-        _read(model.lm, store, document, start, tokens, score)
-        for score, store, document, start in found[:passages]
-    ]
+    retrievers = [one for one in model.mixer.retrievers if len(one.store) > 0]
+    scored = [passage for one in retrievers for passage in _score(one, keys, tokens)]
+    scored.sort(key=lambda passage: -passage.score)
+    return [_read(model.lm, passage, tokens) for passage in scored[:passages]]
+
+
+class _Scored(NamedTuple):
+    """A passage, which begins with a row of a document, before its text is read."""
+
+    score: float
+    store: Datastore
+    document: StoredDocument
+    row: int
 
 
 def _keys(model: Explainable, text: str) -> Float[Tensor, "token dim"]:
@@ -87,10 +89,8 @@ def _keys(model: Explainable, text: str) -> Float[Tensor, "token dim"]:
     return lm.keys(torch.tensor([[lm.start_token, *encoded.tolist()]]))[0, 1:]
 
 
-def _score(
-    retriever: Retriever, keys: Float[Tensor, "token dim"], tokens: int
-) -> list[tuple[float, StoredDocument, int]]:
-    """Return the passages near any key: their score, their document and their first row."""
+def _score(retriever: Retriever, keys: Float[Tensor, "token dim"], tokens: int) -> list[_Scored]:
+    """Return the passages near any key."""
     k = min(NEIGHBORS, len(retriever.store))
     neighbors = retriever.index.search(keys.float(), k)
     rows = neighbors.rows.cpu()
@@ -104,7 +104,7 @@ def _score(
     for (_, passage), weight in best.items():
         scores[passage] = scores.get(passage, 0.0) + weight
     of_passage = dict(zip(first.tolist(), documents, strict=True))
-    return [(score, of_passage[start], start) for start, score in scores.items()]
+    return [_Scored(scores[row], retriever.store, of_passage[row], row) for row in scores]
 
 
 def _best_of_each(
@@ -119,18 +119,12 @@ def _best_of_each(
     return best
 
 
-def _read(
-    lm: LanguageModel,
-    store: Datastore,
-    document: StoredDocument,
-    start: int,
-    tokens: int,
-    score: float,
-) -> FoundPassage:
+def _read(lm: LanguageModel, passage: _Scored, tokens: int) -> FoundPassage:
+    score, store, document, start = passage
     stop = min(start + tokens, document.stop)
     begin = max(start - CONTEXT_TOKENS, document.start)
     values: Sequence[int] = store.values[begin:stop].tolist()
     context = values[: start - begin]
     (text,) = lm.token_texts.cut([values[start - begin :]], context)
-    offset = document.start
-    return FoundPassage(str(store.path), document.name, start - offset, stop - offset, score, text)
+    first = document.start
+    return FoundPassage(str(store.path), document.name, start - first, stop - first, score, text)

@@ -213,7 +213,7 @@ def test_http_answers_several_clients(url: str, model: KNNLM) -> None:
 
     async def two() -> list[types.CallToolResult]:
         async with Client(url) as one, Client(url) as other:
-            return await asyncio.gather(use(one), use(other))
+            return list(await asyncio.gather(use(one), use(other)))
 
     (expected,) = model.search(TEXT, passages=1)
     for answer in asyncio.run(two()):
