@@ -211,6 +211,7 @@ def test_hub(
         exec(snippets("docs/hub.md")[2], names)
 
 
+@pytest.mark.filterwarnings("ignore:'pin_memory' argument:UserWarning")
 def test_trainer(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed: pip install '.[gguf]'")
     names = run("docs/trainer.md")
