@@ -23,7 +23,11 @@ def table(
         _row("td", row, "font-weight:bold" if number == bold else "")
         for number, row in enumerate(rows)
     ]
-    above = f'<caption style="text-align:left">{escape(caption)}</caption>' if caption else ""
+    above = (
+        f'<caption style="text-align:left;white-space:nowrap">{escape(caption)}</caption>'
+        if caption
+        else ""
+    )
     return f"<table>{above}<thead>{head}</thead><tbody>{''.join(body)}</tbody></table>"
 
 
