@@ -20,7 +20,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/developing: $(VENV)/installed
-	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,server,lm-eval,ray,dev]'
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[gguf,data,files,mcp,server,lm-eval,ray,dev]'
 	touch $@
 
 demo: setup

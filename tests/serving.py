@@ -84,10 +84,11 @@ def serving(
     limits: Limits | None = None,
     api_key: str | None = None,
     cors_origins: Sequence[str] = (),
+    name: str = "tiny",
 ) -> Iterator[Served]:
-    """Serve a model by the name `tiny` on a free port until the end of the block."""
+    """Serve a model by a name on a free port until the end of the block."""
     service = Service(
-        open_model, name="tiny", limits=limits, api_key=api_key, cors_origins=cors_origins
+        open_model, name=name, limits=limits, api_key=api_key, cors_origins=cors_origins
     )
     service.open()
     listener = listen("127.0.0.1", 0)

@@ -19,6 +19,7 @@ COMMANDS = {
     "explain",
     "explore",
     "serve",
+    "mcp",
     "cluster",
     "info",
     "forget",

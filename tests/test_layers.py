@@ -15,7 +15,7 @@ import knnlm
 # folder, where no circle is allowed.
 LAYERS = [
     ["errors"],
-    ["choices", "progress", "provenance", "rules", "threads"],
+    ["choices", "display", "progress", "provenance", "rules", "threads"],
     ["index.protocol", "text"],
     ["mixture"],
     ["model"],
@@ -31,6 +31,7 @@ LAYERS = [
     ["apps.engine"],
     ["apps.explorer"],
     ["apps.server"],
+    ["apps.mcp"],
     ["apps.cli"],
     ["__main__"],
 ]

@@ -57,10 +57,12 @@ if TYPE_CHECKING:
     from knnlm.evaluation.explanation import (
         Credit as Credit,
         Explanation as Explanation,
+        Explanations as Explanations,
         Source as Source,
         Vote as Vote,
         sum_credits as sum_credits,
     )
+    from knnlm.evaluation.passages import FoundPassage as FoundPassage
     from knnlm.evaluation.perplexity import (
         Measure as Measure,
         PerplexityReport as PerplexityReport,
@@ -122,7 +124,10 @@ _LAZY = {
     "datastore.tables": ("StoredDocument",),
     "datastore.verification": ("Verification",),
     "evaluation.explain": ("explain",),
-    "evaluation.explanation": ("Credit", "Explanation", "Source", "Vote", "sum_credits"),
+    "evaluation.explanation": (
+        *("Credit", "Explanation", "Explanations", "Source", "Vote", "sum_credits"),
+    ),
+    "evaluation.passages": ("FoundPassage",),
     "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
     "evaluation.tally": ("FrequencyBucket",),
     "exchange.exporting": ("Exported", "export_datastore"),

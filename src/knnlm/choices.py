@@ -84,10 +84,16 @@ class Coverage(StrEnum):
 
 
 class TextFormat(StrEnum):
-    """What a text file holds: one document as text, or rows; auto goes by the end of its name."""
+    """What a text file holds; auto goes by the end of its name.
+
+    One document: as text, or in a web page, a PDF or a notebook. Or rows, a document in each.
+    """
 
     auto = "auto"
     text = "text"
+    html = "html"
+    pdf = "pdf"
+    notebook = "notebook"
     jsonl = "jsonl"
     json = "json"
     csv = "csv"

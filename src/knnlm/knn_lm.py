@@ -15,7 +15,8 @@ from torch import Tensor
 from knnlm.attachment.attachment import Attachment
 from knnlm.errors import InvalidArgumentError
 from knnlm.evaluation.explain import explain
-from knnlm.evaluation.explanation import Explanation
+from knnlm.evaluation.explanation import Explanations
+from knnlm.evaluation.passages import FoundPassage, search_passages
 from knnlm.evaluation.perplexity import PerplexityReport, evaluate
 from knnlm.index.policy import open_index
 from knnlm.index.protocol import Index, coverage_of
@@ -195,9 +196,19 @@ class KNNLM:
         sources: int = 3,
         before: int = 24,
         after: int = 8,
-    ) -> list[Explanation]:
+    ) -> Explanations:
         """Explain every token of a text, and of a generation after it; see `knnlm.explain`."""
         return explain(self, text, generated=generated, sources=sources, before=before, after=after)
+
+    def search(self, text: str, *, passages: int = 5, tokens: int = 128) -> list[FoundPassage]:
+        """Return the stored passages nearest to a text, the nearest first.
+
+        The state after each token of the text is searched for, and a passage's score counts the
+        tokens that it is near to. passages: how many at most. tokens: how long; documents are cut
+        into stretches of this length. Raises InvalidArgumentError for numbers below 1, and for a
+        text without tokens or with more than one window holds.
+        """
+        return search_passages(self, text, passages=passages, tokens=tokens)
 
     def generate(
         self,

@@ -161,8 +161,12 @@ def _is_row(identity: str) -> bool:
 
 
 def _is_left_behind(identity: str) -> bool:
-    """Return whether an identity is of a file, or a row of a file, that is no longer there."""
-    paths = (identity, *(identity[: found.start()] for found in re.finditer("#", identity)))
+    """Return whether an identity is of a file that is no longer there, or of a part of such a file.
+
+    A member of an archive counts as there while the archive is.
+    """
+    ends = (found.start() for found in re.finditer(r"#|(?<=\.zip)/", identity, re.IGNORECASE))
+    paths = (identity, *(identity[:end] for end in ends))
     return identity.startswith("/") and not any(map(_is_there, paths))
 
 

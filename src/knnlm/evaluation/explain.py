@@ -20,6 +20,7 @@ from knnlm.evaluation.explanation import (
     THIS_TEXT,
     Credit,
     Explanation,
+    Explanations,
     Source,
     Vote,
     sorted_credits,
@@ -59,7 +60,7 @@ def explain(
     sources: int = 3,
     before: int = 24,
     after: int = 8,
-) -> list[Explanation]:
+) -> Explanations:
     """Explain every token of a text.
 
     generated: tokens that follow it, such as a generation's, which are explained too. sources: how
@@ -73,7 +74,8 @@ def explain(
         )
     (encoded,) = model.lm.encode([text], control_tokens=model.windowing.control_tokens)
     tokens = [*encoded.tolist(), *generated]
-    return list(explain_tokens(model, tokens, sources=sources, before=before, after=after))
+    explained = explain_tokens(model, tokens, sources=sources, before=before, after=after)
+    return Explanations(explained)
 
 
 def explain_tokens(

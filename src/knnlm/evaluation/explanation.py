@@ -3,10 +3,15 @@
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from math import exp
 from typing import Any
+
+from knnlm import display
 
 THIS_TEXT = "(this text)"
 """The document of a source in the continuous cache."""
+_SHOWN_TOKENS = 5  # with their sources, in notebooks
+_SHOWN_DOCUMENTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,48 @@ class Explanation:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
         return asdict(self) | {"gain": self.gain}
+
+    def _probabilities(self) -> str:
+        return (
+            f"p_LM {exp(self.lm_log_prob):.3f}, p_kNN {self.knn_prob:.3f}, p "
+            f"{exp(self.log_prob):.3f}, {self.gain:+.2f} nats"
+        )
+
+    def _repr_html_(self) -> str:
+        """Return the token with its votes and sources, for notebooks."""
+        votes = [
+            (repr(vote.text), f"{vote.weight:.1%}", f"{vote.neighbors:,}") for vote in self.votes
+        ]
+        sources = (
+            display.passage(
+                one.before,
+                one.value,
+                one.after,
+                f"{one.weight:.1%}  {one.document}, token {one.position}",
+            )
+            for one in self.sources
+        )
+        caption = f"{self.name!r}: {self._probabilities()}"
+        shown = display.table(("vote", "weight", "neighbors"), votes, caption=caption)
+        return shown + "".join(sources)
+
+
+class Explanations(list[Explanation]):
+    """The explanations of a text's tokens, in order; notebooks show them as colored text."""
+
+    def _repr_html_(self) -> str:
+        """Return the text, the sources of the tokens that changed most, and all documents."""
+        text = display.colored((one.text, one.gain, one._probabilities()) for one in self)
+        changed = sorted(range(len(self)), key=lambda number: -abs(self[number].gain))
+        tokens = (self[number]._repr_html_() for number in sorted(changed[:_SHOWN_TOKENS]))
+        documents = sum_credits(self)
+        rows = [(one.document, one.tokens) for one in documents[:_SHOWN_DOCUMENTS]]
+        rest = sum(one.tokens for one in documents[_SHOWN_DOCUMENTS:])
+        rows += [("other documents", rest)] if rest else []
+        rows.append(("the language model", len(self) - sum(tokens for _, tokens in rows)))
+        shares = ((name, f"{part:.1f}", f"{part / len(self):.1%}") for name, part in rows)
+        title = "who accounts for the text"
+        return "".join([text, *tokens, display.table((title, "tokens", "share"), shares)])
 
 
 def sum_credits(explanations: Iterable[Explanation]) -> tuple[Credit, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from knnlm import display
 from knnlm.choices import Boundary
 from knnlm.datastore.overlap import Overlap, find_overlap
 from knnlm.errors import InvalidArgumentError
@@ -105,6 +106,23 @@ class PerplexityReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `parameters` as `parameters_to_dict` gives them."""
         return asdict(self) | {"parameters": parameters_to_dict(self.parameters)}
+
+    def _repr_html_(self) -> str:
+        """Return the two models side by side, for notebooks."""
+        names = ("perplexity", "nats_per_token", "word_perplexity", "bits_per_byte")
+        pairs = ((name, getattr(self.lm, name), getattr(self.knn, name)) for name in names)
+        rows = [
+            (name.replace("_", " "), f"{lm:.4f}", f"{knn:.4f}", f"{knn / lm - 1.0:+.1%}")
+            for name, lm, knn in pairs
+        ]
+        return display.table(
+            ("", "LM", "kNN-LM", "change"),
+            rows,
+            caption=f"{self.tokens:,} tokens of {self.documents:,} documents; "
+            f"{self.tokens_helped / self.tokens:.0%} of the tokens are more probable, "
+            f"{self.tokens_hurt / self.tokens:.0%} less",
+            bold=0,
+        )
 
 
 def evaluate(

@@ -6,6 +6,7 @@ Knows bytes and characters, no documents. Holds no more than a piece in memory.
 import codecs
 import gzip
 import io
+import lzma
 import os
 import re
 import zlib
@@ -13,11 +14,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from errno import EACCES, ENOENT
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
+from zipfile import BadZipFile
 
 from knnlm.errors import InvalidArgumentError, InvalidTextError, import_optional
 from knnlm.progress import Advance
+from knnlm.text.archives import Member
 
 UTF8 = "utf-8"
 PIECE_BYTES = 1 << 20
@@ -73,46 +76,58 @@ def check_encoding(name: str) -> str:
 class TextFile:
     """A file of text, which may be compressed.
 
-    label: what messages call it, by default its path. Whatever prevents reading it, in any method,
-    is an InvalidTextError of one line.
+    label: what messages call it, by default its path. member: what is read where `path` is an
+    archive. Whatever prevents reading it, in any method, is an InvalidTextError of one line.
     """
 
     path: Path
     encoding: str = UTF8
     label: str | None = None
+    member: Member | None = None
 
     def __str__(self) -> str:
         return self.label or str(self.path)
 
     @property
+    def _name(self) -> PurePath:
+        return self.path if self.member is None else PurePath(self.member.name)
+
+    @property
     def compression(self) -> str:
         """The suffix of its compression, or an empty string."""
-        suffix = self.path.suffix.lower()
+        suffix = self._name.suffix.lower()
         return suffix if suffix in COMPRESSED else ""
 
     @property
     def suffix(self) -> str:
         """The suffix that tells the kind of text: .jsonl for a.jsonl.gz."""
-        path = self.path.with_suffix("") if self.compression else self.path
-        return path.suffix.lower()
+        name = self._name.with_suffix("") if self.compression else self._name
+        return name.suffix.lower()
 
     @property
     def stored_bytes(self) -> int:
-        """The size of the file as it is stored."""
+        """The size of the file as it is stored, of a member of an archive unpacked."""
+        if self.member is not None:
+            return self.member.size_bytes
         with self.reading():
             return self.path.stat().st_size
 
     @property
     def stored_as_utf8(self) -> bool:
         """Whether its bytes are those of its text in UTF-8."""
-        return self.encoding == UTF8 and not self.compression
+        return self.encoding == UTF8 and self.stored_as_is
+
+    @property
+    def stored_as_is(self) -> bool:
+        """Whether its bytes lie in a file of their own, where one can jump about in them."""
+        return not self.compression and self.member is None
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Turn the errors of reading and decompressing into an InvalidTextError."""
         try:
             yield
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError, BadZipFile) as error:
             code = error.errno if isinstance(error, OSError) else None
             remedies = {ENOENT: "check that it is there", EACCES: "check its permissions"}
             remedy = remedies.get(code or 0, "leave it out")
@@ -125,7 +140,8 @@ class TextFile:
     def opened(self, advance: Advance | None = None) -> Iterator[io.BufferedIOBase]:
         """Open its bytes, decompressed. advance: called with the stored bytes that are read."""
         with self.reading(), ExitStack() as stack:
-            stored: io.BufferedIOBase = stack.enter_context(self.path.open("rb"))
+            opened = self.path.open("rb") if self.member is None else self.member.open()
+            stored: io.BufferedIOBase = stack.enter_context(opened)
             if advance is not None:
                 stored = io.BufferedReader(_Metered(stored, advance), PIECE_BYTES)
             if self.compression == ".gz":
@@ -180,6 +196,10 @@ class TextFile:
                 if text and not begun:
                     text, begun = text.removeprefix("\ufeff"), True
                 yield text
+
+    def text(self, advance: Advance | None = None) -> str:
+        """Return the whole text."""
+        return "".join(self.pieces(advance))
 
     def lines(self, advance: Advance | None = None) -> Iterator[str]:
         r"""Yield the text's lines with their ends; only \n ends a line."""

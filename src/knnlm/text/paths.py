@@ -2,9 +2,11 @@
 
 import glob
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from knnlm.errors import TextNotFoundError
+from knnlm.errors import InvalidTextError, TextNotFoundError
+from knnlm.text.ignoring import Ignored, IgnoreRules
 
 _SHOWN_CHARACTERS = 200
 
@@ -16,21 +18,27 @@ def path_identity(path: Path) -> str:
     return str(path.resolve()).encode("utf-8", "backslashreplace").decode()
 
 
-def find_files(source: str, on_unlisted: OnUnlisted | None = None) -> list[str]:
+def find_files(
+    source: str, on_unlisted: OnUnlisted | None = None, ignored: Ignored | None = None
+) -> list[str]:
     """Return the files that a text source stands for, sorted.
 
     on_unlisted: called with each folder below a folder that cannot be listed, and why; by default
-    the source is refused. Raises TextNotFoundError.
+    the source is refused. ignored: counts what .gitignore files leave out of a folder; None to
+    read all of it. Raises TextNotFoundError, and InvalidTextError for a .gitignore that is none.
     """
     path = Path(source)
     try:
         if source and path.is_file():
             return [source]
         if source and path.is_dir():
-            return sorted(_files_below(path, on_unlisted))
+            rules = None if ignored is None else IgnoreRules.around(path)
+            return sorted(_Walk(on_unlisted, ignored).files_below(path, rules))
         matches = sorted(glob.glob(source, recursive=True))  # noqa: PTH207 (skips hidden names)
         files = [match for match in matches if Path(match).is_file()]
         reason = "" if files else _absence(source, matches)
+    except InvalidTextError:  # of a .gitignore
+        raise
     except OSError as error:  # no permission, or a name too long
         place = str(error.filename or source)[:_SHOWN_CHARACTERS]
         files, reason = [], f"{place!r} cannot be looked up ({error.strerror or error})"
@@ -67,18 +75,38 @@ def _absence(source: str, matches: list[str]) -> str:
     return "nothing is there"
 
 
-def _files_below(folder: Path, on_unlisted: OnUnlisted | None) -> Iterator[str]:
-    try:
-        paths = list(folder.iterdir())
-    except OSError as error:
-        if on_unlisted is None:
-            raise
-        on_unlisted(folder, error)
-        return
-    for path in paths:
-        if path.name.startswith("."):
-            continue
-        if path.is_file():
-            yield path.as_posix()
-        elif path.is_dir() and not path.is_symlink():
-            yield from _files_below(path, on_unlisted)
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """A walk through a folder and those below it; see `find_files`."""
+
+    on_unlisted: OnUnlisted | None
+    ignored: Ignored | None
+
+    def files_below(self, folder: Path, rules: IgnoreRules | None) -> Iterator[str]:
+        """Yield the files; rules: those that hold around the folder."""
+        try:
+            paths = list(folder.iterdir())
+        except OSError as error:
+            if self.on_unlisted is None:
+                raise
+            self.on_unlisted(folder, error)
+            return
+        resolved = folder.resolve()
+        rules = None if rules is None else rules.within(resolved)
+        for path in paths:
+            if path.name.startswith("."):
+                continue
+            is_folder = path.is_dir()
+            if rules is not None and rules.ignores(resolved / path.name, folder=is_folder):
+                self._count(path)
+            elif path.is_file():
+                yield path.as_posix()
+            elif is_folder and not path.is_symlink():
+                yield from self.files_below(path, rules)
+
+    def _count(self, path: Path) -> None:
+        assert self.ignored is not None
+        if path.is_dir():
+            self.ignored.folders += not path.is_symlink()
+        else:
+            self.ignored.files += path.is_file()

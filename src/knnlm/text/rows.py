@@ -261,7 +261,7 @@ def _jsonl_rows(file: TextFile, advance: Advance | None) -> NumberedRows:
 
 
 def _json_rows(file: TextFile, advance: Advance | None) -> NumberedRows:
-    rows = json.loads("".join(file.pieces(advance)))
+    rows = json.loads(file.text(advance))
     if not isinstance(rows, list):
         raise TypeError(f"not a JSON array but {type(rows).__name__}")
     for number, row in enumerate(rows):
@@ -308,7 +308,7 @@ def _parquet_rows(file: TextFile, columns: Columns, advance: Advance | None) -> 
 def _seekable(file: TextFile, advance: Advance | None) -> Iterator[Any]:
     """Open a file to jump about in; a compressed one is first decompressed to the disk."""
     with file.opened(advance) as opened:
-        if not file.compression:
+        if file.stored_as_is:
             yield opened
             return
         with tempfile.TemporaryFile() as whole:

@@ -20,21 +20,27 @@ def read_documents(
     text_format: str = TextFormat.auto,
     skip_bad: bool = False,
     chat: bool = False,
+    gitignore: bool = True,
     progress: Progress = SILENT,
 ) -> Documents:
     """Check text sources from beginning to end, and return their documents.
 
     Sources are files, folders, glob patterns, "-" for the standard input, pipes, and
-    `hf:NAME[:CONFIG][:SPLIT]`. A file is one document; .jsonl, .ndjson, .csv, .tsv and .parquet
-    files, and .json files with an array of objects, hold one in each row that has text. All may be
-    compressed (.gz, .zst). In folders (read recursively, without following links to folders) and
-    globs, which match files only, hidden names, empty files and binary files are left out.
+    `hf:NAME[:CONFIG][:SPLIT]`. A file is one document, of .html and .pdf files their text, of
+    .ipynb notebooks their markdown and code; .jsonl, .ndjson, .csv, .tsv and .parquet files, and
+    .json files with an array of objects, hold one in each row that has text. All may be compressed
+    (.gz, .zst), or lie in a .zip archive, of which every member is read as a file is. In folders
+    (read recursively, without following links to folders), globs, which match files only, and
+    archives, hidden names, empty files and binary files are left out.
 
     text_column: of rows; a.b is the field b of column a.
     id_column: tells the rows of a source apart when it is read again; by default their text does.
     encoding: of every file but .parquet.
     text_format: of every file, see `TextFormat`; by default the end of its name tells.
     skip_bad: leave out files and rows that cannot be read, and name them in `Documents.skipped`.
+
+    gitignore: leave out of folders what .gitignore files in them say, and of a git work tree what
+    those above and .git/info/exclude say.
 
     chat: every row holds a conversation in text_column: a list of messages like {"role": "user",
     "content": "Hello"}. They are read through the model's chat template, and only what the
@@ -49,7 +55,8 @@ def read_documents(
         Columns(text_column, id_column, chat),
         check_encoding(encoding),
         parse_choice(TextFormat, "text_format", text_format),
-        skip_bad,
+        skip_bad=skip_bad,
+        gitignore=gitignore,
     )
     for source in dict.fromkeys(map(str, sources)):
         check.find(source)

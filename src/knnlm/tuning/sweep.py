@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 import torch
 
+from knnlm import display
 from knnlm.evaluation.tally import perplexity_of
 from knnlm.mixture.parameters import Parameters
 from knnlm.progress import SILENT, Progress
@@ -44,6 +45,28 @@ class Sweep:
     by_k: tuple[Trial, ...]
     by_lmbda: tuple[Trial, ...]
     by_temperature: tuple[Trial, ...]
+
+    def _repr_html_(self) -> str:
+        """Return the best parameters and the perplexity by each of them, for notebooks."""
+        best = self.parameters
+        said = (
+            f"{self.tokens:,} tokens: perplexity {self.lm_perplexity:.3f} by the LM alone, "
+            f"{self.knn_perplexity:.3f} with k {best.k}, λ {best.lmbda:g}, T {best.temperature:g}"
+        )
+        plots = [
+            display.plot(
+                [(getattr(trial, name), trial.perplexity) for trial in trials],
+                self.lm_perplexity,
+                label=label,
+                log=name != "lmbda",
+            )
+            for name, label, trials in (
+                ("k", "k", self.by_k),
+                ("lmbda", "λ", self.by_lmbda),
+                ("temperature", "T", self.by_temperature),
+            )
+        ]
+        return display.paragraph(said) + "".join(plots)
 
 
 class _Setting(NamedTuple):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from knnlm import display
 from knnlm.datastore.overlap import Overlap
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
@@ -46,6 +47,15 @@ class Tuning:
     mixture: TunedMixture
     overlap: Overlap | None
     stored: StoredSample | None
+
+    def _repr_html_(self) -> str:
+        """Return what each way to mix gives, and the sweeps, for notebooks."""
+        rows = [("the LM alone", f"{self.lm_perplexity:.3f}", "")]
+        rows += [(fit.name, f"{fit.perplexity:.3f}", f"{fit.share_hurt:.0%}") for fit in self.fits]
+        columns = ("mixture", "perplexity", "tokens hurt by more than 0.1 nats")
+        caption = f"{self.tokens:,} tokens to tune on"
+        shown = display.table(columns, rows, caption=caption)
+        return shown + "".join(sweep._repr_html_() for sweep in self.sweeps)
 
     def save(self, stores: Stores, text: Sequence[str] = ()) -> None:
         """Store each datastore's parameters as its defaults, with where they come from.

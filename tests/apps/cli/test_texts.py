@@ -32,6 +32,8 @@ BAD: dict[str, bytes] = {  # by the end of its name; what each is refused for
     "array.json": b'[{"text": "a"}, {"text": {}}]',
     "cut.json": b'[{"text": "a"}',
     "not.parquet": b"PAR1 and no more",
+    "cut.zip": b"PK\x03\x04\x14",
+    "not.ipynb": b"[]",
     "caf\udce9.txt": b"a name that UTF-8 cannot hold",
 }
 COMMANDS = {
@@ -85,7 +87,7 @@ def test_after_a_refusal_nothing_is_changed(
 def test_skipped_files_are_named_at_the_end(command: str, work: Path) -> None:
     for name, data in BAD.items():
         Path("corpus", name).write_bytes(data)
-    Path("corpus/b.pdf").write_bytes(b"%PDF-1.4 and text")
+    Path("corpus/b.png").write_bytes(b"\x89PNG\r\n and text")
     result = runner.invoke(app, [*COMMANDS[command], "--skip-bad"])
     assert result.exit_code == 0, result.output
     listed = result.stderr[result.stderr.index("left out ") :].splitlines()

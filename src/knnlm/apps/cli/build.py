@@ -133,6 +133,7 @@ def build(
     encoding: options.Encoding = "utf-8",
     text_format: options.Format = TextFormat.auto,
     skip_bad: options.SkipBad = False,
+    gitignore: options.Gitignore = True,
     dtype: _Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     workers: _Workers = None,
@@ -155,7 +156,7 @@ def build(
 
     if chat and text_column == "text":
         text_column = "messages"
-    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad, chat)
+    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad, chat, gitignore)
     with checked_texts(text, reading) as documents:
         lm, rows_before = _load_model(store, key, ModelOptions(model, dtype, device))
         started = time.perf_counter()

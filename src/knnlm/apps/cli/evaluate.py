@@ -28,6 +28,7 @@ def evaluate(
     encoding: options.Encoding = "utf-8",
     text_format: options.Format = TextFormat.auto,
     skip_bad: options.SkipBad = False,
+    gitignore: options.Gitignore = True,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -40,7 +41,9 @@ def evaluate(
     """
     from knnlm.apps.cli.progress_bar import RichProgress
 
-    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    reading = TextOptions(
+        text_column, id_column, encoding, text_format, skip_bad, gitignore=gitignore
+    )
     mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
     with checked_texts(text, reading) as documents:
         opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)

@@ -88,7 +88,9 @@ def explain(
     opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
     generated = opened.generate(text, max_new_tokens=generate).tokens if generate else []
     if html is None:
-        explanations = opened.explain(text, generated=generated, sources=sources)
+        explanations: Sequence[Explanation] = opened.explain(
+            text, generated=generated, sources=sources
+        )
     else:
         explanations = _explain_on_page(html, opened, text, generated, sources)
     first = len(explanations) - len(generated) if generated else 0

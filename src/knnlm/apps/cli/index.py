@@ -61,6 +61,7 @@ def index(
     encoding: options.Encoding = "utf-8",
     text_format: options.Format = TextFormat.auto,
     skip_bad: options.SkipBad = False,
+    gitignore: options.Gitignore = True,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "cpu",
     as_json: options.Json = False,
@@ -87,7 +88,9 @@ def index(
     opened = Datastore(store)
     keys = None
     if queries:
-        reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+        reading = TextOptions(
+            text_column, id_column, encoding, text_format, skip_bad, gitignore=gitignore
+        )
         keys = _held_out_keys(opened, queries, reading, ModelOptions(model, dtype, device))
     build_index(
         opened,

@@ -23,6 +23,7 @@ from knnlm.apps.cli import (
     generate,
     import_,
     index,
+    mcp,
     serve,
     store,
     tune,
@@ -125,6 +126,7 @@ app.command()(chat.chat)
 app.command()(explain.explain)
 app.command()(explore.explore)
 app.command()(serve.serve)
+app.command()(mcp.mcp)
 app.command()(cluster.cluster)
 app.command()(store.info)
 app.command()(store.forget)

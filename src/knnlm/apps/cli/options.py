@@ -11,9 +11,9 @@ Store = Annotated[Path, typer.Argument(help="The datastore's folder.")]
 Texts = Annotated[
     list[str],
     typer.Argument(
-        help="Files, folders or globs of UTF-8 text (one document per file), .jsonl, .csv, .tsv, "
-        ".parquet or .json files (one document per row), hf:NAME[:CONFIG][:SPLIT], or - for the "
-        "standard input. See docs/texts.md."
+        help="Files, folders or globs of UTF-8 text, .html, .pdf or .ipynb (one document per "
+        "file), .jsonl, .csv, .tsv, .parquet or .json files (one document per row), .zip archives "
+        "of all these, hf:NAME[:CONFIG][:SPLIT], or - for the standard input. See docs/texts.md."
     ),
 ]
 TextColumn = Annotated[
@@ -33,8 +33,8 @@ Encoding = Annotated[
 Format = Annotated[
     choices.TextFormat,
     typer.Option(
-        help="What the files hold: text (one document per file) or rows; auto goes by the ends of "
-        "their names."
+        help="What the files hold: text, html, pdf or notebook (one document per file) or rows; "
+        "auto goes by the ends of their names."
     ),
 ]
 SkipBad = Annotated[
@@ -42,6 +42,13 @@ SkipBad = Annotated[
     typer.Option(
         "--skip-bad",
         help="Leave out files and rows that cannot be read, and name them all at the end.",
+    ),
+]
+Gitignore = Annotated[
+    bool,
+    typer.Option(
+        "--gitignore/--no-gitignore",
+        help="Whether to leave out of folders what their .gitignore files say.",
     ),
 ]
 Model = Annotated[

@@ -22,6 +22,7 @@ class TextOptions:
     text_format: TextFormat
     skip_bad: bool
     chat: bool = False
+    gitignore: bool = True
 
 
 @contextmanager
@@ -38,6 +39,7 @@ def checked_texts(sources: Sequence[str], options: TextOptions) -> "Iterator[Doc
         text_format=options.text_format,
         skip_bad=options.skip_bad,
         chat=options.chat,
+        gitignore=options.gitignore,
         progress=RichProgress(transient=True),
     )
     try:

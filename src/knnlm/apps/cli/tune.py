@@ -72,6 +72,7 @@ def tune(
     encoding: options.Encoding = "utf-8",
     text_format: options.Format = TextFormat.auto,
     skip_bad: options.SkipBad = False,
+    gitignore: options.Gitignore = True,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -94,7 +95,9 @@ def tune(
 
     check_k(max_k, "max_k")
     windows = (window, context, boundary)
-    reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
+    reading = TextOptions(
+        text_column, id_column, encoding, text_format, skip_bad, gitignore=gitignore
+    )
     with _checked_if_given(text, reading, windows) as documents:
         opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
         picture = plot or store / "tuning.png"

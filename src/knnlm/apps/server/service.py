@@ -21,6 +21,7 @@ from knnlm.apps.engine.engine import Engine, ModelFacts
 from knnlm.apps.engine.limits import Limits
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.server.app import create_app
+from knnlm.apps.server.listening import listen as listen
 from knnlm.apps.server.middleware import is_loopback
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
@@ -51,26 +52,6 @@ def check_origin(origin: str) -> str:
             f"letters and without a path, or '*' for all; got {origin!r}"
         )
     return origin
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Open a port, 0 for any that is free; raises InvalidArgumentError."""
-    listener = None
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except (OSError, UnicodeError) as error:
-        if listener is not None:
-            listener.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise InvalidArgumentError(
-            f"cannot listen on host {host}, port {port}: {reason}; choose another --port or --host"
-        ) from error
-    return listener
 
 
 class _Protocol(H11Protocol):

@@ -1,0 +1,1 @@
+"""A kNN-LM's memory as tools of the Model Context Protocol."""
