@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from knnlm.choices import Weights
 from knnlm.datastore.overlap import Overlap
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
@@ -118,7 +119,7 @@ def tune(
     """
     if not isinstance(model, KNNLM):
         stores = as_stores(model)
-        model = KNNLM(stores[0].load_model(), stores)
+        model = KNNLM(stores[0].load_model(), stores, weights=Weights.fixed)
     for retriever in model.retrievers:
         if len(retriever.store) == 0:
             raise InvalidArgumentError(

@@ -18,7 +18,7 @@ from knnlm.apps.cli.opening import (
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.apps.cli.texts import TextOptions, checked_texts
-from knnlm.choices import Boundary, ModelDtype, TextFormat
+from knnlm.choices import Boundary, ModelDtype, TextFormat, Weights
 from knnlm.errors import InvalidArgumentError
 from knnlm.rules import check_k
 
@@ -96,7 +96,8 @@ def tune(
     windows = (window, context, boundary)
     reading = TextOptions(text_column, id_column, encoding, text_format, skip_bad)
     with _checked_if_given(text, reading, windows) as documents:
-        opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
+        unlearned = MixtureOptions(weights=Weights.fixed)  # a stored gate is replaced, not read
+        opened = open_model(store, also, ModelOptions(model, dtype, device), unlearned)
         picture = plot or store / "tuning.png"
         check_writable(store)
         check_file_to_write("plot", picture)
