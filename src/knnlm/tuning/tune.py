@@ -110,7 +110,7 @@ def tune(
     document has no vote for its own tokens, nor have its copies. stored: whether to use that text
     too; by default where there are no documents. seed: which part of it is read. windowing: of the
     documents; stored text is read as it was built. max_tokens: of the documents, by default all;
-    of stored text, by default 32,768.
+    of stored text, by default 65,536.
 
     For several datastores, first k and temperature of each alone, then all λ together. Then a
     continuous cache and, for a text of at least 2,048 tokens, the weights of each token: by gates,

@@ -29,7 +29,7 @@ def keep_tuned(
     grown by a quarter since, or what was stored then cannot be read, as after an update. What was
     tuned on held-out text, or together with other datastores, stays. Reads a twentieth of the new
     entries, which takes about a tenth of the time of building them, but at least 8,192 tokens, if
-    there are so many, and at most 32,768. Returns None where nothing was done. Where tuning fails,
+    there are so many, and at most 65,536. Returns None where nothing was done. Where tuning fails,
     the datastore stays as it is, and a warning says why.
     """
     store = open_datastore(store)

@@ -43,7 +43,7 @@ _MaxTokens = Annotated[
     int | None,
     typer.Option(
         help="Stop after this many tokens of TEXT, and of the stored text; by default all of TEXT, "
-        "32,768 of the stored text."
+        "65,536 of the stored text."
     ),
 ]
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
