@@ -12,13 +12,10 @@ from torch import Tensor
 from knnlm.errors import DatastoreCorruptError
 from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.mixture.features import (
-    COMPONENTS,
     TEMPERATURES,
     GateInput,
     Weighed,
     count_features,
-    multiply,
-    present_components,
     query_features,
     weigh,
 )
@@ -32,7 +29,7 @@ from knnlm.mixture.interpolation import (
     neighbor_log_weights,
     sum_by_token,
 )
-from knnlm.mixture.lm_summary import LMSummary, summarize_lm
+from knnlm.mixture.lm_summary import summarize_lm
 from knnlm.mixture.rows import select
 
 VOCAB = 11
@@ -44,7 +41,7 @@ def random_gate(
 ) -> LearnedGate:
     """A gate whose weights differ widely from query to query."""
     generator = torch.Generator().manual_seed(seed)
-    features, components = count_features(inputs), 1 + COMPONENTS * len(inputs)
+    features, components = count_features(inputs), 1 + len(TEMPERATURES) * len(inputs)
     sizes = [(features, 8), (8, 8), (8, components)]
     network: list[Tensor] = []
     for inner, outer in sizes:
@@ -69,17 +66,6 @@ def some_queries(queries: int = 40) -> tuple[Tensor, list[Voters], Tensor]:
     return lm, voters, torch.randint(0, VOCAB, (queries,), generator=generator)
 
 
-def summary_of(lm: Tensor) -> LMSummary:
-    """A summary that leaves tokens out, which then take no part in products."""
-    summary = summarize_lm(lm)
-    return LMSummary(summary.entropy, summary.tokens[:, :4], summary.log_probs[:, :4])
-
-
-def features_of(summary: LMSummary, weighed_inputs: Sequence[Weighed]) -> Tensor:
-    products = [multiply(one, summary) for one in weighed_inputs]
-    return query_features(summary, weighed_inputs, products)
-
-
 def of_targets(lm: Tensor, votes: list[Votes], targets: Tensor) -> Tensor:
     components = [one.for_targets(targets) for one in votes]
     return interpolate(lm.gather(1, targets[:, None])[:, 0], components)
@@ -100,21 +86,18 @@ def weighed(voters: list[Voters]) -> list[Weighed]:
 
 def test_the_gate_is_a_mixture_of_its_components() -> None:
     lm, voters, _ = some_queries()
-    gate, summary = random_gate(), summary_of(lm)
+    gate, summary = random_gate(), summarize_lm(lm)
     mixed = of_vocabulary(lm, gate(summary, voters)).double().exp()
     weighed_inputs = weighed(voters)
-    weights = gate.weights(features_of(summary, weighed_inputs)).double()
+    weights = gate.weights(query_features(summary, weighed_inputs)).double()
     for query in range(len(lm)):
         expected = weights[query, 0] * lm[query].double().exp()
         column = 1
-        for one in weighed_inputs:
-            own, product = one.voters, multiply(one, summary)
-            present = present_components(one, product)[query]
-            components = torch.cat([one.log_weights, product.log_weights])
-            for is_present, component in zip(present, components, strict=True):
+        for own, log_weights, *_ in weighed_inputs:
+            for component in log_weights:
                 weight = weights[query, column]
                 column += 1
-                if not bool(is_present):
+                if not bool(own.present[query]):
                     expected = expected + weight * lm[query].double().exp()
                     continue
                 for share, token in zip(component[query], own.tokens[query], strict=True):
@@ -142,7 +125,7 @@ def test_networks_weigh_alike_while_learning_and_afterwards() -> None:
 def test_tokens_summed_before_the_choice_or_after_it_agree() -> None:
     """Summed before: each token has its log p_kNN of every component, queries without votes too."""
     lm, voters, _ = some_queries()
-    gate, summary, inputs = random_gate(), summary_of(lm), weighed(voters)
+    gate, summary, inputs = random_gate(), summarize_lm(lm), weighed(voters)
     sums = [sum_by_token(one.log_weights, one.voters.tokens) for one in inputs]
     before = gate.choose_by_token(summary, inputs, sums)
     after = [one.by_token() for one in gate.choose(summary, inputs)]
@@ -153,7 +136,7 @@ def test_tokens_summed_before_the_choice_or_after_it_agree() -> None:
 
 def test_one_target_and_the_whole_vocabulary_agree() -> None:
     lm, voters, _ = some_queries()
-    votes = random_gate()(summary_of(lm), voters)
+    votes = random_gate()(summarize_lm(lm), voters)
     whole = of_vocabulary(lm, votes)
     for token in range(VOCAB):
         targets = torch.full((len(lm),), token)
@@ -164,7 +147,7 @@ def test_one_target_and_the_whole_vocabulary_agree() -> None:
 
 def test_a_query_without_voters_keeps_the_lm_to_the_bit() -> None:
     lm, voters, targets = some_queries()
-    votes = random_gate()(summary_of(lm), voters)
+    votes = random_gate()(summarize_lm(lm), voters)
     nobody = slice(4, 8)
     assert not any(bool(own.present[nobody].any()) for own in voters)
     assert torch.equal(of_vocabulary(lm, votes)[nobody], lm[nobody])
@@ -172,24 +155,21 @@ def test_a_query_without_voters_keeps_the_lm_to_the_bit() -> None:
     assert torch.equal(of_targets(lm, votes, targets)[nobody], own[nobody])
 
 
-def test_a_component_without_voters_leaves_its_weight_to_the_lm() -> None:
+def test_an_input_without_voters_leaves_its_weight_to_the_lm() -> None:
     lm, voters, _ = some_queries()
-    gate, summary = random_gate(), summary_of(lm)
-    unlikely = next(y for y in range(VOCAB) if y not in summary.tokens[20].tolist())
-    voters[0].tokens[20] = unlikely  # so that there is nothing to multiply
+    gate, summary = random_gate(), summarize_lm(lm)
     votes = gate(summary, voters)
-    weights = gate.weights(features_of(summary, weighed(voters)))
+    weights = gate.weights(query_features(summary, weighed(voters)))
     only_second, only_first = slice(0, 4), slice(8, 12)
+    first = len(TEMPERATURES)
     assert bool((lmbda_of(votes[0])[only_second] == 0).all())
     assert bool((lmbda_of(votes[1])[only_first] == 0).all())
-    for own, number, queries in ((votes[1], 1, only_second), (votes[0], 0, only_first)):
-        part = weights[:, 1:].chunk(2, dim=1)[number]
-        present = present_components(
-            weighed(voters)[number], multiply(weighed(voters)[number], summary)
-        )
-        torch.testing.assert_close(lmbda_of(own)[queries], (part * present)[queries].sum(dim=1))
-    plain = weights[20, 1 : 1 + len(TEMPERATURES)].sum()
-    torch.testing.assert_close(lmbda_of(votes[0])[20], plain)
+    torch.testing.assert_close(
+        lmbda_of(votes[1])[only_second], weights[only_second, 1 + first :].sum(1)
+    )
+    torch.testing.assert_close(
+        lmbda_of(votes[0])[only_first], weights[only_first, 1 : 1 + first].sum(1)
+    )
 
 
 def test_the_lm_is_never_silenced() -> None:
@@ -209,7 +189,7 @@ def test_features_far_from_all_that_was_seen_change_no_more_than_the_farthest() 
 
 def test_many_queries_are_weighed_as_one() -> None:
     lm, voters, _ = some_queries(1200)  # more than are held at once
-    gate, summary = random_gate(), summary_of(lm)
+    gate, summary = random_gate(), summarize_lm(lm)
     together = gate(summary, voters)
     for query in (0, 511, 512, 1199):
         one = slice(query, query + 1)
@@ -225,14 +205,16 @@ def test_a_gate_is_saved_as_tensors_and_json() -> None:
     again = LearnedGate.from_dict(stored, load(save(gate.state_dict())))
     assert again.inputs == gate.inputs
     lm, voters, _ = some_queries()
-    for mine, ours in zip(again(summary_of(lm), voters), gate(summary_of(lm), voters), strict=True):
+    for mine, ours in zip(
+        again(summarize_lm(lm), voters), gate(summarize_lm(lm), voters), strict=True
+    ):
         assert torch.equal(lmbda_of(mine), lmbda_of(ours))
         assert torch.equal(mine.log_weights, ours.log_weights)
     with refusal(DatastoreCorruptError, "network.3 is missing", "tune the datastore again"):
         tensors = gate.state_dict()
         del tensors["network.3"]
         LearnedGate.from_dict(stored, tensors)
-    with refusal(DatastoreCorruptError, "must have", "features and 11 components", "and 6"):
+    with refusal(DatastoreCorruptError, "must have", "features and 7 components", "and 4"):
         one = random_gate(INPUTS[:1])
         LearnedGate.from_dict(stored, one.state_dict())
 
@@ -255,7 +237,7 @@ def test_a_gate_sure_of_the_lm_gives_the_lm() -> None:
     lm, voters, targets = some_queries()
     gate = random_gate()
     gate.network[-1][:, :, 0] = 1e4
-    votes = gate(summary_of(lm), voters)
+    votes = gate(summarize_lm(lm), voters)
     assert torch.equal(of_vocabulary(lm, votes), lm)
     own = lm.gather(1, targets[:, None])[:, 0]
     assert torch.equal(of_targets(lm, votes, targets), own)
@@ -264,7 +246,7 @@ def test_a_gate_sure_of_the_lm_gives_the_lm() -> None:
 def test_no_query_needs_no_votes() -> None:
     lm, voters, _ = some_queries()
     none = slice(0, 0)
-    votes = random_gate()(select(summary_of(lm), none), [select(own, none) for own in voters])
+    votes = random_gate()(select(summarize_lm(lm), none), [select(own, none) for own in voters])
     assert [own.log_weights.shape for own in votes] == [(0, 16), (0, 5)]
     assert [lmbda_of(own).shape for own in votes] == [(0,), (0,)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from knnlm.evaluation.tally import share_hurt
-from knnlm.mixture.features import COMPONENTS, GateInput, count_features
+from knnlm.mixture.features import TEMPERATURES, GateInput, count_features
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import TargetVotes, Voters, interpolate, target_knn_log_probs
 from knnlm.mixture.lm_summary import summarize_lm
@@ -17,18 +17,18 @@ from knnlm.tuning.gate_training import Examples, fit_gate, make_examples
 
 VOCAB = 11
 INPUT = GateInput(8, 2.0)
-WEIGHTS = 1 + COMPONENTS
+COMPONENTS = 1 + len(TEMPERATURES)
 
 
 def text_of_two_kinds(tokens: int = 3000, seed: int = 0) -> Examples:
     """Examples whose first feature tells whether the LM or the first component is right."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(tokens, count_features([INPUT]), generator=generator)
-    log_probs = torch.full((tokens, WEIGHTS), math.log(0.01))
+    log_probs = torch.full((tokens, COMPONENTS), math.log(0.01))
     neighbors_know = features[:, 0] > 0
     log_probs[:, 0] = torch.where(neighbors_know, math.log(0.01), math.log(0.8))
     log_probs[:, 1] = torch.where(neighbors_know, math.log(0.8), -torch.inf)
-    return Examples(features, log_probs, torch.ones(tokens, COMPONENTS, dtype=torch.bool))
+    return Examples(features, log_probs, torch.ones(tokens, COMPONENTS - 1, dtype=torch.bool))
 
 
 def mixed(gate: LearnedGate, examples: Examples) -> Tensor:
@@ -52,11 +52,11 @@ def test_a_gate_learns_when_to_ask_the_neighbors() -> None:
 def test_what_cannot_be_learned_looks_no_better_held_out() -> None:
     generator = torch.Generator().manual_seed(2)
     tokens = 400
-    log_probs = torch.randn(tokens, WEIGHTS, generator=generator).mul(2).sub(3)
+    log_probs = torch.randn(tokens, COMPONENTS, generator=generator).mul(2).sub(3)
     noise = torch.randn(tokens, count_features([INPUT]), generator=generator)
-    present = torch.ones(tokens, COMPONENTS, dtype=torch.bool)
+    present = torch.ones(tokens, COMPONENTS - 1, dtype=torch.bool)
     gate, held_out_log_probs = fit_gate([INPUT], Examples(noise, log_probs, present))
-    equal_shares = (log_probs.logsumexp(dim=1) - math.log(WEIGHTS)).mean()
+    equal_shares = (log_probs.logsumexp(dim=1) - math.log(COMPONENTS)).mean()
     learned = mixed(gate, Examples(noise, log_probs, present)).mean()
     assert float(learned) > float(equal_shares), "a gate knows the text it learned from"
     assert float(held_out_log_probs.mean()) < float(equal_shares) + 0.02

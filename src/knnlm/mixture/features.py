@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.mixture.interpolation import (
@@ -20,20 +20,15 @@ from knnlm.mixture.interpolation import (
     neighbor_log_weights,
     sum_by_token,
 )
-from knnlm.mixture.lm_summary import LIKELIEST, LMSummary
+from knnlm.mixture.lm_summary import LMSummary
 from knnlm.mixture.parameters import Parameters
 
 TEMPERATURES = (0.5, 1.0, 2.5)
 """The temperatures of an input's components, in units of the input's own."""
-PRODUCTS = ((1, 1.0), (2, 1.0))
-"""Further components: votes at one of TEMPERATURES, multiplied by a power of p_LM."""
-COMPONENTS = len(TEMPERATURES) + len(PRODUCTS)
-"""How many components each input has."""
 
 _MIDDLE = 1  # the component whose votes are features
 _LEAST_DISTANCE, _GREATEST_DISTANCE = 1e-2, 1e4  # copies have distance 0, absent neighbors +inf
 _LEAST_SHARE = 1e-4
-_LEAST_TOTAL = -14.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,77 +89,21 @@ def weigh(gate_input: GateInput, voters: Voters) -> Weighed:
     return Weighed(voters, log_weights, weights, most_votes, torch.stack(features, dim=1))
 
 
-class Products(NamedTuple):
-    """An input's votes multiplied by powers of p_LM: what both of them find probable.
-
-    Only the LM's likeliest tokens take part. log_weights: each voter's log share, in each of
-    PRODUCTS; −∞ throughout where no voter's token takes part. log_totals: the logarithms of what
-    the products were divided by; −∞ there. features: of the first product.
-    """
-
-    log_weights: Float[Tensor, "product query k"]
-    log_totals: Float[Tensor, "product query"]
-    features: Float[Tensor, "query feature"]
-
-    @property
-    def present(self) -> Bool[Tensor, "product query"]:
-        """Which products have a voter."""
-        return self.log_totals > -torch.inf
-
-    def by_token(self, lm: LMSummary, sums: TokenSums) -> Float[Tensor, "product vote"]:
-        """Return log p of each token that got a vote. sums: those votes."""
-        ranks = lm.ranks_of(sums.queries, sums.tokens)
-        log_probs = lm.log_probs_at(sums.queries, ranks)
-        products = [sums.log_probs[number] + power * log_probs for number, power in PRODUCTS]
-        totals = self.log_totals.nan_to_num(neginf=0.0)[:, sums.queries]
-        return torch.stack(products) - totals
-
-
-def multiply(own: Weighed, lm: LMSummary) -> Products:
-    """Multiply an input's votes by powers of p_LM (a product of experts, Hinton 2002)."""
-    queries = torch.arange(len(own.weights), device=own.weights.device)[:, None]
-    ranks = lm.ranks_of(queries, own.voters.tokens)
-    log_probs = lm.log_probs_at(queries, ranks)
-    products = [own.log_weights[number] + power * log_probs for number, power in PRODUCTS]
-    log_weights = torch.stack(products)
-    totals = log_weights.logsumexp(dim=2)
-    log_weights -= totals.nan_to_num(neginf=0.0)[:, :, None]
-    shares = torch.zeros_like(lm.log_probs)  # of the first product, of each of the likeliest
-    shares.scatter_add_(1, ranks.clamp_min(0), log_weights[0].exp())
-    most = shares.amax(dim=1)
-    features = [
-        totals[0].clamp_min(_LEAST_TOTAL),
-        most.clamp_min(_LEAST_SHARE).log(),
-        torch.special.entr(shares).sum(dim=1),
-        shares[:, 0].clamp_min(_LEAST_SHARE).log(),
-        (shares[:, 0] > most - _LEAST_SHARE).float(),
-    ]
-    return Products(log_weights, totals, torch.stack(features, dim=1))
-
-
-def present_components(own: Weighed, products: Products) -> Bool[Tensor, "query component"]:
-    """Return which of an input's components have voters."""
-    votes = own.voters.present[:, None].expand(-1, len(own.log_weights))
-    return torch.cat([votes, products.present.T], dim=1)
-
-
-def query_features(
-    lm: LMSummary, weighed: Sequence[Weighed], products: Sequence[Products]
-) -> Float[Tensor, "query feature"]:
-    """Return all that a gate sees of each query. weighed, products: of each input."""
+def query_features(lm: LMSummary, weighed: Sequence[Weighed]) -> Float[Tensor, "query feature"]:
+    """Return all that a gate sees of each query. weighed: the voters of each input."""
     parts = [torch.stack([lm.entropy, lm.log_prob], dim=1)]
-    for one, product in zip(weighed, products, strict=True):
+    for one in weighed:
         lm_favorite = (one.weights * (one.voters.tokens == lm.token[:, None])).sum(dim=1)
         same_favorite = lm_favorite > one.most_votes - _LEAST_SHARE
         log_share = lm_favorite.clamp_min(_LEAST_SHARE).log()
-        agreement = torch.stack([log_share, same_favorite.float()], dim=1)
-        parts += [one.features, agreement, product.features]
+        parts += [one.features, torch.stack([log_share, same_favorite.float()], dim=1)]
     return torch.cat(parts, dim=1)
 
 
 def count_features(inputs: Sequence[GateInput]) -> int:
     """Return how many features `query_features` gives."""
-    lm = LMSummary(torch.zeros(0), torch.zeros(0, LIKELIEST).long(), torch.zeros(0, LIKELIEST))
+    nothing = torch.zeros(0)
+    lm = LMSummary(nothing, nothing, nothing.long())
     voters = [Voters(torch.zeros(0, i.k), torch.zeros(0, i.k).long()) for i in inputs]
     weighed = [weigh(i, v) for i, v in zip(inputs, voters, strict=True)]
-    return query_features(lm, weighed, [multiply(one, lm) for one in weighed]).shape[1]
+    return query_features(lm, weighed).shape[1]

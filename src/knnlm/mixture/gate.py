@@ -17,13 +17,10 @@ from torch.nn import functional
 
 from knnlm.errors import DatastoreCorruptError
 from knnlm.mixture.features import (
-    COMPONENTS,
+    TEMPERATURES,
     GateInput,
-    Products,
     Weighed,
     count_features,
-    multiply,
-    present_components,
     query_features,
     weigh,
 )
@@ -68,7 +65,7 @@ class LearnedGate(nn.Module):
     def forward(self, lm: LMSummary, voters: Sequence[Voters]) -> list[Votes]:
         """Return how each input's voters enter the mixture; the LM has the rest of the weight.
 
-        A component without voters has weight 0, and leaves its share to the LM.
+        An input without voters has weight 0, and leaves its share to the LM.
         """
         parts = []
         for start in range(0, max(len(lm.token), 1), _QUERIES_AT_ONCE):
@@ -82,44 +79,32 @@ class LearnedGate(nn.Module):
 
     def choose(self, lm: LMSummary, weighed: Sequence[Weighed]) -> list[Votes]:
         """Return the votes of `forward` for voters that are weighed already."""
-        products = [multiply(own, lm) for own in weighed]
         votes = []
-        for own, product, (lmbda, log_shares) in zip(
-            weighed, products, self._choose(lm, weighed, products), strict=True
-        ):
-            components = torch.cat([own.log_weights, product.log_weights])
-            log_weights = (components + log_shares[:, :, None]).logsumexp(dim=0)
+        for own, (lmbda, log_shares) in zip(weighed, self._choose(lm, weighed), strict=True):
+            log_weights = (own.log_weights + log_shares[:, :, None]).logsumexp(dim=0)
             votes.append(Votes(log_weights, own.voters.tokens, lmbda))
         return votes
 
     def choose_by_token(
         self, lm: LMSummary, weighed: Sequence[Weighed], sums: Sequence[TokenSums]
     ) -> list[TokenVotes]:
-        """Return the votes of `choose` by token.
-
-        sums: of each input, a way for each temperature.
-        """
-        products = [multiply(own, lm) for own in weighed]
+        """Return the votes of `choose` by token. sums: of each input, a way for each component."""
         votes = []
-        for own, product, (lmbda, log_shares) in zip(
-            sums, products, self._choose(lm, weighed, products), strict=True
-        ):
-            components = torch.cat([own.log_probs, product.by_token(lm, own)])
-            log_probs = (components + log_shares.index_select(1, own.queries)).logsumexp(dim=0)
-            votes.append(TokenVotes(own.queries, own.tokens, log_probs, lmbda))
+        for own, (lmbda, log_shares) in zip(sums, self._choose(lm, weighed), strict=True):
+            log_probs = own.log_probs + log_shares.index_select(1, own.queries)
+            votes.append(TokenVotes(own.queries, own.tokens, log_probs.logsumexp(dim=0), lmbda))
         return votes
 
     def _choose(
-        self, lm: LMSummary, weighed: Sequence[Weighed], products: Sequence[Products]
+        self, lm: LMSummary, weighed: Sequence[Weighed]
     ) -> Iterator[tuple[Float[Tensor, " query"], Float[Tensor, "component query"]]]:
         """Yield each input's weight λ, and the logarithms of its components' shares of it."""
-        weights = self.weights(query_features(lm, weighed, products))
+        weights = self.weights(query_features(lm, weighed))
         parts = weights[:, 1:].chunk(len(self.inputs), dim=1)
-        for own, product, part in zip(weighed, products, parts, strict=True):
-            part = part * present_components(own, product)
+        for own, part in zip(weighed, parts, strict=True):
             lmbda = part.sum(dim=1)
             shares = part / lmbda[:, None].clamp_min(_TINY)  # a gate may be sure enough for λ = 0
-            yield lmbda, shares.log().T
+            yield lmbda.where(own.voters.present, 0.0), shares.log().T
 
     def weights(self, features: Float[Tensor, "query feature"]) -> Float[Tensor, "query component"]:
         """Return the weight of each component, the LM's first, before absent ones are left out."""
@@ -192,7 +177,7 @@ class LearnedGate(nn.Module):
         stored_inputs = stored["inputs"] if "inputs" in stored else stored["sources"]
         inputs = [GateInput(**gate_input) for gate_input in stored_inputs]
         made_for = len(mean), network[-1].shape[-1]
-        needed = count_features(inputs), 1 + COMPONENTS * len(inputs)
+        needed = count_features(inputs), 1 + len(TEMPERATURES) * len(inputs)
         if made_for != needed:
             raise DatastoreCorruptError(
                 f"a stored gate must have {needed[0]} features and {needed[1]} components, got "

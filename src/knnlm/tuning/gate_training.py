@@ -14,13 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from knnlm.mixture.features import (
-    GateInput,
-    multiply,
-    present_components,
-    query_features,
-    weigh,
-)
+from knnlm.mixture.features import GateInput, query_features, weigh
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.interpolation import Voters, target_knn_log_probs
 from knnlm.mixture.lm_summary import LMSummary
@@ -43,7 +37,7 @@ class Examples(NamedTuple):
     """The numbers for each token that training needs.
 
     log_probs: of the true token, the LM's first, then of each component of each input; −inf where a
-    component gives it nothing. present: whether each component has a voter.
+    component gives it nothing. present: whether the input of each component has a voter.
     """
 
     features: Float[Tensor, "token feature"]
@@ -65,15 +59,13 @@ def make_examples(
     for start in range(0, len(targets), _TOKENS_AT_ONCE):
         part = slice(start, start + _TOKENS_AT_ONCE)
         weighed = [weigh(i, select(own, part)) for i, own in zip(inputs, voters, strict=True)]
-        products = [multiply(own, select(lm, part)) for own in weighed]
         log_probs, present = [lm_log_probs[part]], []
-        for own, product in zip(weighed, products, strict=True):
+        for own in weighed:
             votes = own.voters.tokens == targets[part, None]
-            for weights in (*own.log_weights, *product.log_weights):
-                log_probs.append(target_knn_log_probs(weights, votes))
-            present.append(present_components(own, product))
-        features = query_features(select(lm, part), weighed, products)
-        parts.append(Examples(features, torch.stack(log_probs, dim=1), torch.cat(present, dim=1)))
+            log_probs += [target_knn_log_probs(weights, votes) for weights in own.log_weights]
+            present += [own.voters.present] * len(own.log_weights)
+        features = query_features(select(lm, part), weighed)
+        parts.append(Examples(features, torch.stack(log_probs, dim=1), torch.stack(present, dim=1)))
         if advance is not None:
             advance(len(features))
     return join(parts)
