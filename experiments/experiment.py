@@ -54,6 +54,7 @@ class Experiment:
         add("--work", type=Path, required=True, help="folder for datastores and neighbors")
         for split in ("train", "valid", "test"):
             add(f"--{split}", nargs="+", help="files, folders, globs or hf:NAME[:CONFIG][:SPLIT]")
+        add("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
         add("--text-column", default="text")
         add("--entries", type=int, help="maximum entries of a datastore")
         add("--valid-tokens", type=int, default=valid_tokens)
@@ -114,7 +115,7 @@ class Experiment:
         """The given collection, else the three default ones."""
         if self.arguments.train is not None:
             return [self.domain]
-        return [self.domain_named(name) for name in DOMAINS]
+        return [self.domain_named(name) for name in self.arguments.domains]
 
     def domain_named(self, name: str) -> Domain:
         """Return one of the three default collections."""
@@ -175,6 +176,7 @@ class Experiment:
     def _read(self, sources: Sequence[str], tokens: int, lm: LanguageModel) -> HeldOut:
         documents = self.documents(sources)
         digest = self._digest(lm, documents, self.scored, tokens)
+        digest = digest_of(digest, LMSummary._fields)  # what an older version kept lacks some
         tensors = self.kept(digest, lambda: self._score(documents, tokens, lm))
         ends = (tensors["targets"] == lm.start_token).nonzero()[:, 0].tolist()
         # every document except the first begins with a start token

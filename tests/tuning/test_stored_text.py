@@ -1,6 +1,7 @@
 """Tuning on the datastore's own text: what is read, what has no vote, and when it is done."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from stores import stored_keys
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.datastore.near_copies import find_copies, places_of_rows
-from knnlm.errors import DatastoreMismatchError, InvalidArgumentError
+from knnlm.errors import DatastoreCorruptError, DatastoreMismatchError, InvalidArgumentError
 from knnlm.evaluation.scoring import CacheRequest, ScoreRequest, score_documents
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build, compact
+from knnlm.mixture.features import GateInput
+from knnlm.mixture.gate import LearnedGate
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import read_keys
 from knnlm.text.documents import Document
@@ -357,3 +360,22 @@ def test_nothing_is_tuned_where_nothing_is_stored(
     store.forget(["*"])
     assert keep_tuned(store, llama_lm) is None
     assert not caplog.text
+
+
+def test_a_gate_of_another_version_is_replaced(
+    few_tokens: None, llama_lm: LanguageModel, tmp_path: Path
+) -> None:
+    store = build(tmp_path / "s", llama_lm, pages(4), window=64, tune=True)
+    tuned = store.mixture()
+    assert tuned is not None
+    assert store.parameters is not None
+    assert store.tuning is not None
+    sizes = [(3, 8), (8, 8), (8, 4)]
+    network = [t for i, o in sizes for t in (torch.zeros(1, i, o), torch.zeros(1, 1, o))]
+    old = LearnedGate([GateInput(5, 1.0)], torch.zeros(3), torch.ones(3), network)
+    store.save_parameters(store.parameters, store.tuning, replace(tuned, gate=old))
+    with refusal(DatastoreCorruptError, "features", "tune the datastore again"):
+        KNNLM(llama_lm, store)
+    assert keep_tuned(store, llama_lm) is not None
+    assert KNNLM(llama_lm, store).perplexity(pages(2)).tokens > 0
+    assert keep_tuned(store, llama_lm) is None, "it has not grown"

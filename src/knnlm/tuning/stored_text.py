@@ -27,7 +27,7 @@ from knnlm.tuning.held_out import CACHE_K, CACHE_SIZES, HeldOutText, at_most
 from knnlm.tuning.left_out import LeftOut, Queries, large_documents, leave_out, search_others
 from knnlm.tuning.stored_windows import StoredWindow, inputs_before, sample_windows
 
-DEFAULT_TOKENS = 32_768
+DEFAULT_TOKENS = 65_536
 _MOST_DIFFERENCE = 0.05  # of keys that are computed again, in units of their variance,
 _ROUNDING = 1e-3  # and of their squared length: what bfloat16 may lose
 

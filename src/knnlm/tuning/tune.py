@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from knnlm import display
+from knnlm.choices import Weights
 from knnlm.datastore.overlap import Overlap
 from knnlm.errors import InvalidArgumentError
 from knnlm.knn_lm import KNNLM
@@ -119,7 +120,7 @@ def tune(
     document has no vote for its own tokens, nor have its copies. stored: whether to use that text
     too; by default where there are no documents. seed: which part of it is read. windowing: of the
     documents; stored text is read as it was built. max_tokens: of the documents, by default all;
-    of stored text, by default 32,768.
+    of stored text, by default 65,536.
 
     For several datastores, first k and temperature of each alone, then all λ together. Then a
     continuous cache and, for a text of at least 2,048 tokens, the weights of each token: by gates,
@@ -128,7 +129,7 @@ def tune(
     """
     if not isinstance(model, KNNLM):
         stores = as_stores(model)
-        model = KNNLM(stores[0].load_model(), stores)
+        model = KNNLM(stores[0].load_model(), stores, weights=Weights.fixed)
     for retriever in model.retrievers:
         if len(retriever.store) == 0:
             raise InvalidArgumentError(

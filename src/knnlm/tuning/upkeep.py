@@ -3,8 +3,9 @@
 import logging
 from pathlib import Path
 
+from knnlm.choices import Weights
 from knnlm.datastore.datastore import Datastore, open_datastore
-from knnlm.errors import KNNLMError
+from knnlm.errors import DatastoreCorruptError, KNNLMError
 from knnlm.knn_lm import KNNLM
 from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
@@ -25,10 +26,11 @@ def keep_tuned(
     """Tune a datastore on its own text, and store what was found, if it is time to.
 
     It is time if the datastore was never tuned, or if it was tuned on its own text alone and has
-    grown by a quarter since. What was tuned on held-out text, or together with other datastores,
-    stays. Reads a twentieth of the new entries, which takes about a tenth of the time of building
-    them, but at least 8,192 tokens, if there are so many, and at most 32,768. Returns None where
-    nothing was done. Where tuning fails, the datastore stays as it is, and a warning says why.
+    grown by a quarter since, or what was stored then cannot be read, as after an update. What was
+    tuned on held-out text, or together with other datastores, stays. Reads a twentieth of the new
+    entries, which takes about a tenth of the time of building them, but at least 8,192 tokens, if
+    there are so many, and at most 65,536. Returns None where nothing was done. Where tuning fails,
+    the datastore stays as it is, and a warning says why.
     """
     store = open_datastore(store)
     before = _entries_when_tuned(store)
@@ -36,7 +38,8 @@ def keep_tuned(
         return None
     tokens = tokens_to_tune_on(len(store) - before)
     try:
-        tuning = tune(KNNLM(lm, store), max_tokens=tokens, progress=progress)
+        model = KNNLM(lm, store, weights=Weights.fixed)
+        tuning = tune(model, max_tokens=tokens, progress=progress)
         tuning.save(store)
     except KNNLMError as error:
         _LOG.warning("%s is built, but could not be tuned: %s", store.path, error)
@@ -56,5 +59,9 @@ def _entries_when_tuned(store: Datastore) -> int:
     origin = store.tuning or {}
     if origin.get("stored") is None or origin["text"] or origin["together_with"]:
         return len(store)
+    try:
+        store.mixture()
+    except DatastoreCorruptError:
+        return 0  # damaged, or with a gate of another version: only tuning again mends it
     entries: int = origin["entries"]
     return entries

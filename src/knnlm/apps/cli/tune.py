@@ -18,7 +18,7 @@ from knnlm.apps.cli.opening import (
 )
 from knnlm.apps.cli.reports import print_tuning
 from knnlm.apps.cli.texts import TextOptions, checked_texts
-from knnlm.choices import Boundary, ModelDtype, TextFormat
+from knnlm.choices import Boundary, ModelDtype, TextFormat, Weights
 from knnlm.errors import InvalidArgumentError
 from knnlm.rules import check_k
 
@@ -43,7 +43,7 @@ _MaxTokens = Annotated[
     int | None,
     typer.Option(
         help="Stop after this many tokens of TEXT, and of the stored text; by default all of TEXT, "
-        "32,768 of the stored text."
+        "65,536 of the stored text."
     ),
 ]
 _MaxK = Annotated[int, typer.Option(help="The largest k to try.")]
@@ -99,7 +99,8 @@ def tune(
         text_column, id_column, encoding, text_format, skip_bad, gitignore=gitignore
     )
     with _checked_if_given(text, reading, windows) as documents:
-        opened = open_model(store, also, ModelOptions(model, dtype, device), MixtureOptions())
+        unlearned = MixtureOptions(weights=Weights.fixed)  # a stored gate is replaced, not read
+        opened = open_model(store, also, ModelOptions(model, dtype, device), unlearned)
         picture = plot or store / "tuning.png"
         check_writable(store)
         check_file_to_write("plot", picture)
