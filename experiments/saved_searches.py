@@ -11,6 +11,7 @@ without a search, where a gate skips, where pointers are followed, and where bot
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ from knnlm.tuning.search_gate import fit_search_gate
 from knnlm.tuning.sweep import sweep
 
 SKIPPED = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
-LEAST = (1, 4, 16, 64)
-SKIPPED_TOO = 0.5
+LEAST = (4, 16, 64, 256)
+SKIPPED_TOO = (0.5, 0.6, 0.65, 0.7)
+LEAST_OF_BOTH = 64
 PAPERS = {"RetoMaton": 0.81, "He et al.": 0.5}
 
 
@@ -50,8 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     always = measure(test, log_probs(store, test, found, parameters))
     rules = {"skipped": [SavingRule(None, gate, gate.least_gain(share)) for share in SKIPPED]}
     rules["pointers"] = [SavingRule(least) for least in LEAST]
-    least_gain = gate.least_gain(SKIPPED_TOO)
-    rules["both"] = [SavingRule(least, gate, least_gain) for least in LEAST]
+    rules["both"] = [SavingRule(LEAST_OF_BOTH, gate, gate.least_gain(s)) for s in SKIPPED_TOO]
     curves: dict[str, list[dict[str, Any]]] = {}
     for name, tried in rules.items():
         curves[name] = []
@@ -82,7 +83,8 @@ def walked(
         one = slice(number, number + 1)
         tokens = None if number == 0 else [int(text.targets[number - 1])]
         searched = Neighbors(found.squared_distances[one], found.rows[one])
-        parts += walks.step(tokens, text.keys[one], matters[one], lambda _, own=searched: [own])
+        search = partial(_searched_before, searched)
+        parts += walks.step(tokens, text.keys[one], matters[one], search)
     joined = Neighbors(
         torch.cat([part.squared_distances for part in parts]),
         torch.cat([part.rows for part in parts]),
@@ -96,6 +98,10 @@ def log_probs(
     """Return log p of each token with these neighbors."""
     tokens = store.values[found.rows.clamp_min(0)].masked_fill(found.rows < 0, -1)
     return mixed(target_neighbors(text, Voters(found.squared_distances, tokens)), parameters)
+
+
+def _searched_before(searched: Neighbors, _: Tensor) -> list[Neighbors]:
+    return [searched]
 
 
 class NoIndex:

@@ -1,5 +1,6 @@
 """Saved searches: pointers against a slow walk, skipping, and both against searching always."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from knnlm.index.protocol import Neighbors
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.model.language_model import LanguageModel
+from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.pointers import Pointers
 from knnlm.retrieval.saved_searches import SavingRule, Walks, choose_saving
 from knnlm.text.documents import Document
@@ -125,6 +127,10 @@ def test_a_generation_that_always_searches_is_the_plain_one(
     assert few.searches_saved > 0.0 or "prompt_lookup_num_tokens" in options
 
 
+def search_rows(mixer: Mixer, queries: Tensor, some: Tensor) -> list[Neighbors]:
+    return mixer.find(queries[some])
+
+
 def test_sequences_of_a_batch_walk_apart(llama_lm: LanguageModel, store_path: Path) -> None:
     mixer = KNNLM(llama_lm, store_path, **GIVEN).mixer
     rule = SavingRule(pointers=1)
@@ -142,12 +148,8 @@ def test_sequences_of_a_batch_walk_apart(llama_lm: LanguageModel, store_path: Pa
                 order.reverse()
             queries = keys[order, time]
             tokens = None if time == 0 else [rows[number][time] for number in order]
-            (now,) = walks.step(
-                tokens,
-                queries,
-                matters[order],
-                lambda some, queries=queries: mixer.find(queries[some]),
-            )
+            search = partial(search_rows, mixer, queries)
+            (now,) = walks.step(tokens, queries, matters[order], search)
             back = [order.index(number) for number in sorted(order)]
             found.append(Neighbors(now.squared_distances[back], now.rows[back]))
         return found
@@ -256,7 +258,7 @@ def test_what_cannot_be_saved_is_refused(
 ) -> None:
     with refusal(InvalidArgumentError, "skip must have been tuned", "run knnlm tune"):
         KNNLM(llama_lm, store_path, skip=0.5)
-    with refusal(InvalidArgumentError, "skip must be", "got 1.5"):
+    with refusal(InvalidArgumentError, "skip must lie in [0, 1]", "got 1.5"):
         KNNLM(llama_lm, tuned_path, skip=1.5)
     with refusal(InvalidArgumentError, "pointers must be", "got 0"):
         KNNLM(llama_lm, store_path, pointers=0)

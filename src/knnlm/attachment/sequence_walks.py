@@ -89,14 +89,14 @@ class SequenceWalks:
         self.made += int(matters.sum())
         joined = []
         for earlier, end in zip(found, ends, strict=True):
-            columns = (
+            distances, rows = (
                 torch.cat([one.reshape(*keys.shape[:2], -1), other[:, None]], dim=1).flatten(0, 1)
                 for one, other in (
                     (earlier.squared_distances, end.squared_distances),
                     (earlier.rows, end.rows),
                 )
             )
-            joined.append(Neighbors(*columns, coverage=min(earlier.coverage, end.coverage)))
+            joined.append(Neighbors(distances, rows, min(earlier.coverage, end.coverage)))
         return joined
 
     def _go_on(

@@ -166,7 +166,7 @@ def evaluate(
         frequencies=tally.frequencies(),
         overlap=find_overlap([r.store for r in mixer.retrievers], text.documents, text.targets),
         unverified=mixer.unverified,
-        searches=saved and saved.searches,
+        searches=None if saved is None else saved.searches,
         seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),
     )
 

@@ -1,8 +1,8 @@
 """Saved searches: neighbors that are reached by pointers, or not needed, instead of searched for.
 
-A search is made where it matters, as far as the language model alone can tell, and where too few
-entries are reached by pointers. Elsewhere the reached entries are the neighbors; where none is
-reached, there are none, and the mixture is p_LM.
+Where pointers reach enough entries, these are the neighbors. Elsewhere a search is made, if it
+matters, as far as the language model alone can tell; if it does not, there are no neighbors, and
+the mixture is p_LM. (The votes of a few reached entries make predictions worse.)
 """
 
 from collections.abc import Callable, Sequence
@@ -30,9 +30,10 @@ Search = Callable[[Int[Tensor, " some"]], Sequence[Neighbors]]
 class SavingRule:
     """Where searches are saved.
 
-    pointers: a search is made where fewer entries than this are reached in some datastore (≥ 1);
-    None: pointers are not followed. gate, least_gain: and where the gate expects a search to gain
-    at least so many nats; without a gate, everywhere. Raises InvalidArgumentError.
+    pointers: reached entries are the neighbors where there are at least so many in each datastore
+    (≥ 1); None: pointers are not followed. gate, least_gain: elsewhere a search is made where the
+    gate expects it to gain at least so many nats; without a gate, always. Raises
+    InvalidArgumentError.
     """
 
     pointers: int | None = None
@@ -110,12 +111,12 @@ class Walks:
             for token, pointers in zip(tokens, self._pointers, strict=True):
                 for one in pointers:
                     one.follow(token)
-        lacking = [not self._reach_enough(pointers) for pointers in self._pointers]
-        needed = matters.cpu() & torch.tensor(lacking)
+        enough = torch.tensor([self._reach_enough(pointers) for pointers in self._pointers])
+        needed = matters.cpu() & ~enough
         self.made += int(needed.sum())
         self.positions += len(keys)
         found = search_some(search, self._retrievers, keys, needed)
-        for sequence in (~needed).nonzero()[:, 0].tolist():
+        for sequence in enough.nonzero()[:, 0].tolist():
             for one, neighbors in zip(self._pointers[sequence], found, strict=False):
                 reached = one.reach(keys[sequence])
                 neighbors.squared_distances[sequence] = reached.squared_distances[0]
@@ -141,11 +142,12 @@ def search_some(
 ) -> list[Neighbors]:
     """Return the neighbors of those queries that need them, from each retriever, none of others."""
     numbers = needed.nonzero()[:, 0]
-    searched = search(numbers) if len(numbers) else [None] * len(retrievers)
+    searched = list(search(numbers)) if len(numbers) else []
     if len(numbers) == len(queries) > 0:
-        return list(searched)
+        return searched
     found = []
-    for retriever, own in zip(retrievers, searched, strict=True):
+    for place, retriever in enumerate(retrievers):
+        own = searched[place] if searched else None
         shape = len(queries), retriever.parameters.k
         distances = torch.full(shape, torch.inf, device=queries.device)
         rows = torch.full(shape, -1, device=queries.device)
