@@ -25,6 +25,7 @@ import knnlm
 from knnlm.apps.cli.progress_bar import RichProgress
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
+from knnlm.index.protocol import Neighbors
 from knnlm.mixture.interpolation import Voters
 from knnlm.mixture.lm_summary import LMSummary
 from knnlm.mixture.rows import join
@@ -214,6 +215,14 @@ class Experiment:
         return {name: column.cpu().contiguous() for name, column in columns.items()}
 
     def voters(self, store: Datastore, held_out: HeldOut, kept_rows: int | None = None) -> Voters:
+        """Return the 1,024 nearest entries of each token as voters; see `neighbors`."""
+        found = self.neighbors(store, held_out, kept_rows)
+        tokens = store.values[found.rows.clamp_min(0)].masked_fill(~found.present, -1)
+        return Voters(found.squared_distances, tokens)
+
+    def neighbors(
+        self, store: Datastore, held_out: HeldOut, kept_rows: int | None = None
+    ) -> Neighbors:
         """Return the 1,024 nearest entries of each token, by exact search.
 
         kept_rows: search only this many entries, the first ones.
@@ -232,8 +241,7 @@ class Experiment:
 
         digest = digest_of(store.path.name, store.rows, held_out.digest, kept_rows)
         found = self.kept(digest, search)
-        tokens = store.values[found["rows"].clamp_min(0)].masked_fill(found["rows"] < 0, -1)
-        return Voters(found["squared_distances"], tokens)
+        return Neighbors(found["squared_distances"], found["rows"].long())
 
     def progress_over(self, parts: Sequence[Tensor], description: str) -> Iterator[Tensor]:
         """Yield tensors and report the rows done as progress."""

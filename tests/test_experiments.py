@@ -29,6 +29,7 @@ EXPERIMENTS = [
     "other_domain",
     "quantized_distances",
     "rare_and_factual",
+    "saved_searches",
     "self_tuning",
     "stranger",
     "sweep",

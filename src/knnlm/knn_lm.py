@@ -27,6 +27,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Retriever, Stores, as_stores
+from knnlm.retrieval.saved_searches import SavingRule, choose_saving
 from knnlm.rules import (
     LEAST_TEMPERATURE,
     check_min_p,
@@ -49,13 +50,14 @@ class Generation:
     """A continuation: its text, and its tokens with an end token if there was one.
 
     prompt: what it continues; of a conversation, the last message. coverage: the least of the
-    searches; see `Neighbors`.
+    searches; see `Neighbors`. searches_saved: the share of them that was saved.
     """
 
     prompt: str
     text: str
     tokens: list[int]
     coverage: float = 1.0
+    searches_saved: float = 0.0
 
 
 class KNNLM:
@@ -75,6 +77,9 @@ class KNNLM:
     token; `distance` chooses λ by the distance of the nearest neighbor, as tuned (Drozdov et al.
     2022); `fixed` is the paper's. By default learned where there is a gate and none of k, lmbda and
     temperature is given, else fixed.
+    pointers, skip: save searches, in `perplexity`, `generate` and `chat`. pointers: search only
+    where fewer entries than this follow the last neighbors (RetoMaton, Alon et al. 2022). skip: the
+    share of searches that are left out where the language model is sure, as tuned (He et al. 2021).
 
     Raises DatastoreMismatchError if a datastore was built with another model, and
     InvalidArgumentError for arguments outside their rules, such as λ that add up to more than 1.
@@ -91,6 +96,8 @@ class KNNLM:
         index: ForEach[Index] = None,
         cache: CacheParameters | bool = False,
         weights: str | None = None,
+        pointers: int | None = None,
+        skip: float = 0.0,
     ) -> None:
         stores = as_stores(store)
         if isinstance(lm, str | Path):
@@ -106,6 +113,9 @@ class KNNLM:
             lm, stores, index=index, cache=cache, weights=weights, **given
         )
         """Everything that is mixed with the language model, and how."""
+        self._choose_saving = partial(choose_saving, pointers=pointers, skip=skip)
+        self.saving: SavingRule | None = self._choose_saving(stores)
+        """Where `perplexity`, `generate` and `chat` save searches; None where they do not."""
         self._chosen = self.mixer
         self._choose_mixer = partial(open_mixer, lm, cache=cache, weights=weights, **given)
 
@@ -145,6 +155,7 @@ class KNNLM:
             try:
                 indexes = [retriever.index for retriever in retrievers]
                 model.mixer = self._choose_mixer(stores, index=indexes)
+                model.saving = self._choose_saving(stores)
             except InvalidArgumentError as error:
                 _LOG.warning("the parameters of %s stay as they are: %s", stores[0].path, error)
             model._chosen = model.mixer
@@ -185,6 +196,7 @@ class KNNLM:
             documents,
             windowing or self.windowing,
             max_tokens=max_tokens,
+            saving=self.saving,
             progress=progress,
         )
 
@@ -276,10 +288,10 @@ class KNNLM:
                 f"model's {lm.max_window} positions; shorten one of them"
             )
         options = lm.cache_options(len(tokens), len(tokens) + max_new_tokens) | options
-        with Attachment(lm, self.mixer) as attachment:
+        with Attachment(lm, self.mixer, self.saving) as attachment:
             new, ended = generate_tokens(lm, tokens, seed, max_new_tokens=max_new_tokens, **options)
         text = lm.decode(new[:-1] if ended else new, before=tokens[hidden:])
-        return Generation(prompt, text, new, attachment.coverage)
+        return Generation(prompt, text, new, attachment.coverage, attachment.searches_saved)
 
 
 _OPTION_RULES: dict[str, Callable[[object], float]] = {

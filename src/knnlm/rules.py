@@ -97,6 +97,11 @@ def check_lmbda(lmbda: object) -> float:
     return check_between("lmbda (λ)", lmbda, 0.0, 1.0, meaning=meaning)
 
 
+def check_share(name: str, share: object) -> float:
+    """Allow 0 ≤ share ≤ 1."""
+    return check_between(name, share, 0.0, 1.0, meaning="0 is none of the searches, 1 all")
+
+
 def check_temperature(temperature: object) -> float:
     """Allow 1e-30 ≤ T ≤ 1e30, for the neighbors' distances."""
     number = check_real("temperature", temperature)

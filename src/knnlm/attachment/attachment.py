@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import slice_logits_to_keep
 
 from knnlm.attachment.sequence_caches import SequenceCaches
+from knnlm.attachment.sequence_walks import SequenceWalks
 from knnlm.errors import AttachmentError, UnsupportedModelError
 from knnlm.index.protocol import Index
 from knnlm.mixture.continuous_cache import CacheParameters
@@ -25,6 +26,7 @@ from knnlm.model.keyed_model import KeyedModel
 from knnlm.model.wrapped import forget_compiled_code
 from knnlm.retrieval.mixer import Mixer, open_mixer
 from knnlm.retrieval.retriever import ForEach, GivenParameters, Stores, as_stores
+from knnlm.retrieval.saved_searches import SavingRule, choose_saving
 from knnlm.threads import BackgroundThread
 
 _AHEAD = 4  # sequences; more keep all cores busy, so that searching during the head gains nothing
@@ -43,7 +45,7 @@ class Attachment:
     Raises AttachmentError if the model already has an attachment.
     """
 
-    def __init__(self, keyed: KeyedModel, mixer: Mixer) -> None:
+    def __init__(self, keyed: KeyedModel, mixer: Mixer, saving: SavingRule | None = None) -> None:
         self.model: PreTrainedModel = keyed.model
         self.mixer = mixer
         if self.model in _ATTACHED:
@@ -61,6 +63,7 @@ class Attachment:
         begin = torch.compiler.disable(self._search_ahead)  # type: ignore[no-untyped-call]
         self._captured = self._hooks.enter_context(keyed.capture(begin))
         self._caches = SequenceCaches(mixer, keyed.name)
+        self._walks = None if saving is None else SequenceWalks(mixer, saving, keyed.name)
         hook = self.model.register_forward_hook(
             torch.compiler.disable(self._mix_output),  # type: ignore[no-untyped-call]
             with_kwargs=True,
@@ -73,6 +76,11 @@ class Attachment:
         """The least coverage of the searches so far; see `Neighbors`."""
         self.attached = True
         _ATTACHED.add(self.model)
+
+    @property
+    def searches_saved(self) -> float:
+        """The share of the searches so far that were saved."""
+        return 0.0 if self._walks is None else self._walks.saved
 
     def detach(self) -> None:
         """Leave the model as it was; raises AttachmentError if already detached."""
@@ -96,7 +104,7 @@ class Attachment:
         """Begin searching for a few new positions while the model's head runs, which is slower."""
         self._pending.search = None
         few = keys.shape[1] == 1 and len(keys) <= _AHEAD
-        if few and keys.is_cpu and self.mixer.counts:
+        if few and keys.is_cpu and self.mixer.counts and self._walks is None:
             queries = keys[:, 0]
             self._pending.search = self._ahead.begin(lambda: self.mixer.search(queries))
 
@@ -168,7 +176,11 @@ class Attachment:
             cache_view = select(self._caches.read(given, output, read.detach()), kept.flatten())
         lm_log_probs = self._keyed.log_probs(logits)
         begun = self._pending.search
-        retrieved = self.mixer.search(keys) if begun is None else begun.result()
+        if self._walks is not None:
+            found = self._walks.find(given, output, keys, lm_log_probs)
+            retrieved = self.mixer.prepare(found)
+        else:
+            retrieved = self.mixer.search(keys) if begun is None else begun.result()
         self.coverage = min(self.coverage, retrieved.coverage)
         return self.mixer.mix(retrieved, cache_view, lm_log_probs).log_probs
 
@@ -183,6 +195,8 @@ def attach(
     index: ForEach[Index] = None,
     cache: CacheParameters | bool = False,
     weights: str | None = None,
+    pointers: int | None = None,
+    skip: float = 0.0,
 ) -> Attachment:
     """Let an unmodified HF causal LM answer with the kNN-LM's mixture.
 
@@ -202,7 +216,7 @@ def attach(
     keyed = KeyedModel(model, key=stores[0].settings.key)
     given: GivenParameters = {"k": k, "lmbda": lmbda, "temperature": temperature}
     mixer = open_mixer(keyed, stores, index=index, cache=cache, weights=weights, **given)
-    return Attachment(keyed, mixer)
+    return Attachment(keyed, mixer, choose_saving(stores, pointers, skip))
 
 
 def _first_with_three_dimensions(output: tuple[Any, ...]) -> int:

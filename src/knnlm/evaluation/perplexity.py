@@ -12,6 +12,7 @@ from knnlm import display
 from knnlm.choices import Boundary
 from knnlm.datastore.overlap import Overlap, find_overlap
 from knnlm.errors import InvalidArgumentError
+from knnlm.evaluation.saved_searches import SavedSearches, Searches
 from knnlm.evaluation.scoring import ScoreRequest, mixed_log_probs, score_documents
 from knnlm.evaluation.tally import FrequencyBucket, Tally, perplexity_of
 from knnlm.mixture.continuous_cache import CacheParameters
@@ -20,6 +21,7 @@ from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import EncodedDocument
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
+from knnlm.retrieval.saved_searches import SavingRule
 from knnlm.text.documents import Document
 from knnlm.text.windows import Windowing
 
@@ -81,6 +83,7 @@ class PerplexityReport:
     generalize to other documents; None, like the errors, for a text of one block. frequencies: from
     tokens that the datastores lack to the most frequent. overlap: how much of the text is stored.
     unverified: the datastores that were imported and not proved, whose keys may be another model's.
+    searches: what was saved of them; None where every token was searched for.
     """
 
     documents: int
@@ -101,6 +104,7 @@ class PerplexityReport:
     frequencies: tuple[FrequencyBucket, ...]
     overlap: Overlap
     unverified: tuple[str, ...]
+    searches: Searches | None
     seconds: Seconds
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,21 +136,25 @@ def evaluate(
     windowing: Windowing,
     *,
     max_tokens: int | None = None,
+    saving: SavingRule | None = None,
     progress: Progress = SILENT,
 ) -> PerplexityReport:
     """Score a text with the LM and with the kNN-LM.
 
+    saving: gives each token the neighbors that it has where searches are saved.
     If `max_tokens` cuts a document, its words and bytes are counted in the decoded scored tokens.
     Raises InvalidArgumentError, also for a text without tokens.
     """
     started = time.perf_counter()
     lm_seconds = search_seconds = 0.0
     tally = Tally(mixer.retrievers, lm.vocab_size)
-    request = ScoreRequest.for_mixer(mixer, windowing.boundary)
+    request = ScoreRequest.for_mixer(mixer, windowing.boundary, saving)
+    saved = None if saving is None else SavedSearches(mixer, saving, windowing.boundary)
     text = score_documents(
         lm, documents, windowing, request, max_tokens=max_tokens, progress=progress
     )
-    for scores in text.scores:
+    for scored in text.scores:
+        scores = scored if saved is None else saved.thinned(scored)
         tally.add(scores, mixed_log_probs(scores, mixer))
         lm_seconds += scores.lm_seconds
         search_seconds += scores.search_seconds
@@ -176,6 +184,7 @@ def evaluate(
         frequencies=tally.frequencies(),
         overlap=find_overlap([r.store for r in mixer.retrievers], text.documents, text.targets),
         unverified=mixer.unverified,
+        searches=None if saved is None else saved.searches,
         seconds=Seconds(lm_seconds, search_seconds, time.perf_counter() - started),
     )
 

@@ -32,6 +32,7 @@ from knnlm.model.reading import (
 from knnlm.progress import SILENT, Progress
 from knnlm.retrieval.mixer import Mixer
 from knnlm.retrieval.retriever import Retriever
+from knnlm.retrieval.saved_searches import SavingRule, search_some
 from knnlm.text.documents import Document
 from knnlm.text.windows import Window, Windowing, document_windows, stream_windows
 
@@ -56,16 +57,20 @@ class ScoreRequest:
 
     retrievers: those to search, whatever their λ. cache: the pairs of the continuous cache to find.
     summary: whether to summarize the model's whole distribution. likeliest: how many of the
-    model's likeliest tokens to name.
+    model's likeliest tokens to name. saving: only tokens for which a search matters are searched
+    for; then `summary` is needed where it has a gate.
     """
 
     retrievers: tuple[Retriever, ...]
     cache: CacheRequest | None = None
     summary: bool = False
     likeliest: int = 0
+    saving: SavingRule | None = None
 
     @classmethod
-    def for_mixer(cls, mixer: Mixer, boundary: str) -> "ScoreRequest":
+    def for_mixer(
+        cls, mixer: Mixer, boundary: str, saving: SavingRule | None = None
+    ) -> "ScoreRequest":
         """Return the request for everything that a mixer needs."""
         cache = None
         if mixer.uses_cache:
@@ -74,7 +79,8 @@ class ScoreRequest:
             cache = CacheRequest(
                 (parameters.size,), parameters.votes.k, parameters.similarity, boundary
             )
-        return cls(mixer.searched, cache, mixer.gate is not None)
+        summary = mixer.gate is not None or (saving is not None and saving.gate is not None)
+        return cls(mixer.searched, cache, summary, saving=saving)
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +217,7 @@ class _Scorer:
         likeliest = [part.likeliest for part in parts if part.likeliest is not None]
         lm_summary = LMSummary(*(column.cpu() for column in join(summaries))) if summaries else None
         read = time.perf_counter()
-        neighbors = tuple(retriever.search(queries) for retriever in request.retrievers)
+        neighbors = self._search(queries, lm_summary)
         cache_neighbors = self._find_in_cache(
             windows, torch.split(queries, [window.new for window in windows])
         )
@@ -228,6 +234,18 @@ class _Scorer:
             read - started,
             searched - read,
         )
+
+    def _search(
+        self, queries: Float[Tensor, "query dim"], lm: LMSummary | None
+    ) -> tuple[Neighbors, ...]:
+        retrievers, saving = self._request.retrievers, self._request.saving
+        if saving is None or saving.gate is None:
+            return tuple(retriever.search(queries) for retriever in retrievers)
+
+        def search(some: Int[Tensor, " some"]) -> list[Neighbors]:
+            return [retriever.search(queries[some]) for retriever in retrievers]
+
+        return tuple(search_some(search, retrievers, queries, saving.matters(lm, queries)))
 
     def _find_in_cache(
         self, windows: Sequence[Window], keys: Sequence[Float[Tensor, "_ dim"]]

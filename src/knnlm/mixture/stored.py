@@ -15,6 +15,7 @@ from knnlm.mixture.by_distance import BucketedLambda
 from knnlm.mixture.continuous_cache import CacheParameters
 from knnlm.mixture.gate import LearnedGate
 from knnlm.mixture.parameters import Parameters
+from knnlm.mixture.search_gate import SearchGate
 from knnlm.rules import check_lmbda
 
 
@@ -26,6 +27,7 @@ class TunedMixture:
     are fixed. by_distance: λ of a single datastore by the nearest distance, with its own k and T.
     gate: chooses the weights of the language model and the datastores; cache_gate: of these and the
     cache. None where the tuning text was too short; a gate also where fixed weights predict better.
+    search_gate: says where a search matters.
     """
 
     cache: CacheParameters
@@ -33,6 +35,7 @@ class TunedMixture:
     by_distance: BucketedLambda | None = None
     gate: LearnedGate | None = None
     cache_gate: LearnedGate | None = None
+    search_gate: SearchGate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain values, for JSON."""
@@ -41,6 +44,8 @@ class TunedMixture:
         parts = {name: gate.state_dict() for name, gate in learned.items()}
         if self.by_distance is not None:
             parts["by_distance"] = asdict(self.by_distance)
+        if self.search_gate is not None:
+            parts["search_gate"] = asdict(self.search_gate)
         data = save(
             {
                 f"{name}.{part}": tensor.contiguous()
@@ -72,6 +77,7 @@ class TunedMixture:
             for lmbda in stored["lmbdas"]:
                 check_lmbda(lmbda)
             buckets = parts.get("by_distance")
+            searches = parts.get("search_gate")
             return cls(
                 CacheParameters(**cache),
                 tuple(stored["lmbdas"]),
@@ -80,6 +86,7 @@ class TunedMixture:
                     name: LearnedGate.from_dict(gate, parts[name])
                     for name, gate in stored["gates"].items()
                 },
+                search_gate=None if searches is None else SearchGate.from_tensors(searches),
             )
         except (KeyError, TypeError, ValueError, SafetensorError) as error:
             raise DatastoreCorruptError(

@@ -146,10 +146,15 @@ class Mixer:
 
     def search(self, keys: Float[Tensor, "*position dim"]) -> Retrieved:
         """Search each retriever in `searched`, and do all that needs no language model."""
-        queries = keys.flatten(0, -2)
-        searched = self.searched if len(queries) else ()
-        neighbors = [retriever.search(queries) for retriever in searched]
-        pairs = list(zip(searched, neighbors, strict=True))
+        return self.prepare(self.find(keys.flatten(0, -2)))
+
+    def find(self, queries: Float[Tensor, "query dim"]) -> list[Neighbors]:
+        """Search each retriever in `searched`; nothing for no queries."""
+        return [one.search(queries) for one in self.searched] if len(queries) else []
+
+    def prepare(self, neighbors: Sequence[Neighbors]) -> Retrieved:
+        """Do all that needs no language model. neighbors: of each retriever, as `find` returns."""
+        pairs = list(zip(self.searched, neighbors, strict=False))
         if self.gate is None:
             votes = [retriever.vote(nearest) for retriever, nearest in pairs]
             return Retrieved(neighbors, votes, [one.by_token() for one in votes])

@@ -21,6 +21,7 @@ from knnlm.progress import SILENT, Progress
 from knnlm.tuning.by_distance import fit_by_distance
 from knnlm.tuning.gate_training import fit_gate, make_examples
 from knnlm.tuning.held_out import CACHE_K, CACHE_SIZES, HeldOutText
+from knnlm.tuning.search_gate import fit_search_gate
 from knnlm.tuning.weights import fit_weights, knn_ratios, log_gains
 
 LEAST_TOKENS = 2048
@@ -48,7 +49,7 @@ class Fit:
 def fit_mixture(
     text: HeldOutText, parameters: Sequence[Parameters], progress: Progress = SILENT
 ) -> tuple[TunedMixture, tuple[Fit, ...]]:
-    """Fit a continuous cache, λ by distance, and gates without and with the cache.
+    """Fit a continuous cache, λ by distance, gates without and with the cache, and a search gate.
 
     parameters: the best fixed ones of each datastore. Also returns what each way to mix gives. A
     gate is kept where it predicts text that it was not fitted to better than fixed weights predict
@@ -77,8 +78,11 @@ def fit_mixture(
     inputs = [GateInput(p.k, p.temperature) for p in parameters]
     gate, log_probs = _fit_gate(text, inputs, voters, progress)
     fits.append(_fit("learned weights", text, log_probs, held_out=True))
+    gains = fixed
     if fits[-1].perplexity < fixed_fit.perplexity:
         mixture = replace(mixture, gate=gate)
+        gains = log_probs.double() - text.lm_log_probs.double()
+    mixture = replace(mixture, search_gate=fit_search_gate(text.lm, text.keys, gains))
 
     inputs.append(GateInput(CACHE_K, cache.votes.temperature))
     voters.append(text.cache_neighbors[CACHE_SIZES.index(cache.size)].voters)

@@ -45,14 +45,15 @@ class TargetNeighbors(NamedTuple):
 class HeldOutText:
     """Everything that tuning needs to know about each token of a held-out text.
 
-    lm_log_probs: log p_LM of the true tokens, the targets. voters: for each datastore.
-    cache_neighbors: for a continuous cache of each of CACHE_SIZES. overlap: how much of the text is
-    stored, known of the whole text.
+    lm_log_probs: log p_LM of the true tokens, the targets. keys: of the positions before them.
+    voters: for each datastore. cache_neighbors: for a continuous cache of each of CACHE_SIZES.
+    overlap: how much of the text is stored, known of the whole text.
     """
 
     targets: Int[Tensor, " token"]
     lm_log_probs: Float[Tensor, " token"]
     lm: LMSummary
+    keys: Float[Tensor, "token dim"]
     voters: tuple[Voters, ...]
     cache_neighbors: tuple[CacheNeighbors, ...]
     overlap: Overlap | None = None
@@ -72,6 +73,7 @@ class HeldOutText:
             torch.cat([part.targets for part in parts]),
             torch.cat([part.lm_log_probs for part in parts]),
             join([part.lm for part in parts]),
+            torch.cat([part.keys for part in parts]),
             tuple(map(join, zip(*(p.voters for p in parts), strict=True))),
             tuple(map(join_cache_neighbors, zip(*(p.cache_neighbors for p in parts), strict=True))),
         )
@@ -118,7 +120,12 @@ def read_held_out(
         )
         parts.append(
             HeldOutText(
-                scores.targets, scores.lm_log_probs, scores.lm, voters, scores.cache_neighbors
+                scores.targets,
+                scores.lm_log_probs,
+                scores.lm,
+                scores.keys,
+                voters,
+                scores.cache_neighbors,
             )
         )
     if not parts:

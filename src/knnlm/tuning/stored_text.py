@@ -98,7 +98,9 @@ def read_stored(
             group = windows[read_windows : read_windows + len(scores.windows)]
             cached = _find_in_cache(store, lm, group, scores.keys)
             parts.append(
-                HeldOutText(scores.targets, scores.lm_log_probs, scores.lm, voters, cached)
+                HeldOutText(
+                    scores.targets, scores.lm_log_probs, scores.lm, scores.keys, voters, cached
+                )
             )
             read_tokens += len(scores.targets)
             read_windows += len(group)

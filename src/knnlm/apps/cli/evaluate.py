@@ -19,6 +19,8 @@ def evaluate(
     temperature: options.Temperature = None,
     cache: options.Cache = False,
     weights: options.Weights = None,
+    pointers: options.Pointers = None,
+    skip: options.Skip = 0.0,
     max_tokens: options.MaxTokens = None,
     window: options.Window = None,
     context: options.Context = None,
@@ -44,7 +46,7 @@ def evaluate(
     reading = TextOptions(
         text_column, id_column, encoding, text_format, skip_bad, gitignore=gitignore
     )
-    mixture = MixtureOptions(k, lmbda, temperature, weights, cache)
+    mixture = MixtureOptions(k, lmbda, temperature, weights, cache, pointers=pointers, skip=skip)
     with checked_texts(text, reading) as documents:
         opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
         report = opened.perplexity(

@@ -33,6 +33,8 @@ def generate(
     temperature: options.Temperature = None,
     cache: options.Cache = False,
     weights: options.Weights = None,
+    pointers: options.Pointers = None,
+    skip: options.Skip = 0.0,
     chat: _Chat = False,
     max_new_tokens: _MaxNewTokens = 64,
     sample: options.Sample = False,
@@ -53,7 +55,7 @@ def generate(
     """
     check_sampling_temperature(sampling_temperature)
     check_top_p(top_p)
-    mixture = MixtureOptions(k, lmbda, temperature, weights, cache, coverage)
+    mixture = MixtureOptions(k, lmbda, temperature, weights, cache, coverage, pointers, skip)
     opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
     sampling: dict[str, Any] = (
         {"do_sample": True, "temperature": sampling_temperature, "top_p": top_p, "top_k": 0}

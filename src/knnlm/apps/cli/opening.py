@@ -31,7 +31,7 @@ class MixtureOptions:
     """How to mix; k, lmbda and temperature: one value for all datastores, or one for each.
 
     None or an empty list stands for the tuned values. coverage: what searches on a cluster may
-    leave out.
+    leave out. pointers, skip: how searches are saved.
     """
 
     k: list[int] | None = None
@@ -40,6 +40,8 @@ class MixtureOptions:
     weights: Weights | None = None
     cache: bool = False
     coverage: Coverage = Coverage.whole
+    pointers: int | None = None
+    skip: float = 0.0
 
 
 def load_model(store: "Datastore", model: ModelOptions) -> "LanguageModel":
@@ -58,6 +60,7 @@ def open_model(
     from knnlm.index.report import describe_index
     from knnlm.knn_lm import KNNLM
     from knnlm.retrieval.retriever import choose_parameters
+    from knnlm.retrieval.saved_searches import choose_saving
 
     stores = [Datastore(each) for each in (path, *(also or ()))]
     given = {
@@ -66,13 +69,23 @@ def open_model(
         "temperature": _single_or_list(mixture.temperature),
     }
     choose_parameters(stores, **given)
+    choose_saving(stores, mixture.pointers, mixture.skip)
     for store in stores:
         warn_of_poor_recall(store.path, describe_index(store.catalog))
     lm = load_model(stores[0], model)
     for store in stores:
         store.check_model(lm)
     indexes = [open_index(store, str(lm.device), mixture.coverage) for store in stores]
-    return KNNLM(lm, stores, **given, index=indexes, cache=mixture.cache, weights=mixture.weights)
+    return KNNLM(
+        lm,
+        stores,
+        **given,
+        index=indexes,
+        cache=mixture.cache,
+        weights=mixture.weights,
+        pointers=mixture.pointers,
+        skip=mixture.skip,
+    )
 
 
 def _single_or_list(values: list[Any] | None) -> Any:

@@ -111,6 +111,23 @@ Weights = Annotated[
         "default learned if a gate was tuned and no k, λ or T is given, otherwise fixed."
     ),
 ]
+Pointers = Annotated[
+    int | None,
+    typer.Option(
+        help="Save searches: search only where fewer entries than this follow the last "
+        "neighbors in their texts (RetoMaton).",
+        min=1,
+    ),
+]
+Skip = Annotated[
+    float,
+    typer.Option(
+        help="Save searches: leave out this share of them, where the language model is sure, as "
+        "tuned.",
+        min=0.0,
+        max=1.0,
+    ),
+]
 Sample = Annotated[
     bool, typer.Option("--sample", help="Sample instead of taking the most likely token.")
 ]

@@ -50,6 +50,10 @@ def print_perplexity(report: "PerplexityReport") -> None:
         change = f"± {report.change_error * 100:.1f} %"
         table.add_row(f"± over {report.errors_over}", *errors, change, style="dim")
     OUT.print(table)
+    if report.searches is not None:
+        OUT.print(
+            f"{report.searches.made:,} searches, {report.searches.saved:.1%} of the tokens without"
+        )
     _print_frequencies(report)
     seconds = report.seconds
     OUT.print(
