@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import knnlm
-from knnlm.apps.engine.decoding import Decoder
+from knnlm.model.decoding import Decoder
 from knnlm.apps.engine.jobs import Completion, Failed, Grown, Overrides
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.sampling import SamplingOptions

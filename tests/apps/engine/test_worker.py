@@ -20,7 +20,7 @@ import knnlm.apps.engine.steps
 import knnlm.apps.engine.worker
 import knnlm.retrieval.mixer
 import knnlm.tuning.fitting
-from knnlm.apps.engine.decoding import Decoder
+from knnlm.model.decoding import Decoder
 from knnlm.apps.engine.jobs import (
     Completion,
     Event,

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.apps.engine.decoding import Step
+from knnlm.model.decoding import Step
 from knnlm.evaluation.explain import Evidence, Explainer
 from knnlm.evaluation.explanation import Explanation
 from knnlm.index.protocol import Neighbors

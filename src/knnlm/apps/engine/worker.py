@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.apps.engine.calls import Calls
-from knnlm.apps.engine.decoding import CachedSequences, Decoder, Step
+from knnlm.model.decoding import CachedSequences, Decoder, Step
 from knnlm.apps.engine.followed_model import FollowedModel
 from knnlm.apps.engine.jobs import (
     Completion,
