@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import knnlm
-from knnlm.model.decoding import Decoder
 from knnlm.errors import UnsupportedModelError
+from knnlm.model.decoding import Decoder
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import read_keys, read_scores
 from knnlm.text.windows import Window

@@ -82,12 +82,16 @@ class DraftedDecoding:
             _Row(own[None], DraftedText(own[seen.bool()].tolist()))
             for own, seen in zip(input_ids, mask.to(input_ids.device), strict=True)
         ]
-        self._decode(rows, mask.cpu(), given["logits_processor"], given["stopping_criteria"], config)
+        self._decode(
+            rows, mask.cpu(), given["logits_processor"], given["stopping_criteria"], config
+        )
         longest = max(row.tokens.shape[1] for row in rows)
         padding = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
         return torch.cat(
             [
-                torch.nn.functional.pad(row.tokens, (0, longest - row.tokens.shape[1]), value=padding)
+                torch.nn.functional.pad(
+                    row.tokens, (0, longest - row.tokens.shape[1]), value=padding
+                )
                 for row in rows
             ]
         )
@@ -113,8 +117,10 @@ class DraftedDecoding:
             and (cache is None or (isinstance(cache, DynamicCache) and not cache.get_seq_length()))
             and (mask is None or mask.dim() == 2)
         )
-        if not is_plain or not mixer.counts or not self._decoder.takes_back(
-            int(generation_config.max_length)
+        if (
+            not is_plain
+            or not mixer.counts
+            or not self._decoder.takes_back(int(generation_config.max_length))
         ):
             return False
         if len(input_ids) == 1:

@@ -102,9 +102,7 @@ class DraftedText:
         for token in chosen:
             self._drafter.push(token)
 
-    def guess(
-        self, searched: Sequence[tuple[Retriever, Neighbors]], query: int, most: int
-    ) -> None:
+    def guess(self, searched: Sequence[tuple[Retriever, Neighbors]], query: int, most: int) -> None:
         """Guess what follows, at most so many tokens; see `Drafter.draft`."""
         self._draft = self._drafter.draft(searched, query).first(most)
 

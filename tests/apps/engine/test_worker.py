@@ -20,7 +20,6 @@ import knnlm.apps.engine.steps
 import knnlm.apps.engine.worker
 import knnlm.retrieval.mixer
 import knnlm.tuning.fitting
-from knnlm.model.decoding import Decoder
 from knnlm.apps.engine.jobs import (
     Completion,
     Event,
@@ -40,6 +39,7 @@ from knnlm.index.policy import build_index
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.mixture.by_distance import BucketedLambda
+from knnlm.model.decoding import Decoder
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.retriever import Retriever
 from knnlm.text.documents import Document

@@ -35,6 +35,14 @@ class Metrics:
         self.generated_tokens = Counter(
             "knnlm_generated_tokens", "Tokens generated.", registry=self._registry
         )
+        self.drafted_tokens = Counter(
+            "knnlm_drafted_tokens", "Tokens of drafts read.", registry=self._registry
+        )
+        self.accepted_tokens = Counter(
+            "knnlm_accepted_tokens",
+            "Tokens of drafts that were the ones generated.",
+            registry=self._registry,
+        )
         self.model_seconds = Counter(
             "knnlm_model_seconds", "Spent in the language model.", registry=self._registry
         )
