@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
 
+from knnlm.model.few_rows import FewRows
 from knnlm.model.key_places import KeyCapture
 from knnlm.model.keyed_model import KeyedModel
+from knnlm.model.roomy_cache import RoomyCache
 
 
 class Step(NamedTuple):
@@ -51,6 +52,7 @@ class Decoder:
         self._lm = lm
         self._captured = captured
         self._rules = lm.cache_rules
+        self._few_rows = FewRows(lm.model)
         accepted = inspect.signature(lm.model.forward).parameters
         self._takes_use_cache = "use_cache" in accepted
         self._can_skip_logits = "logits_to_keep" in accepted
@@ -130,7 +132,7 @@ class Decoder:
                 tokens, cache = known, None
         if cache is None and self._rules.shared:
             # full layers even if the model's attention slides: they can be padded and joined
-            cache = DynamicCache()
+            cache = RoomyCache()
         options: dict[str, Any] = {}
         if self._rules.cache is not None:
             options[self._rules.cache] = cache
@@ -143,7 +145,7 @@ class Decoder:
             options["position_ids"] = positions.clamp_min(0).to(device)
         if self._can_skip_logits:
             options["logits_to_keep"] = keep
-        with torch.inference_mode():
+        with torch.inference_mode(), self._few_rows.reading(tokens.numel()):
             output = self._lm.model(input_ids=tokens.to(device), **options)
         keys = self._captured.keys.to(device).float()[:, -new:]
         cache = None if self._rules.cache is None else getattr(output, self._rules.cache)
@@ -171,7 +173,7 @@ class Decoder:
     def join(self, parts: Sequence[CachedSequences]) -> CachedSequences:
         """Join several batches into one; all must grow within `shares_batches`."""
         longest = max(part.mask.shape[1] for part in parts)
-        joined = DynamicCache()
+        joined = RoomyCache()
         for number in range(len(parts[0].cache.layers)):
             layers = [part.cache.layers[number] for part in parts]
             joined.update(
@@ -193,7 +195,7 @@ class Decoder:
         chosen = list(sequences)
         mask = batch.mask[chosen]
         first = int(mask.argmax(dim=1).min())
-        selected = DynamicCache()
+        selected = RoomyCache()
         for number, layer in enumerate(batch.cache.layers):
             keys, values = layer.keys[chosen], layer.values[chosen]
             selected.update(keys[..., first:, :], values[..., first:, :], number)

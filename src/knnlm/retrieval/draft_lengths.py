@@ -13,7 +13,7 @@ from knnlm.retrieval.drafts import NO_DRAFT, Draft, Drafter
 from knnlm.retrieval.retriever import Retriever
 
 _ASSUMED_COST = 0.1
-"""What each further position costs at first, in passes that read one; measured as soon as any is."""
+"""What each further position costs at first, in passes that read one; then it is measured."""
 _LEAST_GAIN = 1.04  # in tokens a second; what is expected may be wrong
 _REMEMBERED = 32  # passes whose time is remembered
 _TRUST = 6.0  # tokens before what a text shows counts as much as what texts have shown on average
