@@ -215,10 +215,10 @@ class KNNLM:
         generation config only says which tokens end a text: its penalties, bans and sampling
         options count if they are given here. seed: makes sampling repeatable and leaves torch's own
         random numbers alone. drafts: whether the model may read several tokens in one pass, guessed
-        from the datastores and the text; the words are the same without. Any of the model's `end_tokens`
-        ends the text and is left out of it.
-        The prompt and the text together are what the tokens say. Raises InvalidArgumentError for
-        arguments outside their rules, and if prompt and continuation do not fit the model.
+        from the datastores and the text; the words are the same without. Any of the model's
+        `end_tokens` ends the text and is left out of it. The prompt and the text together are what
+        the tokens say. Raises InvalidArgumentError for arguments outside their rules, and if prompt
+        and continuation do not fit the model.
         """
         check_text("prompt", prompt)
         tokens = [self.lm.start_token, *self.encode(prompt)]

@@ -9,6 +9,7 @@ long a draft pays.
 import time
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
@@ -38,6 +39,7 @@ _BY_ROW = (
     MaxLengthCriteria,
     EosTokenCriteria,
 )
+_COSTS: WeakKeyDictionary[PreTrainedModel, PassCosts] = WeakKeyDictionary()
 _KNOWN_ARGUMENTS = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep"}
 
 
@@ -52,6 +54,7 @@ class _Row:
 class Attached(Protocol):
     """What is attached: its mixer, and what it found for the positions that the last pass kept."""
 
+    model: PreTrainedModel
     mixer: Mixer
     retrieved: Retrieved
 
@@ -66,7 +69,7 @@ class DraftedDecoding:
     def __init__(self, attachment: Attached, decoder: Decoder) -> None:
         self._attachment = attachment
         self._decoder = decoder
-        self._costs = PassCosts()
+        self._costs = _COSTS.setdefault(attachment.model, PassCosts())
 
     def __call__(
         self, model: PreTrainedModel, input_ids: Int[Tensor, "batch time"], **given: Any

@@ -27,7 +27,7 @@ class FewRows:
             and module.weight.dtype == torch.float32
             and "forward" not in vars(module)
         ]
-        self._helps = torch.backends.mkl.is_available() and not torch.compiler.is_compiling()
+        self._helps: bool = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
     @contextmanager
     def reading(self, rows: int) -> Iterator[None]:

@@ -23,6 +23,8 @@ class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
+        self.keys: Tensor
+        self.values: Tensor
         self._key_room = _Room()
         self._value_room = _Room()
 

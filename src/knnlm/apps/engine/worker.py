@@ -308,9 +308,7 @@ class Worker:
     def _advance(self, batch: _Batch) -> None:
         """Read the last token of every sample, with a draft after it, and choose what follows."""
         started = time.perf_counter()
-        texts = [sample.text for sample in batch.samples]
-        if all(text is not None for text in texts):
-            choose_lengths([text for text in texts if text is not None], self._costs)
+        choose_lengths([sample.text for sample in batch.samples], self._costs)
         pieces = [sample.piece for sample in batch.samples]
         width = max(map(len, pieces))
         step, batch.cached = self._decoder.advance(pieces, batch.cached)
