@@ -111,10 +111,14 @@ WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "static cache": (PROMPTS[:1], {"cache_implementation": "static"}),
     "prompt lookup": (PROMPTS[:1], {"prompt_lookup_num_tokens": 3}),
     "assisted": (PROMPTS[:1], {"assistant_model": tiny_llama(seed=7)}),
+    "drafts": (PROMPTS[:1], {}),
+    "drafts, padded batch": (PROMPTS, {}),
+    "drafts, sampling": (PROMPTS[:1], {"do_sample": True, "top_k": 0}),
 }
 RECURRENT = {"static cache", "prompt lookup", "assisted"}  # a state cannot be taken back
 
 
+@pytest.mark.usefixtures("eager_drafts")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_generating_equals_the_slow_loop(
     of_family: tuple[LanguageModel, Datastore], way: str
@@ -131,7 +135,9 @@ def test_every_way_of_generating_equals_the_slow_loop(
         logits_processor=[SlowMixture(lm, store, padding)],
         **({} if plain else options),
     )
-    with attach(lm.model, store, **GIVEN):
+    with attach(lm.model, store, **GIVEN) as attachment:
+        if way.startswith("drafts"):
+            options = options | {"custom_generate": attachment.with_drafts}
         assert generated(lm, inputs, **options) == expected
     if way == "greedy":
         assert generated(lm, inputs) != expected, "the datastore must matter here"

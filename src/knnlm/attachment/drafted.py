@@ -8,7 +8,7 @@ long a draft pays.
 
 import time
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import torch
@@ -51,6 +51,7 @@ class _Row:
     text: DraftedText
 
 
+@runtime_checkable
 class Attached(Protocol):
     """What is attached: its mixer, and what it found for the positions that the last pass kept."""
 

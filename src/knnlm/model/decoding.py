@@ -18,6 +18,8 @@ from knnlm.model.key_places import KeyCapture
 from knnlm.model.keyed_model import KeyedModel
 from knnlm.model.roomy_cache import RoomyCache
 
+_MOST_PADDING = 16  # columns that are padding in all sequences; dropping them copies the cache
+
 
 class Step(NamedTuple):
     """Some positions that the model has read: their keys, and log p_LM of each next token."""
@@ -168,6 +170,11 @@ class Decoder:
                         states[row, :, columns:] = states[row, :, :-columns].clone()
         for row, columns in extra.items():
             mask[row] = torch.nn.functional.pad(mask[row, :-columns], (columns, 0))
+        first = int(mask.argmax(dim=1).min())
+        if first >= _MOST_PADDING:
+            for layer in batch.cache.layers:
+                layer.keys, layer.values = layer.keys[..., first:, :], layer.values[..., first:, :]
+            mask = mask[:, first:]
         return CachedSequences(mask, batch.cache, None)
 
     def join(self, parts: Sequence[CachedSequences]) -> CachedSequences:

@@ -10,7 +10,7 @@ Knows neighbors and tokens; knows no model. How long a draft pays: `draft_length
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -22,8 +22,6 @@ LONGEST_DRAFT = 12
 _PLACES = 32  # whose continuations are compared, in each source
 _LONGEST_MATCH = 12  # tokens before a place that are compared with the text
 _GRAM = 2  # tokens that the text itself must repeat before it is continued likewise
-
-Tokens: TypeAlias = Int[np.ndarray, " token"]
 
 
 class Draft(NamedTuple):
@@ -43,6 +41,16 @@ class Draft(NamedTuple):
 
 
 NO_DRAFT = Draft([], [], [])
+
+
+class _Continuations(NamedTuple):
+    """What stands at some places, and how many tokens before agree with the text's last ones.
+
+    tokens: −1 beyond a place's end.
+    """
+
+    tokens: Int[np.ndarray, "place ahead"]
+    matches: Int[np.ndarray, " place"]
 
 
 class Drafter:
@@ -77,11 +85,9 @@ class Drafter:
             _continued_in_store(retriever, neighbors, query, recent)
             for retriever, neighbors in searched
         ]
-        continuations = np.concatenate([one[0] for one in found])
-        matches = np.concatenate([one[1] for one in found])
-        return _agree(continuations, matches)
+        return _follow(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
-    def _continued_in_text(self, recent: Tokens) -> tuple[np.ndarray, np.ndarray]:
+    def _continued_in_text(self, recent: Int[np.ndarray, " recent"]) -> _Continuations:
         gram = tuple(recent[:_GRAM][::-1].tolist())
         places = np.array(self._places.get(gram, ())[-1 - _PLACES : -1], np.int64)
         text = self._text[: self._length]
@@ -90,8 +96,8 @@ class Drafter:
 
 
 def _continued_in_store(
-    retriever: Retriever, neighbors: Neighbors, query: int, recent: Tokens
-) -> tuple[np.ndarray, np.ndarray]:
+    retriever: Retriever, neighbors: Neighbors, query: int, recent: Int[np.ndarray, " recent"]
+) -> _Continuations:
     """Continue the nearest neighbors that voted for the text's last token."""
     rows = neighbors.rows[query].cpu().numpy()
     values = retriever.store.values.numpy()
@@ -101,18 +107,23 @@ def _continued_in_store(
 
 
 def _continued(
-    tokens: Tokens, places: np.ndarray, stops: np.ndarray, recent: Tokens
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return what stands at some places, −1 beyond their ends, and how many tokens before agree."""
+    tokens: Int[np.ndarray, " token"],
+    places: Int[np.ndarray, " place"],
+    stops: Int[np.ndarray, " place"],
+    recent: Int[np.ndarray, " recent"],
+) -> _Continuations:
+    """Continue places as far as their stops; recent: the text's last tokens, the last one first."""
     ahead = places[:, None] + np.arange(LONGEST_DRAFT)
     is_there = ahead < stops[:, None]
     continuations = np.where(is_there, tokens[np.where(is_there, ahead, 0)], -1)
     behind = places[:, None] - 1 - np.arange(len(recent))
     agrees = (behind >= 0) & (tokens[behind] == recent)
-    return continuations, np.logical_and.accumulate(agrees, axis=1).sum(axis=1)
+    return _Continuations(continuations, np.logical_and.accumulate(agrees, axis=1).sum(axis=1))
 
 
-def _agree(continuations: np.ndarray, matches: np.ndarray) -> Draft:
+def _follow(
+    continuations: Int[np.ndarray, "place ahead"], matches: Int[np.ndarray, " place"]
+) -> Draft:
     """Follow, token by token, the places with the longest matches."""
     draft = Draft([], [], [])
     for depth in range(LONGEST_DRAFT):

@@ -99,8 +99,10 @@ def ask(lm: LanguageModel, text: str, overrides: Overrides | None = None, **opti
     return Asked(job, events)
 
 
-def work(model: KNNLM, *asked: Asked, together: bool = True) -> None:
-    worker = Worker(model, Metrics())
+def work(
+    model: KNNLM, *asked: Asked, together: bool = True, metrics: Metrics | None = None
+) -> None:
+    worker = Worker(model, metrics or Metrics())
     for one in asked:
         worker.begin(one.job)
         while not together and worker.jobs:
@@ -132,6 +134,7 @@ def model(path: Path) -> KNNLM:
     return KNNLM(fresh_lm(), Datastore(path), **PARAMETERS)
 
 
+@pytest.mark.usefixtures("eager_drafts")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_generates_as_transformers_does(tmp_path: Path, family: str) -> None:
     """Rows of different lengths in one batch; prompts beyond a sliding window of 64."""
@@ -139,7 +142,7 @@ def test_every_family_generates_as_transformers_does(tmp_path: Path, family: str
     store = build(tmp_path / "s", lm, distinct_documents(2), window=48, context=16)
     model = KNNLM(lm, store, **PARAMETERS)
     texts = [*TEXTS, (PROSE * 2)[:400]]
-    wanted = [model.generate(text, max_new_tokens=12) for text in texts]
+    wanted = [model.generate(text, max_new_tokens=12, drafts=False) for text in texts]
     asked = [ask(lm, text) for text in texts]
     assert max(len(one.job.prompt) for one in asked) > 80
     work(model, *asked)
@@ -488,7 +491,7 @@ def test_what_is_no_number_is_one_samples_own(
             return step, cached
 
         monkeypatch.setattr(Decoder, "advance", advance)
-        run(Worker(model, Metrics()), asked)
+        run(Worker(model, Metrics(), drafts=False), asked)
         monkeypatch.setattr(Decoder, "advance", original)
         assert {n for n, one in enumerate(asked) if isinstance(one.events[-1], Failed)} == bad
         for number in set(range(len(SHORTEST_FIRST))) - bad:
@@ -513,7 +516,7 @@ def test_a_search_that_fails_is_one_samples_own(
         return original(mixer, step)
 
     monkeypatch.setattr(knnlm.apps.engine.worker, "mix_step", mix)
-    run(Worker(model, Metrics()), asked)
+    run(Worker(model, Metrics(), drafts=False), asked)
     assert bad_keys
     for number, one in enumerate(asked):
         if number == 1:
@@ -539,6 +542,7 @@ def test_a_short_prompt_is_read_beside_long_ones(
     assert all(one.reasons for one in long_ones)
 
 
+@pytest.mark.usefixtures("eager_drafts")
 def test_running_samples_keep_their_state(tmp_path: Path) -> None:
     """What is begun goes on as if nothing was forgotten, compacted, appended or indexed."""
     path = tiny_store(tmp_path / "store")
