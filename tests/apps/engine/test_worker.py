@@ -30,6 +30,7 @@ from knnlm.apps.engine.jobs import (
     ScoredToken,
 )
 from knnlm.apps.engine.metrics import Metrics
+from knnlm.apps.engine.samples import Sample
 from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.apps.engine.worker import Worker
 from knnlm.datastore.compaction import compact
@@ -447,19 +448,67 @@ def test_fixed_and_distance_weights_share_a_batch(path: Path) -> None:
         assert shared == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.usefixtures("eager_drafts")
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "samples": 2, "sources": 2}])
+def test_drafts_change_no_word(model: KNNLM, options: dict[str, Any]) -> None:
+    """Rows of one batch accept as much as each can, and drop out at different times."""
+
+    def completed(*, drafts: bool) -> tuple[list[Asked], Metrics]:
+        asked = [ask(model.lm, text, max_tokens=30 + n, **options) for n, text in enumerate(TEXTS)]
+        metrics = Metrics()
+        run(Worker(model, metrics, drafts), asked)
+        return asked, metrics
+
+    (drafted, metrics), (plain, without) = completed(drafts=True), completed(drafts=False)
+    for one, other in zip(drafted, plain, strict=True):
+        assert (one.texts, one.reasons) == (other.texts, other.reasons)
+        for ours, theirs in zip(one.tokens(), other.tokens(), strict=True):
+            assert (ours.token, ours.text, ours.offset) == (
+                theirs.token,
+                theirs.text,
+                theirs.offset,
+            )
+            if ours.explanation is not None and theirs.explanation is not None:
+                rows = [[s.row for s in e.sources] for e in (ours.explanation, theirs.explanation)]
+                assert rows[0] == rows[1]
+    assert metrics.accepted_tokens._value.get() > 20
+    assert without.drafted_tokens._value.get() == 0
+
+
+@pytest.mark.usefixtures("eager_drafts")
+def test_samples_with_drafts_have_the_mixtures_distribution(model: KNNLM) -> None:
+    """The token after an accepted draft, drawn 800 times, against the mixture itself."""
+    samples, prompt = 800, PROSE[:60]
+    asked = ask(model.lm, prompt, max_tokens=2, samples=samples, temperature=1.0, seed=7)
+    metrics = Metrics()
+    work(model, asked, metrics=metrics)
+    assert metrics.accepted_tokens._value.get() > samples / 10
+    pairs = [[scored.token for scored in asked.tokens(number)] for number in range(samples)]
+    first = Counter(pair[0] for pair in pairs).most_common(1)[0][0]
+    drawn = Counter(pair[1] for pair in pairs if pair[0] == first and len(pair) == 2)
+    text = torch.tensor([[*asked.job.prompt, first]])
+    expected = model.log_probs(text)[0, -1].double().exp()
+    count = sum(drawn.values())
+    assert count > 50
+    for token, times in drawn.most_common(5):
+        p = float(expected[token])
+        assert abs(times - count * p) < 4 * (count * p * (1 - p)) ** 0.5 + 1
+    assert float(expected[[*drawn]].sum()) > 0.5
+
+
 def test_a_failure_hits_its_own_request_alone(
     model: KNNLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [ask(model.lm, text) for text in TEXTS]
     bad = asked[2].job
 
-    def grow(self: Worker, sample: Any, *rest: Any) -> bool:
-        if sample.job is bad and sample.tokens == 4:
+    def choose(self: Sample, *rest: Any) -> bool:
+        if self.job is bad and self.tokens == 4:
             raise RuntimeError("no memory left")
-        return bool(original(self, sample, *rest))
+        return bool(original(self, *rest))
 
-    original = Worker._grow
-    monkeypatch.setattr(Worker, "_grow", grow)
+    original = Sample._choose
+    monkeypatch.setattr(Sample, "_choose", choose)
     worker = Worker(model, Metrics())
     for one in asked:
         worker.begin(one.job)
