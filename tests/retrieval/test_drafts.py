@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import tiny_llama
 from stores import distinct_documents
+from transformers import PreTrainedTokenizerFast
 
 from knnlm.datastore.datastore import Datastore
 from knnlm.index.exact import ExactIndex
@@ -17,8 +18,10 @@ from knnlm.retrieval.retriever import Retriever
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory, tokenizer: object) -> Datastore:
-    lm = LanguageModel(tiny_llama(), tokenizer, name="tiny")  # type: ignore[arg-type]
+def store(
+    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
+) -> Datastore:
+    lm = LanguageModel(tiny_llama(), tokenizer, name="tiny")
     return build(tmp_path_factory.mktemp("drafts") / "s", lm, distinct_documents(3), window=48)
 
 

@@ -471,29 +471,41 @@ def test_drafts_change_no_word(model: KNNLM, options: dict[str, Any]) -> None:
             if ours.explanation is not None and theirs.explanation is not None:
                 rows = [[s.row for s in e.sources] for e in (ours.explanation, theirs.explanation)]
                 assert rows[0] == rows[1]
-    assert metrics.accepted_tokens._value.get() > 20
+    assert metrics.accepted_tokens._value.get() > 5
     assert without.drafted_tokens._value.get() == 0
 
 
 @pytest.mark.usefixtures("eager_drafts")
 def test_samples_with_drafts_have_the_mixtures_distribution(model: KNNLM) -> None:
-    """The token after an accepted draft, drawn 800 times, against the mixture itself."""
-    samples, prompt = 800, PROSE[:60]
-    asked = ask(model.lm, prompt, max_tokens=2, samples=samples, temperature=1.0, seed=7)
+    """A drafted token and the one after it, drawn 800 times, against the mixture itself."""
+    samples = 800
+    asked = ask(
+        model.lm,
+        PROSE[:60],
+        Overrides(lmbda=0.95),
+        max_tokens=3,
+        samples=samples,
+        temperature=1.0,
+        seed=7,
+    )
     metrics = Metrics()
     work(model, asked, metrics=metrics)
     assert metrics.accepted_tokens._value.get() > samples / 10
-    pairs = [[scored.token for scored in asked.tokens(number)] for number in range(samples)]
-    first = Counter(pair[0] for pair in pairs).most_common(1)[0][0]
-    drawn = Counter(pair[1] for pair in pairs if pair[0] == first and len(pair) == 2)
-    text = torch.tensor([[*asked.job.prompt, first]])
-    expected = model.log_probs(text)[0, -1].double().exp()
-    count = sum(drawn.values())
-    assert count > 50
-    for token, times in drawn.most_common(5):
-        p = float(expected[token])
-        assert abs(times - count * p) < 4 * (count * p * (1 - p)) ** 0.5 + 1
-    assert float(expected[[*drawn]].sum()) > 0.5
+    texts = [[scored.token for scored in asked.tokens(number)] for number in range(samples)]
+    likelier = KNNLM(model.lm, model.retrievers[0].store, **PARAMETERS | {"lmbda": 0.95})
+    for length in (1, 2):
+        prefix, _ = Counter(tuple(one[:length]) for one in texts).most_common(1)[0]
+        drawn = Counter(
+            one[length] for one in texts if tuple(one[:length]) == prefix and len(one) > length
+        )
+        text = torch.tensor([[*asked.job.prompt, *prefix]])
+        expected = likelier.log_probs(text)[0, -1].double().exp()
+        count = sum(drawn.values())
+        assert count > 50
+        for token, times in drawn.most_common(5):
+            p = float(expected[token])
+            assert abs(times - count * p) < 4 * (count * p * (1 - p)) ** 0.5 + 1
+        assert float(expected[[*drawn]].sum()) > 0.5
 
 
 def test_a_failure_hits_its_own_request_alone(
