@@ -46,22 +46,18 @@ class Sample:
         chosen, and whether the sample goes on.
         """
         draft = self.piece[1:]
-        chosen: list[int] = []
-        for position, guess in enumerate([*draft, None], start=first):
-            goes_on = self._choose(lm, metrics, mixed, position)
-            if not goes_on:
-                return len(chosen) + 1, False
-            chosen.append(self.last_token)
-            if self.last_token != guess:
+        for count, guess in enumerate([*draft, None], start=1):
+            goes_on = self._choose(lm, metrics, mixed, first + count - 1)
+            if not goes_on or self.last_token != guess:
                 break
-        if self.text is not None:
+        metrics.drafted_tokens.inc(len(draft))
+        metrics.accepted_tokens.inc(count - 1)
+        if self.text is not None and goes_on:
             searched = list(zip(mixed.retrievers, mixed.neighbors, strict=True))
-            self.text.push(chosen)
+            self.text.push([*draft[: count - 1], self.last_token])
             room = self.job.max_tokens - self.tokens - 1
-            self.text.guess(searched, first + len(chosen) - 1, room)
-            metrics.drafted_tokens.inc(len(draft))
-            metrics.accepted_tokens.inc(len(chosen) - 1)
-        return len(chosen), True
+            self.text.guess(searched, first + count - 1, room)
+        return count, goes_on
 
     def _choose(self, lm: LanguageModel, metrics: Metrics, mixed: MixedStep, position: int) -> bool:
         """Choose the token that follows a position, and post its text; return whether to go on."""
