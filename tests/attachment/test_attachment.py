@@ -144,6 +144,22 @@ def test_every_way_of_generating_equals_the_slow_loop(
     assert not lm.model._forward_hooks
 
 
+@pytest.mark.usefixtures("eager_drafts")
+def test_drafts_take_fewer_passes(llama: tuple[LanguageModel, Datastore]) -> None:
+    lm, store = llama
+    for prompts in (PROMPTS[:1], PROMPTS):
+        inputs, _ = padded(lm, prompts)
+        passes = []
+        with attach(lm.model, store, **GIVEN | {"lmbda": 0.9}) as attachment:
+            hook = lm.model.register_forward_hook(lambda *_: passes.append(1))
+            plain = generated(lm, inputs, max_new_tokens=40)
+            count = len(passes)
+            options = {"custom_generate": attachment.with_drafts, "max_new_tokens": 40}
+            assert generated(lm, inputs, **options) == plain
+            hook.remove()
+        assert len(passes) - count < count - 3
+
+
 class Recorded:
     """Exact search that counts its queries."""
 

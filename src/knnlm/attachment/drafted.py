@@ -40,7 +40,13 @@ _BY_ROW = (
     EosTokenCriteria,
 )
 _COSTS: WeakKeyDictionary[PreTrainedModel, PassCosts] = WeakKeyDictionary()
-_KNOWN_ARGUMENTS = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN_ARGUMENTS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+}
 
 
 @dataclass(slots=True)
@@ -120,6 +126,7 @@ class DraftedDecoding:
             and given.get("use_cache", True)
             and (cache is None or (isinstance(cache, DynamicCache) and not cache.get_seq_length()))
             and (mask is None or mask.dim() == 2)
+            and _counts_from_0(given.get("position_ids"), mask)
         )
         if (
             not is_plain
@@ -205,3 +212,14 @@ class DraftedDecoding:
         for number, (row, column) in enumerate(zip(rows, columns, strict=True)):
             room = int(config.max_length) - row.tokens.shape[1] - 1
             row.text.guess(searched, number * width + column, max(room, 0))
+
+
+def _counts_from_0(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether positions are those that `generate` gives to tokens after padding."""
+    if positions is None:
+        return True
+    real = torch.ones_like(positions) if mask is None else mask
+    if real.shape != positions.shape:
+        return False
+    counted = real.cumsum(dim=-1) - 1
+    return torch.equal(positions[real.bool()], counted[real.bool()])
