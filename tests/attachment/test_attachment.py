@@ -149,9 +149,9 @@ def test_drafts_take_fewer_passes(llama: tuple[LanguageModel, Datastore]) -> Non
     lm, store = llama
     for prompts in (PROMPTS[:1], PROMPTS):
         inputs, _ = padded(lm, prompts)
-        passes = []
+        passes: list[int] = []
         with attach(lm.model, store, **GIVEN | {"lmbda": 0.9}) as attachment:
-            hook = lm.model.register_forward_hook(lambda *_: passes.append(1))
+            hook = lm.model.register_forward_hook(lambda *_, own=passes: own.append(1))
             plain = generated(lm, inputs, max_new_tokens=40)
             count = len(passes)
             options = {"custom_generate": attachment.with_drafts, "max_new_tokens": 40}
