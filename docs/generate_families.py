@@ -21,11 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import knnlm
-from knnlm.apps.engine.decoding import Decoder
 from knnlm.apps.engine.jobs import Completion, Failed, Grown, Overrides
 from knnlm.apps.engine.metrics import Metrics
 from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.apps.engine.worker import Worker
+from knnlm.model.decoding import Decoder
 
 PAGE = Path(__file__).with_name("families.md")
 TEXT = (

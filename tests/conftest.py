@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from knnlm.model.language_model import LanguageModel
+from knnlm.retrieval import draft_lengths
 from knnlm.text.documents import Document
 
 # more threads only get in each other's way on models this small
@@ -82,6 +83,14 @@ def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
         eos_token_id=1,
     )
     return GPT2LMHeadModel(config).eval()
+
+
+@pytest.fixture
+def eager_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is guessed is read, whether it pays or not."""
+    monkeypatch.setattr(draft_lengths, "_LEAST_GAIN", 0.0)
+    monkeypatch.setattr(draft_lengths.PassCosts, "knows", lambda *_: True)
+    monkeypatch.setattr(draft_lengths.PassCosts, "of", lambda *_: 1.0)
 
 
 @pytest.fixture(scope="session")

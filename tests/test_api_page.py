@@ -35,6 +35,7 @@ INTERNAL = {
     "BucketedLambda",
     "Catalog",
     "ChatTemplate",
+    "DraftedDecoding",
     "Encoder",
     "Explainable",
     "ForEach",

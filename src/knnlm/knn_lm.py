@@ -228,6 +228,7 @@ class KNNLM:
         *,
         max_new_tokens: int = 64,
         seed: int | None = None,
+        drafts: bool = True,
         **options: Any,
     ) -> Generation:
         """Continue a prompt, greedily unless `do_sample=True`.
@@ -236,13 +237,17 @@ class KNNLM:
         where temperature is the sampling temperature; all of them act on the mixture. The model's
         generation config only says which tokens end a text: its penalties, bans and sampling
         options count if they are given here. seed: makes sampling repeatable and leaves torch's own
-        random numbers alone. Any of the model's `end_tokens` ends the text and is left out of it.
-        The prompt and the text together are what the tokens say. Raises InvalidArgumentError for
-        arguments outside their rules, and if prompt and continuation do not fit the model.
+        random numbers alone. drafts: whether the model may read several tokens in one pass, guessed
+        from the datastores and the text; the words are the same without. Any of the model's
+        `end_tokens` ends the text and is left out of it. The prompt and the text together are what
+        the tokens say. Raises InvalidArgumentError for arguments outside their rules, and if prompt
+        and continuation do not fit the model.
         """
         check_text("prompt", prompt)
         tokens = [self.lm.start_token, *self.encode(prompt)]
-        return self._continue(prompt, tokens, 1, max_new_tokens, seed=seed, options=options)
+        return self._continue(
+            prompt, tokens, 1, max_new_tokens, seed=seed, drafts=drafts, options=options
+        )
 
     def chat(
         self,
@@ -250,6 +255,7 @@ class KNNLM:
         *,
         max_new_tokens: int = 256,
         seed: int | None = None,
+        drafts: bool = True,
         **options: Any,
     ) -> Generation:
         """Answer a conversation through the model's chat template, greedily unless told otherwise.
@@ -265,7 +271,9 @@ class KNNLM:
         ends = sorted(self.lm.end_tokens | template.turn_ends)
         options = {"eos_token_id": ends or None} | options
         prompt = messages[-1]["content"]
-        return self._continue(prompt, tokens, 0, max_new_tokens, seed=seed, options=options)
+        return self._continue(
+            prompt, tokens, 0, max_new_tokens, seed=seed, drafts=drafts, options=options
+        )
 
     def _continue(
         self,
@@ -275,6 +283,7 @@ class KNNLM:
         max_new_tokens: int,
         *,
         seed: int | None,
+        drafts: bool,
         options: dict[str, Any],
     ) -> Generation:
         """Continue tokens, the first `hidden` of which belong to no text."""
@@ -289,6 +298,8 @@ class KNNLM:
             )
         options = lm.cache_options(len(tokens), len(tokens) + max_new_tokens) | options
         with Attachment(lm, self.mixer, self.saving) as attachment:
+            if drafts and not _OTHER_LOOPS & options.keys():
+                options["custom_generate"] = attachment.with_drafts
             new, ended = generate_tokens(lm, tokens, seed, max_new_tokens=max_new_tokens, **options)
         text = lm.decode(new[:-1] if ended else new, before=tokens[hidden:])
         return Generation(prompt, text, new, attachment.coverage, attachment.searches_saved)
@@ -301,6 +312,10 @@ _OPTION_RULES: dict[str, Callable[[object], float]] = {
     "min_p": check_min_p,
     "repetition_penalty": check_repetition_penalty,
 }
+
+
+_OTHER_LOOPS = {"custom_generate", "assistant_model", "streamer"}
+"""Options of `generate` that `custom_generate` would not get, or would replace."""
 
 
 def _checked(options: dict[str, Any]) -> dict[str, Any]:

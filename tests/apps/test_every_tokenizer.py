@@ -92,7 +92,8 @@ def random_answers(model: KNNLM, **options: Any) -> Iterator[Answer]:
 
 def test_generated_text_continues_the_prompt(model: KNNLM, family: str) -> None:
     tokens = model.encode(PROMPT)
-    for options in [{}, *({"do_sample": True, "seed": seed} for seed in range(6))]:
+    ways: list[dict[str, Any]] = [{}, *({"do_sample": True, "seed": seed} for seed in range(6))]
+    for options in ways:
         generation = model.generate(PROMPT, max_new_tokens=20, **options)
         kept = [token for token in generation.tokens if token not in model.lm.end_tokens]
         whole = detokenize(model.lm.tokenizer, [*tokens, *kept])

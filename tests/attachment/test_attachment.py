@@ -111,10 +111,14 @@ WAYS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "static cache": (PROMPTS[:1], {"cache_implementation": "static"}),
     "prompt lookup": (PROMPTS[:1], {"prompt_lookup_num_tokens": 3}),
     "assisted": (PROMPTS[:1], {"assistant_model": tiny_llama(seed=7)}),
+    "drafts": (PROMPTS[:1], {}),
+    "drafts, padded batch": (PROMPTS, {}),
+    "drafts, sampling": (PROMPTS[:1], {"do_sample": True, "top_k": 0}),
 }
 RECURRENT = {"static cache", "prompt lookup", "assisted"}  # a state cannot be taken back
 
 
+@pytest.mark.usefixtures("eager_drafts")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_generating_equals_the_slow_loop(
     of_family: tuple[LanguageModel, Datastore], way: str
@@ -131,11 +135,29 @@ def test_every_way_of_generating_equals_the_slow_loop(
         logits_processor=[SlowMixture(lm, store, padding)],
         **({} if plain else options),
     )
-    with attach(lm.model, store, **GIVEN):
+    with attach(lm.model, store, **GIVEN) as attachment:
+        if way.startswith("drafts"):
+            options = options | {"custom_generate": attachment.with_drafts}
         assert generated(lm, inputs, **options) == expected
     if way == "greedy":
         assert generated(lm, inputs) != expected, "the datastore must matter here"
     assert not lm.model._forward_hooks
+
+
+@pytest.mark.usefixtures("eager_drafts")
+def test_drafts_take_fewer_passes(llama: tuple[LanguageModel, Datastore]) -> None:
+    lm, store = llama
+    for prompts in (PROMPTS[:1], PROMPTS):
+        inputs, _ = padded(lm, prompts)
+        passes: list[int] = []
+        with attach(lm.model, store, **GIVEN | {"lmbda": 0.9}) as attachment:
+            hook = lm.model.register_forward_hook(lambda *_, own=passes: own.append(1))
+            plain = generated(lm, inputs, max_new_tokens=40)
+            count = len(passes)
+            options = {"custom_generate": attachment.with_drafts, "max_new_tokens": 40}
+            assert generated(lm, inputs, **options) == plain
+            hook.remove()
+        assert len(passes) - count < count - 3
 
 
 class Recorded:

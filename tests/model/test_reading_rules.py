@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import knnlm
-from knnlm.apps.engine.decoding import Decoder
 from knnlm.errors import UnsupportedModelError
+from knnlm.model.decoding import Decoder
 from knnlm.model.language_model import LanguageModel
 from knnlm.model.reading import read_keys, read_scores
 from knnlm.text.windows import Window
@@ -163,7 +163,7 @@ def test_the_server_reads_like_one_pass_on_both_sides_of_the_limit(kind: str) ->
                     whole = lm.model(input_ids=torch.tensor([tokens[:stop]])).logits[0]
                 expected = torch.log_softmax(whole, dim=-1)[-len(step.log_probs) :]
                 torch.testing.assert_close(step.log_probs, expected, atol=1e-4, rtol=1e-4)
-                step, cached = decoder.advance([tokens[stop]], cached)
+                step, cached = decoder.advance([[tokens[stop]]], cached)
         assert decoder.shares_batches(LIMIT)
         assert not decoder.shares_batches(LIMIT + 1)
 

@@ -115,7 +115,7 @@ def test_where_every_token_is_searched_for_nothing_changes(
     "options", [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str
 )
 def test_a_generation_that_always_searches_is_the_plain_one(
-    llama_lm: LanguageModel, store_path: Path, options: dict[str, int]
+    llama_lm: LanguageModel, store_path: Path, options: dict[str, Any]
 ) -> None:
     plain = KNNLM(llama_lm, store_path, **GIVEN).generate(PROSE[:40], max_new_tokens=12, **options)
     saving = KNNLM(llama_lm, store_path, **GIVEN, pointers=ALWAYS)

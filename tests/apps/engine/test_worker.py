@@ -20,7 +20,6 @@ import knnlm.apps.engine.steps
 import knnlm.apps.engine.worker
 import knnlm.retrieval.mixer
 import knnlm.tuning.fitting
-from knnlm.apps.engine.decoding import Decoder
 from knnlm.apps.engine.jobs import (
     Completion,
     Event,
@@ -31,6 +30,7 @@ from knnlm.apps.engine.jobs import (
     ScoredToken,
 )
 from knnlm.apps.engine.metrics import Metrics
+from knnlm.apps.engine.samples import Sample
 from knnlm.apps.engine.sampling import SamplingOptions
 from knnlm.apps.engine.worker import Worker
 from knnlm.datastore.compaction import compact
@@ -40,6 +40,7 @@ from knnlm.index.policy import build_index
 from knnlm.knn_lm import KNNLM
 from knnlm.maintenance import build
 from knnlm.mixture.by_distance import BucketedLambda
+from knnlm.model.decoding import Decoder
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.retriever import Retriever
 from knnlm.text.documents import Document
@@ -99,8 +100,10 @@ def ask(lm: LanguageModel, text: str, overrides: Overrides | None = None, **opti
     return Asked(job, events)
 
 
-def work(model: KNNLM, *asked: Asked, together: bool = True) -> None:
-    worker = Worker(model, Metrics())
+def work(
+    model: KNNLM, *asked: Asked, together: bool = True, metrics: Metrics | None = None
+) -> None:
+    worker = Worker(model, metrics or Metrics())
     for one in asked:
         worker.begin(one.job)
         while not together and worker.jobs:
@@ -132,6 +135,7 @@ def model(path: Path) -> KNNLM:
     return KNNLM(fresh_lm(), Datastore(path), **PARAMETERS)
 
 
+@pytest.mark.usefixtures("eager_drafts")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_generates_as_transformers_does(tmp_path: Path, family: str) -> None:
     """Rows of different lengths in one batch; prompts beyond a sliding window of 64."""
@@ -139,7 +143,7 @@ def test_every_family_generates_as_transformers_does(tmp_path: Path, family: str
     store = build(tmp_path / "s", lm, distinct_documents(2), window=48, context=16)
     model = KNNLM(lm, store, **PARAMETERS)
     texts = [*TEXTS, (PROSE * 2)[:400]]
-    wanted = [model.generate(text, max_new_tokens=12) for text in texts]
+    wanted = [model.generate(text, max_new_tokens=12, drafts=False) for text in texts]
     asked = [ask(lm, text) for text in texts]
     assert max(len(one.job.prompt) for one in asked) > 80
     work(model, *asked)
@@ -444,19 +448,79 @@ def test_fixed_and_distance_weights_share_a_batch(path: Path) -> None:
         assert shared == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.usefixtures("eager_drafts")
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0, "samples": 2, "sources": 2}])
+def test_drafts_change_no_word(model: KNNLM, options: dict[str, Any]) -> None:
+    """Rows of one batch accept as much as each can, and drop out at different times."""
+
+    def completed(*, drafts: bool) -> tuple[list[Asked], Metrics]:
+        asked = [ask(model.lm, text, max_tokens=30 + n, **options) for n, text in enumerate(TEXTS)]
+        metrics = Metrics()
+        run(Worker(model, metrics, drafts), asked)
+        return asked, metrics
+
+    (drafted, metrics), (plain, without) = completed(drafts=True), completed(drafts=False)
+    for one, other in zip(drafted, plain, strict=True):
+        assert (one.texts, one.reasons) == (other.texts, other.reasons)
+        for ours, theirs in zip(one.tokens(), other.tokens(), strict=True):
+            assert (ours.token, ours.text, ours.offset) == (
+                theirs.token,
+                theirs.text,
+                theirs.offset,
+            )
+            if ours.explanation is not None and theirs.explanation is not None:
+                rows = [[s.row for s in e.sources] for e in (ours.explanation, theirs.explanation)]
+                assert rows[0] == rows[1]
+    assert metrics.accepted_tokens._value.get() > 5
+    assert without.drafted_tokens._value.get() == 0
+
+
+@pytest.mark.usefixtures("eager_drafts")
+def test_samples_with_drafts_have_the_mixtures_distribution(model: KNNLM) -> None:
+    """A drafted token and the one after it, drawn 800 times, against the mixture itself."""
+    samples = 800
+    asked = ask(
+        model.lm,
+        PROSE[:60],
+        Overrides(lmbda=0.95),
+        max_tokens=3,
+        samples=samples,
+        temperature=1.0,
+        seed=7,
+    )
+    metrics = Metrics()
+    work(model, asked, metrics=metrics)
+    assert metrics.accepted_tokens._value.get() > 30
+    texts = [[scored.token for scored in asked.tokens(number)] for number in range(samples)]
+    likelier = KNNLM(model.lm, model.retrievers[0].store, **PARAMETERS | {"lmbda": 0.95})
+    for length in (1, 2):
+        prefix, _ = Counter(tuple(one[:length]) for one in texts).most_common(1)[0]
+        drawn = Counter(
+            one[length] for one in texts if tuple(one[:length]) == prefix and len(one) > length
+        )
+        text = torch.tensor([[*asked.job.prompt, *prefix]])
+        expected = likelier.log_probs(text)[0, -1].double().exp()
+        count = sum(drawn.values())
+        assert count > 50
+        for token, times in drawn.most_common(5):
+            p = float(expected[token])
+            assert abs(times - count * p) < 4 * (count * p * (1 - p)) ** 0.5 + 1
+        assert float(expected[[*drawn]].sum()) > 0.5
+
+
 def test_a_failure_hits_its_own_request_alone(
     model: KNNLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [ask(model.lm, text) for text in TEXTS]
     bad = asked[2].job
 
-    def grow(self: Worker, sample: Any, *rest: Any) -> bool:
-        if sample.job is bad and sample.tokens == 4:
+    def choose(self: Sample, *rest: Any) -> bool:
+        if self.job is bad and self.tokens == 4:
             raise RuntimeError("no memory left")
-        return bool(original(self, sample, *rest))
+        return bool(original(self, *rest))
 
-    original = Worker._grow
-    monkeypatch.setattr(Worker, "_grow", grow)
+    original = Sample._choose
+    monkeypatch.setattr(Sample, "_choose", choose)
     worker = Worker(model, Metrics())
     for one in asked:
         worker.begin(one.job)
@@ -488,7 +552,7 @@ def test_what_is_no_number_is_one_samples_own(
             return step, cached
 
         monkeypatch.setattr(Decoder, "advance", advance)
-        run(Worker(model, Metrics()), asked)
+        run(Worker(model, Metrics(), drafts=False), asked)
         monkeypatch.setattr(Decoder, "advance", original)
         assert {n for n, one in enumerate(asked) if isinstance(one.events[-1], Failed)} == bad
         for number in set(range(len(SHORTEST_FIRST))) - bad:
@@ -513,7 +577,7 @@ def test_a_search_that_fails_is_one_samples_own(
         return original(mixer, step)
 
     monkeypatch.setattr(knnlm.apps.engine.worker, "mix_step", mix)
-    run(Worker(model, Metrics()), asked)
+    run(Worker(model, Metrics(), drafts=False), asked)
     assert bad_keys
     for number, one in enumerate(asked):
         if number == 1:
@@ -539,6 +603,7 @@ def test_a_short_prompt_is_read_beside_long_ones(
     assert all(one.reasons for one in long_ones)
 
 
+@pytest.mark.usefixtures("eager_drafts")
 def test_running_samples_keep_their_state(tmp_path: Path) -> None:
     """What is begun goes on as if nothing was forgotten, compacted, appended or indexed."""
     path = tiny_store(tmp_path / "store")

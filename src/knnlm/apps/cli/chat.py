@@ -46,6 +46,7 @@ def chat(
     sampling_temperature: options.SamplingTemperature = 1.0,
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
+    no_drafts: options.NoDrafts = False,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
 ) -> None:
@@ -65,7 +66,7 @@ def chat(
     sampling = SamplingOptions(sampling_temperature if sample else 0.0, top_p, seed)
     mixture = MixtureOptions(k, lmbda, temperature, weights)
     opened = open_model(store, also, ModelOptions(model, dtype, device), mixture)
-    conversation = Conversation(opened, system, max_new_tokens, sampling)
+    conversation = Conversation(opened, system, max_new_tokens, sampling, drafts=not no_drafts)
     OUT.print(f"{opened.lm.name} with {store}: write something, or /help", soft_wrap=True)
     _prepare_input()
     while (line := _read_line()) is not None and line != "/quit":

@@ -25,8 +25,8 @@ _SOURCES = 8  # neighbors that are kept for each token
 class Conversation:
     """Everything said so far, the oldest first, and how to go on.
 
-    system: what the model is told before all else. max_tokens: of an answer. Raises
-    UnsupportedModelError for a model without a chat template.
+    system: what the model is told before all else. max_tokens: of an answer. drafts: see `Worker`.
+    Raises UnsupportedModelError for a model without a chat template.
     """
 
     def __init__(
@@ -35,11 +35,13 @@ class Conversation:
         system: str | None = None,
         max_tokens: int = 512,
         sampling: SamplingOptions | None = None,
+        *,
+        drafts: bool = True,
     ) -> None:
         self._model = model
         self._template = model.lm.chat_template
         self._ends = self._template.turn_ends
-        self._worker = Worker(model, Metrics())
+        self._worker = Worker(model, Metrics(), drafts)
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._max_tokens = max_tokens
         self._sampling = sampling or SamplingOptions(temperature=0.0)

@@ -41,6 +41,7 @@ def generate(
     sampling_temperature: options.SamplingTemperature = 1.0,
     top_p: options.TopP = 1.0,
     seed: options.Seed = 0,
+    no_drafts: options.NoDrafts = False,
     coverage: options.Coverage = Coverage.whole,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
@@ -67,10 +68,17 @@ def generate(
             [{"role": "user", "content": prompt}],
             max_new_tokens=max_new_tokens,
             seed=seed,
+            drafts=not no_drafts,
             **sampling,
         )
     else:
-        generation = opened.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **sampling)
+        generation = opened.generate(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            drafts=not no_drafts,
+            **sampling,
+        )
     if as_json:
         print_json(asdict(generation))
     else:

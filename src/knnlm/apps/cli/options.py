@@ -136,6 +136,14 @@ SamplingTemperature = Annotated[
 ]
 TopP = Annotated[float, typer.Option(help="With --sample: nucleus sampling.", min=0.0, max=1.0)]
 Seed = Annotated[int, typer.Option(help="With --sample: the random seed.")]
+NoDrafts = Annotated[
+    bool,
+    typer.Option(
+        "--no-drafts",
+        help="Read one token at a time. By default the model also reads guesses from the datastore "
+        "with it, which changes no word, where that is faster.",
+    ),
+]
 Coverage = Annotated[
     choices.Coverage,
     typer.Option(

@@ -66,6 +66,7 @@ def serve(
     lmbda: options.Lmbda = None,
     temperature: options.Temperature = None,
     weights: options.Weights = None,
+    no_drafts: options.NoDrafts = False,
     coverage: options.Coverage = Coverage.whole,
     dtype: options.Dtype = ModelDtype.auto,
     device: options.Device = "auto",
@@ -97,6 +98,7 @@ def serve(
         limits=limits,
         api_key=api_key,
         cors_origins=cors_origin or (),
+        drafts=not no_drafts,
         on_start=lambda: OUT.print(f"{url} serves {served} ({_described(facts)})", soft_wrap=True),
     )
     address = f"[{host}]" if ":" in host else host

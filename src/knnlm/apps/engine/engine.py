@@ -53,13 +53,22 @@ class ModelFacts:
 class Engine:
     """A thread that opens a kNN-LM and runs jobs on it.
 
-    open_model: called in the thread, which alone uses the model that it returns.
+    open_model: called in the thread, which alone uses the model that it returns. drafts: see
+    `Worker`.
     """
 
-    def __init__(self, open_model: Callable[[], KNNLM], limits: Limits, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        open_model: Callable[[], KNNLM],
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        drafts: bool = True,
+    ) -> None:
         self._open_model = open_model
         self._limits = limits
         self._metrics = metrics
+        self._drafts = drafts
         self._changed = threading.Condition()  # guards the fields below
         self._waiting: deque[Job] = deque()
         self._running: set[Job] = set()
@@ -166,7 +175,7 @@ class Engine:
     def _run(self) -> None:
         try:
             model = self._open_model()
-            worker = Worker(model, self._metrics)
+            worker = Worker(model, self._metrics, self._drafts)
             del model  # of older states of its datastores nothing is to be kept
             self._follow(worker)
         except Exception as error:

@@ -29,12 +29,10 @@ class Metrics:
             buckets=_SECONDS,
             registry=self._registry,
         )
-        self.prompt_tokens = Counter(
-            "knnlm_prompt_tokens", "Tokens of prompts read.", registry=self._registry
-        )
-        self.generated_tokens = Counter(
-            "knnlm_generated_tokens", "Tokens generated.", registry=self._registry
-        )
+        self.prompt_tokens = self._count("prompt_tokens", "Tokens of prompts read.")
+        self.generated_tokens = self._count("generated_tokens", "Tokens generated.")
+        self.drafted_tokens = self._count("drafted_tokens", "Tokens of drafts read.")
+        self.accepted_tokens = self._count("accepted_tokens", "Tokens of drafts that were right.")
         self.model_seconds = Counter(
             "knnlm_model_seconds", "Spent in the language model.", registry=self._registry
         )
@@ -66,6 +64,9 @@ class Metrics:
         self.running = Gauge(
             "knnlm_running", "Completions being generated.", registry=self._registry
         )
+
+    def _count(self, name: str, described: str) -> Counter:
+        return Counter(f"knnlm_{name}", described, registry=self._registry)
 
     def render(self) -> bytes:
         """Return all metrics in Prometheus's text format."""

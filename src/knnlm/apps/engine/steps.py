@@ -11,10 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from knnlm.apps.engine.decoding import Step
 from knnlm.evaluation.explain import Evidence, Explainer
 from knnlm.evaluation.explanation import Explanation
 from knnlm.index.protocol import Neighbors
+from knnlm.model.decoding import Step
 from knnlm.model.language_model import LanguageModel
 from knnlm.retrieval.mixer import Mixed, Mixer
 from knnlm.retrieval.retriever import Retriever

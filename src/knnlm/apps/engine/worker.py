@@ -10,14 +10,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from knnlm.apps.engine.calls import Calls
-from knnlm.apps.engine.decoding import CachedSequences, Decoder, Step
 from knnlm.apps.engine.followed_model import FollowedModel
 from knnlm.apps.engine.jobs import (
     Completion,
@@ -30,12 +29,15 @@ from knnlm.apps.engine.jobs import (
     ScoredToken,
 )
 from knnlm.apps.engine.metrics import Metrics
+from knnlm.apps.engine.samples import Sample
 from knnlm.apps.engine.sampling import Sampler
 from knnlm.apps.engine.scored_tokens import score_token, with_texts
 from knnlm.apps.engine.steps import MixedStep, mix_step
 from knnlm.apps.engine.text_stream import TextStream
 from knnlm.errors import ClusterError, InvalidArgumentError
 from knnlm.knn_lm import KNNLM
+from knnlm.model.decoding import CachedSequences, Decoder, Step
+from knnlm.retrieval.draft_lengths import DraftedText, PassCosts, choose_lengths
 from knnlm.retrieval.mixer import Mixer
 
 _PROMPT_TOKENS = 256  # read between two steps of what is being generated
@@ -62,37 +64,24 @@ class _Prompt:
 
 
 @dataclass(eq=False, slots=True)
-class _Sample:
-    """One sample of a completion while it grows."""
-
-    job: Completion
-    number: int
-    mixer: Mixer
-    sampler: Sampler
-    stream: TextStream
-    last_token: int = -1
-    tokens: int = 0
-    shown: int = 0  # characters posted
-    held: list[ScoredToken] = field(default_factory=list)  # not posted yet
-    coverage: float = 1.0  # the least of the searches
-
-
-@dataclass(eq=False, slots=True)
 class _Batch:
     """Samples that grow together; `cached` holds a sequence for each.
 
     is_shared: whether others may join.
     """
 
-    samples: list[_Sample]
+    samples: list[Sample]
     cached: CachedSequences
     is_shared: bool = False
 
 
 class Worker:
-    """Runs jobs on a kNN-LM, a turn at a time; `close` gives the model back."""
+    """Runs jobs on a kNN-LM, a turn at a time; `close` gives the model back.
 
-    def __init__(self, model: KNNLM, metrics: Metrics) -> None:
+    drafts: whether it may read several tokens of a completion in one pass, guessed before.
+    """
+
+    def __init__(self, model: KNNLM, metrics: Metrics, drafts: bool = True) -> None:
         self.followed = FollowedModel(model, metrics)
         self._lm = model.lm
         self._metrics = metrics
@@ -102,6 +91,8 @@ class Worker:
         self._batches: list[_Batch] = []
         self._calls = Calls(self._fail)
         self._turns = 0
+        self._drafts = drafts
+        self._costs = PassCosts()
 
     def close(self) -> None:
         """Stop recording the model's keys."""
@@ -282,17 +273,18 @@ class Worker:
         assert prompt.cached is not None
         samples = []
         for number in range(job.samples):
-            sample = _Sample(
+            sample = Sample(
                 job,
                 number,
                 prompt.mixer,
                 Sampler(job.sampling, number, job.prompt),
                 TextStream(self._lm.token_texts, job.prompt[job.hidden :], job.stop),
+                DraftedText(job.prompt) if self._may_draft(prompt) else None,
                 coverage=prompt.coverage,
             )
             if job.max_tokens == 0:
                 job.post(Grown(number, "", (), "length", prompt.coverage))
-            elif self._grow(sample, mixed, len(mixed.log_probs) - 1):
+            elif sample.grow(self._lm, self._metrics, mixed, len(mixed.log_probs) - 1)[1]:
                 samples.append(sample)
         if job.max_tokens > 0:
             self._metrics.first_token.observe(time.perf_counter() - job.arrived)
@@ -309,80 +301,52 @@ class Worker:
         else:
             self._batches.append(_Batch(samples, cached, is_shared=True))
 
+    def _may_draft(self, prompt: _Prompt) -> bool:
+        positions = len(prompt.job.prompt) + prompt.job.max_tokens
+        return self._drafts and prompt.mixer.counts and self._decoder.takes_back(positions)
+
     def _advance(self, batch: _Batch) -> None:
-        """Read the last token of every sample, and choose the next one."""
+        """Read the last token of every sample, with a draft after it, and choose what follows."""
         started = time.perf_counter()
-        step, batch.cached = self._decoder.advance(
-            [sample.last_token for sample in batch.samples], batch.cached
-        )
+        choose_lengths([sample.text for sample in batch.samples], self._costs)
+        pieces = [sample.piece for sample in batch.samples]
+        width = max(map(len, pieces))
+        step, batch.cached = self._decoder.advance(pieces, batch.cached)
         self._metrics.model_seconds.inc(time.perf_counter() - started)
-        goes_on = [True] * len(batch.samples)
+        read = [len(piece) for piece in pieces]  # of each piece, as much as stays
+        goes_on = [True] * len(pieces)
         groups = deque(_mixed_alike(batch.samples))
         while groups:
             places = groups.popleft()
-            samples = [batch.samples[place] for place in places]
+            positions = [
+                place * width + column for place in places for column in range(len(pieces[place]))
+            ]
             try:
-                mixed = self._mix(samples[0].mixer, Step(step.keys[places], step.log_probs[places]))
+                mixed = self._mix(
+                    batch.samples[places[0]].mixer,
+                    Step(step.keys[positions], step.log_probs[positions]),
+                )
             except Exception as error:
                 if len(places) > 1:  # one of them may have caused it
                     groups.extend([place] for place in places)
                 else:
-                    self._fail(samples[0].job, error)
+                    self._fail(batch.samples[places[0]].job, error)
                 continue
-            for position, (place, sample) in enumerate(zip(places, samples, strict=True)):
+            first = 0
+            for place in places:
+                sample = batch.samples[place]
                 try:
-                    goes_on[place] = self._grow(sample, mixed, position)
+                    read[place], goes_on[place] = sample.grow(self._lm, self._metrics, mixed, first)
                 except Exception as error:
                     self._fail(sample.job, error)
+                first += len(pieces[place])
+        self._costs.note(len(pieces), width, time.perf_counter() - started)
+        if width > 1:
+            batch.cached = self._decoder.take_back(batch.cached, [width - own for own in read])
         self._keep(batch, goes_on)
 
-    def _grow(self, sample: _Sample, mixed: MixedStep, position: int) -> bool:
-        """Choose a sample's next token, which follows a position, and post its text.
 
-        Returns whether the sample goes on.
-        """
-        job = sample.job
-        sample.coverage = min(sample.coverage, mixed.coverage)
-        self._lm.check_numbers(mixed.log_probs[position])
-        token = sample.sampler.next_token(mixed.log_probs[position])
-        reason = None
-        if token in self._lm.end_tokens or token in job.ends:
-            reason = "stop"
-        else:
-            scored = self._score_token(job, sample.stream, token, mixed.log_probs[position])
-            sample.stream.push(token)
-            sample.last_token = token
-            sample.tokens += 1
-            self._metrics.generated_tokens.inc()
-            if job.sources:
-                explanation = mixed.explain(position, sample.stream.last, job.sources, self._lm)
-                scored = replace(scored, explanation=explanation)
-            sample.held.append(scored)
-            if sample.stream.stopped:
-                reason = "stop"
-            elif sample.tokens == job.max_tokens:
-                reason = "length"
-        if reason is not None:
-            sample.stream.finish()
-            reason = "stop" if sample.stream.stopped else reason
-        self._post_growth(sample, reason)
-        return reason is None
-
-    def _post_growth(self, sample: _Sample, reason: str | None) -> None:
-        """Post the text that is certain, and the tokens that begin in it."""
-        text = sample.stream.text
-        is_whole = reason is not None and not sample.stream.stopped
-        first = sample.tokens - len(sample.held)
-        certain = with_texts(sample.held, self._lm.token_texts, sample.stream, first)
-        ready = [scored for scored in certain if is_whole or scored.offset < len(text)]
-        sample.held = sample.held[len(ready) :]
-        if ready or reason is not None or len(text) > sample.shown:
-            new_text = text[sample.shown :]
-            sample.job.post(Grown(sample.number, new_text, tuple(ready), reason, sample.coverage))
-            sample.shown = len(text)
-
-
-def _mixed_alike(samples: Sequence[_Sample]) -> list[list[int]]:
+def _mixed_alike(samples: Sequence[Sample]) -> list[list[int]]:
     """Return the places of samples that share snapshots and parameters, group by group."""
     groups: dict[tuple[object, ...], list[int]] = {}
     for place, sample in enumerate(samples):

@@ -99,7 +99,7 @@ class Service(uvicorn.Server):
     When told to stop (SIGTERM, SIGINT, `stop`), it refuses new requests with 503, finishes those
     that it has within the limits' grace, and ends. Told a second time, it fails those that are
     left and ends at once. cors_origins: those of web pages from elsewhere that may use it, "*" for
-    all; raises InvalidArgumentError for what is none.
+    all; raises InvalidArgumentError for what is none. drafts: see `Worker`.
     """
 
     def __init__(
@@ -110,11 +110,12 @@ class Service(uvicorn.Server):
         limits: Limits | None = None,
         api_key: str | None = None,
         cors_origins: Sequence[str] = (),
+        drafts: bool = True,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.limits = limits or Limits()
         self.metrics = Metrics()
-        self.engine = Engine(open_model, self.limits, self.metrics)
+        self.engine = Engine(open_model, self.limits, self.metrics, drafts=drafts)
         self._name = name
         self._api_key = api_key
         self._cors_origins = [check_origin(origin) for origin in cors_origins]
