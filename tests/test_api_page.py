@@ -43,6 +43,8 @@ INTERNAL = {
     "LearnedGate",
     "Message",
     "Mixer",
+    "SavingRule",
+    "SearchGate",
     "Stores",
     "TokenTexts",
     "Voters",

@@ -63,6 +63,7 @@ PUBLIC = [
     "Progress",
     "Proof",
     "Retriever",
+    "Searches",
     "Seconds",
     "Settings",
     "Similarity",

@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         PerplexityReport as PerplexityReport,
         Seconds as Seconds,
     )
+    from knnlm.evaluation.saved_searches import Searches as Searches
     from knnlm.evaluation.tally import FrequencyBucket as FrequencyBucket
     from knnlm.exchange.exporting import (
         Exported as Exported,
@@ -129,6 +130,7 @@ _LAZY = {
     ),
     "evaluation.passages": ("FoundPassage",),
     "evaluation.perplexity": ("Measure", "PerplexityReport", "Seconds"),
+    "evaluation.saved_searches": ("Searches",),
     "evaluation.tally": ("FrequencyBucket",),
     "exchange.exporting": ("Exported", "export_datastore"),
     "exchange.importing": ("import_datastore", "prove_import"),

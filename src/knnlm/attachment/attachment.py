@@ -6,7 +6,8 @@ class, signature and weights stay as they are.
 
 import inspect
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
 from weakref import WeakSet
@@ -33,7 +34,6 @@ from knnlm.retrieval.saved_searches import SavingRule, choose_saving
 from knnlm.threads import BackgroundThread
 
 _AHEAD = 4  # sequences; more keep all cores busy, so that searching during the head gains nothing
-_AHEAD_POSITIONS = 16  # of one sequence, of which a draft is read
 _ATTACHED: WeakSet[nn.Module] = WeakSet()
 
 
@@ -104,6 +104,19 @@ class Attachment:
         _ATTACHED.discard(self.model)
         self.attached = False
 
+    @contextmanager
+    def reading_draft(self) -> Iterator[None]:
+        """Tell that this thread's passes, meanwhile, keep every position that they read."""
+        self._pending.draft = True
+        try:
+            yield
+        finally:
+            self._pending.draft = False
+
+    @property
+    def _reads_draft(self) -> bool:
+        return getattr(self._pending, "draft", False)
+
     @cached_property
     def with_drafts(self) -> DraftedDecoding:
         """A loop for `generate(…, custom_generate=attachment.with_drafts)`: faster, no other words.
@@ -123,7 +136,7 @@ class Attachment:
         """Begin searching for a few new positions while the model's head runs, which is slower."""
         self._pending.search = None
         sequences, width = keys.shape[:2]
-        few = sequences <= _AHEAD if width == 1 else sequences == 1 and width <= _AHEAD_POSITIONS
+        few = sequences <= _AHEAD if width == 1 else self._reads_draft and sequences == 1
         if few and keys.is_cpu and self.mixer.counts and self._walks is None:
             queries = keys.flatten(0, 1)
             self._pending.search = self._ahead.begin(lambda: self.mixer.search(queries))
@@ -195,7 +208,7 @@ class Attachment:
         if self.mixer.uses_cache:
             cache_view = select(self._caches.read(given, output, read.detach()), kept.flatten())
         lm_log_probs = self._keyed.log_probs(logits)
-        begun = self._pending.search if keys.shape == read.shape else None
+        begun = self._pending.search
         if self._walks is not None:
             found = self._walks.find(given, output, keys, lm_log_probs)
             retrieved = self.mixer.prepare(found)

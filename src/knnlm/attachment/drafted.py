@@ -7,6 +7,7 @@ long a draft pays.
 """
 
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
@@ -64,6 +65,10 @@ class Attached(Protocol):
     model: PreTrainedModel
     mixer: Mixer
     retrieved: Retrieved
+
+    def reading_draft(self) -> AbstractContextManager[None]:
+        """Tell that this thread's passes, meanwhile, keep every position that they read."""
+        ...
 
     @property
     def saves_searches(self) -> bool:
@@ -178,7 +183,8 @@ class DraftedDecoding:
             choose_lengths([row.text for row in rows], self._costs)
             pieces = [[int(row.tokens[0, -1]), *row.text.reading] for row in rows]
             started = time.perf_counter()
-            _, logits, cached = self._decoder.read_on(pieces, cached)
+            with self._attachment.reading_draft():
+                _, logits, cached = self._decoder.read_on(pieces, cached)
             self._costs.note(len(rows), logits.shape[1], time.perf_counter() - started)
 
     def _choose(

@@ -72,6 +72,7 @@ def test_generate_answers_a_question(work: Path) -> None:
         "text": expected.text,
         "tokens": expected.tokens,
         "coverage": 1.0,
+        "searches_saved": 0.0,
     }
     assert json.loads(run(work, *arguments[:3], "--json").stdout)["text"] != expected.text
 

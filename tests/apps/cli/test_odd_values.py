@@ -57,6 +57,7 @@ RUNS = {  # a call of each command that works, and does little
     "explore": ["docs.store", "--port", "0", "--k", "4"],
     "serve": ["docs.store", "--port", "0", "--k", "4"],
     "chat": ["docs.store", "--k", "4"],
+    "mcp": ["docs.store", "--k", "4", "--http", "--port", "0"],
     "info": ["docs.store", "--documents"],
     "forget": ["docs.store", "texts/0.txt"],
     "compact": ["docs.store"],
@@ -130,6 +131,7 @@ def work(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 
     monkeypatch.setattr(LanguageModel, "load", load_once)
     monkeypatch.setattr(Service, "run", run)
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     restore(pristine, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
